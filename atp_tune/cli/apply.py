@@ -62,8 +62,8 @@ def apply(
     """
     if verify is not None:
         if (config, options.study, out, push) != (None, None, None, None) or packed or slim:
-            said = "goes without --config, --study, --out, --packed, --slim and --push"
-            raise wrong("--verify", said)
+            why = "goes without --config, --study, --out, --packed, --slim and --push"
+            raise wrong("--verify", why)
         _verify(verify)
         return
     options.check("--config FILE", config, storage=options.storage)
@@ -74,17 +74,17 @@ def apply(
     if private and push is None:
         raise wrong("--private", "only with --push ORG/NAME")
     best = options.best(config)
-    found = best.config
-    if dtype is not None and recover and found.is_trained:
+    configuration = best.config
+    if dtype is not None and recover and configuration.is_trained:
         raise wrong("--dtype", "trained weights stay in the format of the files; leave it out")
     if not recover:
-        found = found.model_copy(update={"recovered": None})
-        best = replace(best, config=found)
+        configuration = configuration.model_copy(update={"recovered": None})
+        best = replace(best, config=configuration)
     if push is not None:
         from atp_tune.folders.publishing import check_folder, check_permission, is_made_from
 
         check_permission(push, private)
-        if dtype is None and is_made_from(out, found, packed, slim):
+        if dtype is None and is_made_from(out, configuration, packed, slim):
             check_folder(out)
             echo(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
@@ -103,30 +103,30 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
 
     with working() as watch:
         measured = best.made(watch).save(out, packed=packed, slim=slim, dtype=dtype)
-    found = best.config
-    promised = found.final("test") or (found.final("validation") if found.is_trained else None)
-    show(measured, promised, out, packed and found.quantize is not None)
+    config = best.config
+    promised = config.final("test") or (config.final("validation") if config.is_trained else None)
+    show(measured, promised, out, packed and config.quantize is not None)
     if packed or is_slim(out):
         echo("transformers loads it after `import atp_tune`, or with trust_remote_code=True")
-    if not found.is_trained and (said := compared(found, read_config(out / ABOUT).manifest)):
-        echo(said)
+    if not config.is_trained and (note := compared(config, read_config(out / ABOUT).manifest)):
+        echo(note)
 
 
 def _verify(folder: Path) -> None:
     """Prints that a folder's files are as they were written, and what differs here from where they were."""
     from atp_tune.folders.publishing import verify
 
-    found = verify(folder)
-    echo(f"{folder}: all {found.files} files are as they were written, {found.weights} of them with weights")
-    if found.more:
-        echo(f"not of the checkpoint: {', '.join(found.more)}")
-    echo(f"written on {found.made.processor}, {found.made.device or 'unknown device'}")
-    if not found.differences:
+    report = verify(folder)
+    echo(f"{folder}: all {report.files} files are as they were written, {report.weights} of them with weights")
+    if report.more:
+        echo(f"not of the checkpoint: {', '.join(report.more)}")
+    echo(f"written on {report.made.processor}, {report.made.device or 'unknown device'}")
+    if not report.differences:
         echo("versions and CPU instructions are the same here")
         return
     from rich.markup import escape
 
-    rows = [[printable(escape(cell)) for cell in astuple(row)] for row in found.differences]
+    rows = [[printable(escape(cell)) for cell in astuple(row)] for row in report.differences]
     echo("what differs here, if the checkpoint is made again or computed with:")
     echo(markdown(("", "there", "here", "effect"), rows))
 
@@ -204,9 +204,9 @@ def pack(
         before, after = done.rounding
         echo(f"perplexity on the test {done.data}: {before} before rounding, {after} after")
     echo(f'load it: import atp_tune, then {done.auto}.from_pretrained("{out}"); or trust_remote_code=True')
-    made = origin(folder)
-    if made is not None and made.config.bits is not None:
-        floats = f"its weights are rounded to {made.config.bits.target:g} bits, and floats here; to store the bits:"
+    source = origin(folder)
+    if source is not None and source.config.bits is not None:
+        floats = f"its weights are rounded to {source.config.bits.target:g} bits, and floats here; to store the bits:"
         echo(f"{floats} python tune.py apply --config {folder / ABOUT} --out DIR --packed")
 
 
@@ -324,7 +324,7 @@ def finetune(
     images: str | None = None,
     test_images: str | None = None,
     teacher: str | None = None,
-    asked: TrainingOptions,
+    options: TrainingOptions,
     device: str | None = None,
     trust_plugins: bool = False,
 ) -> None:
@@ -359,13 +359,13 @@ def finetune(
     from atp_tune.events import Place
     from atp_tune.folders.card import read_text
 
-    if asked.learning_rate is not None and not 0 < asked.learning_rate < float("inf"):
+    if options.learning_rate is not None and not 0 < options.learning_rate < float("inf"):
         raise wrong("--learning-rate", "must be greater than 0")
-    if asked.train == "scales" and (extra := "--rank" if asked.rank else "--alpha" if asked.alpha else None):
+    if options.train == "scales" and (extra := "--rank" if options.rank else "--alpha" if options.alpha else None):
         raise wrong(extra, "is a setting of --train lora; leave it out")
-    if teacher is not None and asked.loss == "next-token":
+    if teacher is not None and options.loss == "next-token":
         raise wrong("--teacher", "is not read with --loss next-token")
-    settings = Training(**vars(asked))
+    settings = Training(**vars(options))
     from atp_tune.checkpoints.blocks import classifies_images
 
     of_images = classifies_images(model)
@@ -373,8 +373,8 @@ def finetune(
     for name in (name for name, value in given[not of_images].items() if value is not None):
         kind = "an image classifier: give --images" if of_images else "a language model: give --text"
         raise wrong(name, f"the model in {model} is {kind}")
-    named, measured = (
-        value and read_text(name, value, None if of_images else asked.seqlen or SEQLEN)
+    data, measured = (
+        value and read_text(name, value, None if of_images else options.seqlen or SEQLEN)
         for name, value in given[of_images].items()
     )
     from atp_tune.cli.terminal import interruptible
@@ -383,7 +383,7 @@ def finetune(
     with working() as watch, interruptible():
         try:
             place = Place(Path(), device or "auto", {"trust_plugins": trust_plugins}, watch)
-            done = tune(model, out, named or None, measured or None, settings, place, teacher).record
+            done = tune(model, out, data or None, measured or None, settings, place, teacher).record
         except KeyboardInterrupt:
             watch.close()
             echo(f"stopped: the same command resumes from {out}.part, if a step was saved there")

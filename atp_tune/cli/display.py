@@ -21,8 +21,8 @@ class TimeLeft(TimeRemainingColumn):
 
     def render(self, task: Task) -> Text:
         """`ETA 0:03:50`, or nothing."""
-        said = task.fields.get("left")
-        return Text.assemble("ETA ", super().render(task)) if said is None else Text(said)
+        text = task.fields.get("left")
+        return Text.assemble("ETA ", super().render(task)) if text is None else Text(text)
 
 
 class Display:
@@ -78,8 +78,8 @@ class Display:
         self._remaining.hear(event, now, line)
         left = self._remaining.left(now)
         if left is not None:
-            took, said = now - self._began, f"ETA {timedelta(seconds=ceil(left))}"
-            self.bars.update(self._whole, completed=took, total=took + left, left=said, visible=True)
+            took, text = now - self._began, f"ETA {timedelta(seconds=ceil(left))}"
+            self.bars.update(self._whole, completed=took, total=took + left, left=text, visible=True)
         return left
 
     def end(self, event: TrialEnded, plan: str, seconds: float, left: str) -> None:

@@ -73,19 +73,21 @@ def evaluate(
 
         base = path.parent / read.folder if read else Path()
         place = Place(base, device or "auto", vars(may), watch)
-        asked = comparing.TaskOptions(names, limit, num_fewshot, batch)
-        found = (
-            comparing.evaluate(read, asked, place) if read else comparing.evaluate_folder(model or Path(), asked, place)
+        options = comparing.TaskOptions(names, limit, num_fewshot, batch)
+        result = (
+            comparing.evaluate(read, options, place)
+            if read
+            else comparing.evaluate_folder(model or Path(), options, place)
         )
-        places = attach(path, read, "zero_shot", found, storage) if read else []
+        stores = attach(path, read, "zero_shot", result, storage) if read else []
     if json:
-        echo(to_json(found))
+        echo(to_json(result))
         return
-    made = formats.zero_shot(found)
-    echo(markdown(made.head, made.rows))
-    echo(f"\n{formats.zero_shot_note(found)}", style="dim")
+    scores = formats.zero_shot(result)
+    echo(markdown(scores.head, scores.rows))
+    echo(f"\n{formats.zero_shot_note(result)}", style="dim")
     if read:
-        echo(f"stored in {' and on '.join(places) or f'no place: {config} is of another trial by now'}")
+        echo(f"stored in {' and on '.join(stores) or f'no place: {config} is of another trial by now'}")
 
 
 # --- `tune.py generate`: shows what dense, uniform and best make of prompts.
@@ -125,14 +127,14 @@ def generate(
         where = best.path, best.config
         if not prompts:
             check(*where, best.storage)
-        found = best.made(watch).generate(prompts or usual, tokens=tokens)
-        places = [] if prompts else attach(*where, "continuations", found, best.storage)
+        result = best.made(watch).generate(prompts or usual, tokens=tokens)
+        stores = [] if prompts else attach(*where, "continuations", result, best.storage)
     if json:
-        echo(to_json(found))
+        echo(to_json(result))
         return
-    show_continuations(found)
+    show_continuations(result)
     if not prompts:
-        echo(f"stored in {' and on '.join(places) or f'no place: {best.path} is of another trial by now'}")
+        echo(f"stored in {' and on '.join(stores) or f'no place: {best.path} is of another trial by now'}")
 
 
 # --- `tune.py classify`: what a sparse image classifier, and its dense model, see in pictures.
@@ -158,9 +160,9 @@ def classify(
         config FILE: In the place of DIR: a configuration, pruned to in memory.
         both: Also the dense model's answers, beside the sparse model's.
     """
-    place, files = (config, places) if config else (places[0], places[1:])
-    if config is None and not place.is_dir():
-        raise wrong("DIR", f"there is no folder {place}; give one before the pictures")
+    source, files = (config, places) if config else (places[0], places[1:])
+    if config is None and not source.is_dir():
+        raise wrong("DIR", f"there is no folder {source}; give one before the pictures")
     if not files:
         raise wrong("FILE...", "give pictures after the folder")
     if config is not None and not config.is_file():
@@ -170,20 +172,20 @@ def classify(
 
     with working(json) as watch:
         there = Place(Path(), device or "auto", vars(may), watch)
-        found = classify(files, place, both, there)
+        results = classify(files, source, both, there)
     from atp_tune.results.status import to_json
 
     if json:
-        echo(to_json(found))
+        echo(to_json(results))
         return
     rows = []
-    for one in found:
+    for one in results:
         answers = [one.classes] if one.dense is None else [one.dense, one.classes]
         for name, guesses in zip(("dense", "sparse"), answers, strict=False):
             side = [] if one.dense is None else [name]
             rows.append([_cell(one.file), *side, *(_cell(f"{g.name} {g.probability:.1%}") for g in guesses)])
-    model = [] if found[0].dense is None else ["model"]
-    ranks = [str(place + 1) for place in range(len(found[0].classes))]
+    model = [] if results[0].dense is None else ["model"]
+    ranks = [str(index + 1) for index in range(len(results[0].classes))]
     echo(markdown(["picture", *model, *ranks], rows))
 
 
@@ -260,27 +262,27 @@ def speedup(
         from atp_tune.results.summary import summarise
 
         # What is measured, and what computes it.
-        place = options.device or "auto"
+        device = options.device or "auto"
         if options.study is not None:
             file = load_study(options.study, options.storage, None, None)
             stored = stored_study(file, options.study_name)
             path, file = file.best_of(options.study_name or file.name), file_as_run(stored, file)
-            asked: Study | Config = file.study
+            spec: Study | Config = file.study
         else:
             path = about(model) if model is not None else config or Path()
-            asked = read = read_config(path)
-        if asked.score == CLASSES and tokens is not None:
+            spec = read = read_config(path)
+        if spec.score == CLASSES and tokens is not None:
             raise UserError(
                 "--tokens: an image classifier has no prompt; leave it out, --batch N takes N images at once"
             )
-        named = engine or default_engine(place, asked.prune.pattern)
-        check(named, asked.prune.pattern, place)
+        backend = engine or default_engine(device, spec.prune.pattern)
+        check(backend, spec.prune.pattern, device)
         task = Workload(tokens=tokens or TOKENS, runs=runs, batch=batch)
         if options.study is None:
             results.check(path, read, options.storage)
-            pair = find_pair(read, model, Place(path.parent / read.folder, place, options.allowed, watch))
-            found = measure(pair, named, task, place, watch)
-            places = results.attach(path, read, "speed", found, options.storage) if batch == 1 else []
+            pair = find_pair(read, model, Place(path.parent / read.folder, device, options.allowed, watch))
+            speed = measure(pair, backend, task, device, watch)
+            stores = results.attach(path, read, "speed", speed, options.storage) if batch == 1 else []
         else:
             # The points that have no speed yet, each stored at once.
             summary = summarise(stored)
@@ -290,24 +292,24 @@ def speedup(
                 share = percent(read.sparsity.target)
                 watch(Message(f"{count} of {len(trials)}: trial {trial.number}, {share} sparsity"))
                 dense = trial.user_attrs.get("packed_bytes") == summary.dense_bytes is not None  # nothing is packed
-                with passing_pair(read, Place(path.parent / read.folder, place, options.allowed, watch)) as pair:
-                    found = measure(pair, "torch" if dense and named == "packed" else named, task, place, watch)
-                results.attach(path, read, "speed", found, file.storage_url)
+                with passing_pair(read, Place(path.parent / read.folder, device, options.allowed, watch)) as pair:
+                    speed = measure(pair, "torch" if dense and backend == "packed" else backend, task, device, watch)
+                results.attach(path, read, "speed", speed, file.storage_url)
     if options.study is not None:
         show_summary(summarise(stored), file)
         return
-    _show(found)
-    one = "image" if asked.score == CLASSES else "text"
-    echo(f"stored in {', '.join(places)}" if places else f"not stored: only rates of one {one} at a time are")
+    _show(speed)
+    one = "image" if spec.score == CLASSES else "text"
+    echo(f"stored in {', '.join(stores)}" if stores else f"not stored: only rates of one {one} at a time are")
 
 
-def _show(found: "Speed") -> None:
+def _show(speed: "Speed") -> None:
     """Prints bytes, zeros and rates as Markdown tables."""
-    sizes = found.sizes
+    sizes = speed.sizes
     files = [("uncompressed", sizes.dense, sizes.sparse)]
     if sizes.dense_zstd is not None and sizes.sparse_zstd is not None:
         files.append(("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd))
-    has_zeros = max(found.zeros.values(), default=0.0) > STRAY
+    has_zeros = max(speed.zeros.values(), default=0.0) > STRAY
     if sizes.packed is not None and has_zeros:
         files.append(("packed", sizes.dense, sizes.packed))
     for table in (
@@ -315,43 +317,43 @@ def _show(found: "Speed") -> None:
             ("weight files", "dense", "with zeros" if has_zeros else "slim", "smaller"),
             ((name, _megabytes(dense), _megabytes(sparse), f"{dense / sparse:.2f}×") for name, dense, sparse in files),
         ),
-        markdown(("linear", "zeros"), ((kind, f"{share:.2%}") for kind, share in found.zeros.items())),
-        rates_table(found),
+        markdown(("linear", "zeros"), ((kind, f"{share:.2%}") for kind, share in speed.zeros.items())),
+        rates_table(speed),
     ):
         echo(table, "\n", sep="")
-    for line in summary_of(found):
+    for line in summary_of(speed):
         echo(line, style="dim")
     if has_zeros:
         echo(NO_GAIN)
 
 
-def summary_of(found: "Speed") -> Iterator[str]:
+def summary_of(speed: "Speed") -> Iterator[str]:
     """The measurements: a line for all engines, and a line for each."""
-    row = found.engines[0]
+    row = speed.engines[0]
     what = "classify: an image" if row.batch == 1 else f"classify: {row.batch} images at once"
     if row.tokens:
         texts = "a prompt" if row.batch == 1 else f"{row.batch} prompts at once, each"
         what = f"prefill: {texts} of {row.tokens} tokens; decode: the {row.steps} tokens after it, one at a time"
     runs = len(next(iter(row.rates.values())).dense)
     yield (
-        f"{found.unit} per second, median (lowest to highest) of {runs} runs in which dense and sparse took turns; "
+        f"{speed.unit} per second, median (lowest to highest) of {runs} runs in which dense and sparse took turns; "
         f"{what}"
     )
-    for one in found.engines:
+    for one in speed.engines:
         exact = "" if one.logits is None else f"; logits are transformers' within {one.logits:.0e} of the largest"
         yield f"{one.name}: version {one.version} on {one.where}{exact}"
 
 
-def rates_table(found: "Speed") -> str:
+def rates_table(speed: "Speed") -> str:
     """A row for each engine and phase: rates of dense and sparse, sparse / dense, sparse / torch's best dense."""
     from atp_tune.metrics import spread
 
     rows = []
-    for row in found.engines:
+    for row in speed.engines:
         for phase, rates in row.rates.items():
             both = (spread(values, ".1f") for values in (rates.dense, rates.sparse))
             ratio = spread(rates.ratios, ".2f")
-            rows.append((row.name, phase, *both, f"{ratio}×", f"{found.over_torch(row, phase):.2f}×"))
+            rows.append((row.name, phase, *both, f"{ratio}×", f"{speed.over_torch(row, phase):.2f}×"))
     return markdown(("engine", "phase", "dense", "sparse", "sparse / dense", "sparse / torch's best dense"), rows)
 
 
@@ -453,8 +455,8 @@ class ChatSession:
                     echo("(cut off: no token is left; see --max-new-tokens and /reset)", style="dim")
                 if answer.ended_by == "person":
                     echo("(stopped)", style="dim")
-        said = answer.text if answer else ""
-        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
+        content = answer.text if answer else ""
+        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": content}]
 
 
 def _say(text: str) -> None:
@@ -538,21 +540,21 @@ def chat(
 
     # Whether a person types and reads; else the input is one message, and only its answer is printed.
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    place, where, allowed = model, options.device or "auto", options.allowed
+    source, where, allowed = model, options.device or "auto", options.allowed
     try:
         with quiet(), ExitStack() as stack:
-            if place is None:
+            if source is None:
                 best = options.best()
                 folder = stack.enter_context(temporary_folder(cache_dir("recovered") / "model"))
                 where, allowed = best.device, best.allowed
                 if best.config.is_trained:  # which are weights of a folder
-                    place = folder / "trained"
+                    source = folder / "trained"
                     with Display() as display:
-                        best.made(display if is_terminal else ignore_events).save(place)
+                        best.made(display if is_terminal else ignore_events).save(source)
                 else:
-                    place = folder / "best.json"
-                    best.made(ignore_events).write(place)
-            models = BothModels(place, CHAT, Place(place, where, allowed, show if is_terminal else ignore_events))
+                    source = folder / "best.json"
+                    best.made(ignore_events).write(source)
+            models = BothModels(source, CHAT, Place(source, where, allowed, show if is_terminal else ignore_events))
             message = "" if is_terminal else as_message(sys.stdin.buffer.read())
             with models, oom_as_user_error("chat"):
                 session = ChatSession(models.speaker, ChatOptions(max_new_tokens, temperature), system)

@@ -118,8 +118,8 @@ def placed(storage: str | None, device: str | None) -> list[str]:
     """A storage, whose path starts at the current folder, and a device as overrides of a study file."""
     from atp_tune.config.studyfile import absolute_storage
 
-    found = {"storage": absolute_storage(storage, Path()) if storage else None, "device": device}
-    return [f"{key}={value}" for key, value in found.items() if value is not None]
+    values = {"storage": absolute_storage(storage, Path()) if storage else None, "device": device}
+    return [f"{key}={value}" for key, value in values.items() if value is not None]
 
 
 def checked_prompts(prompts: list[str] | None) -> tuple[str, ...]:
@@ -245,12 +245,12 @@ def overrides(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     """
     from atp_tune.config.studyfile import choices
 
-    found, key = choices(), os.environ.get(KEY, "")
+    by_key, key = choices(), os.environ.get(KEY, "")
     if key:  # bash completes what comes after `=` as a word of its own
-        return found[key]
+        return by_key[key]
     typed, equals, _ = incomplete.partition("=")
-    keys = [key for key in found if (key == typed if equals else key.startswith(typed))]
-    values = [f"{keys[0]}={value}" for value in found[keys[0]] or ["VALUE"]] if len(keys) == 1 else []
+    keys = [key for key in by_key if (key == typed if equals else key.startswith(typed))]
+    values = [f"{keys[0]}={value}" for value in by_key[keys[0]] or ["VALUE"]] if len(keys) == 1 else []
     return values if equals else [*(f"{key}=" for key in keys), *values]
 
 
@@ -294,11 +294,11 @@ def rejoin(environment: Any) -> None:
     """
     if not any(name.endswith("_COMPLETE") and value == "complete_bash" for name, value in environment.items()):
         return
-    words, place = environment.get("COMP_WORDS", "").split("\n"), environment.get("COMP_CWORD", "")
-    if not place.isdecimal():
+    words, index = environment.get("COMP_WORDS", "").split("\n"), environment.get("COMP_CWORD", "")
+    if not index.isdecimal():
         return
     joined: list[str] = []
-    for before, word in zip(["", *words], words[: int(place) + 1], strict=False):
+    for before, word in zip(["", *words], words[: int(index) + 1], strict=False):
         if joined and "=" in (word, before):
             joined[-1] += word
         else:

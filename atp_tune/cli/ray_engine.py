@@ -91,8 +91,8 @@ def _listen_to_actors(alive: "Sequence[RayWorker]", workers: "Sequence[RayWorker
     """Shows new events, then handles workers that have ended."""
     by_task = {worker.task: worker for worker in alive}
     ended, _ = ray.wait(list(by_task), timeout=POLL)
-    told: list[tuple[int, Event]] = _answer(news.take.remote(), [])
-    for index, event in told:
+    events: list[tuple[int, Event]] = _answer(news.take.remote(), [])
+    for index, event in events:
         workers[index].hear(event)
     for task in ended:
         by_task[task].end()

@@ -44,11 +44,11 @@ def serve(
     from atp_tune.report.servers import serve as answer
 
     service = choose(study, storage, listen, port, grpc_port, artifacts)
-    told: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in STOPS}
+    signals: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in STOPS}
     try:
         with quiet():
-            answer(service, lambda: bool(told), lambda served: _show(service, served), echo)
+            answer(service, lambda: bool(signals), lambda served: _show(service, served), echo)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -94,15 +94,15 @@ def merge(storages: list[str], *, out: Path, study: str | None = None) -> None:
     from atp_tune.results.summary import summarise
 
     with quiet():
-        made, shares = unite(storages, out, study)
+        merged, shares = unite(storages, out, study)
     for share in shares:
-        known = f", {share.known} of them known already" if share.known else ""
+        note = f", {share.known} of them known already" if share.known else ""
         left = f"; {share.unfinished} running or waiting trials are left out" if share.unfinished else ""
-        echo(f"{share.address}: {trials(len(share.trials))}{known}{left}")
-    found = summarise(made)
-    echo(f"{out}: {trials(len(found.trials))}, {found.done} of {found.total} done")
-    file = found.made_from.name if found.made_from else "NAME"
-    other = "" if found.name == file else f" --study-name {found.name}"
+        echo(f"{share.address}: {trials(len(share.trials))}{note}{left}")
+    summary = summarise(merged)
+    echo(f"{out}: {trials(len(summary.trials))}, {summary.done} of {summary.total} done")
+    file = summary.made_from.name if summary.made_from else "NAME"
+    other = "" if summary.name == file else f" --study-name {summary.name}"
     echo(f"resume: python tune.py --study {file}{other} --storage sqlite:///{out}")
 
 
@@ -148,21 +148,21 @@ def _chosen(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -> int
     from atp_tune.storage.attributes import StudySnapshot
 
     study = StudySnapshot(stored)
-    found = chosen(study, vars(choice))
-    if isinstance(found, Choice):
-        print(printable(str(found)), file=sys.stderr)
-        return found.trial.number
-    if found is not None or not may_ask:
-        return found
+    pick = chosen(study, vars(choice))
+    if isinstance(pick, Choice):
+        print(printable(str(pick)), file=sys.stderr)
+        return pick.trial.number
+    if pick is not None or not may_ask:
+        return pick
     summary = summarise(study)
     if len(summary.points) < 2 or summary.best_trial is None:
         return None
     from atp_tune.cli.tables import drawn
     from atp_tune.results.summary import overview
 
-    made = overview(summary)
-    rows = [[str(row or ""), *cells] for row, cells in enumerate(made.rows)]
-    echo(drawn(replace(made, head=["point", *made.head], rows=rows)))
+    table = overview(summary)
+    rows = [[str(row or ""), *cells] for row, cells in enumerate(table.rows)]
+    echo(drawn(replace(table, head=["point", *table.head], rows=rows)))
     usual = next((k for k, point in enumerate(summary.points, 1) if point.is_best), 1)
     numbers = {str(k): point.trial.number for k, point in enumerate(summary.points, 1)}
     answer = ""
@@ -247,28 +247,28 @@ def export(
         target = out or (PRINTED if json else usual.with_suffix(ending))
     with alone_with(target):  # what is known there of the same trial stays in it
         if config is not None:
-            found = read_config(config)
-            found = found.seen_from(config.parent / found.folder, target.parent)
+            configuration = read_config(config)
+            configuration = configuration.seen_from(config.parent / configuration.folder, target.parent)
         else:
-            found = best_config(file_as_run(stored, file, bool(set_)), stored, target, number)
+            configuration = best_config(file_as_run(stored, file, bool(set_)), stored, target, number)
         if target is not PRINTED:
-            write(found, kind, target)
+            write(configuration, kind, target)
     if target is not PRINTED and kind != "json":
-        for note in _notes_on(found):
+        for note in _notes_on(configuration):
             print(f"note: {note}", file=sys.stderr)
-    print(found.to_json() if json else f"{printable(str(target))}\n", end="")
+    print(configuration.to_json() if json else f"{printable(str(target))}\n", end="")
 
 
 def _notes_on(config: "Config") -> list[str]:
     """Names the parts of a configuration that a table or a recipe does not have."""
-    found = []
+    notes = []
     if config.plan.by_row:
-        found.append(
+        notes.append(
             "rows of a linear differ in sparsity: this has each linear's mean; `apply` writes the exact plan, and "
             "--format json has the rows (plan)"
         )
     if config.is_trained:
-        found.append(
+        notes.append(
             "these are the zeros of the plan; `apply` trains the weights it keeps, which another program does not"
         )
-    return found
+    return notes

@@ -27,13 +27,13 @@ def studies(*, json: bool = False) -> None:
     from atp_tune.config.finding import known
     from atp_tune.results.status import to_json
 
-    found = [study for path in known() for study in _listed(path)]
+    entries = [study for path in known() for study in _listed(path)]
     if json:
-        print(to_json(found))
+        print(to_json(entries))
         return
     rows = table("study", "state", "what")
     rows.columns[0].no_wrap = False  # beside a long name the description would have no room
-    for one in found:
+    for one in entries:
         state: str = "see status" if one.state == "unknown" else one.state
         if state in ("complete", "unfinished"):
             state = f"{one.done} of {one.total}" + (f", best {one.best.value:.2f}" if one.best else "")
@@ -52,8 +52,8 @@ def _listed(path: Path) -> "list[Listed]":
     try:
         file = load(str(path))
         db = open_storage(file.storage_url, create=False) if file.database else None
-        found = [find_study(db, name) for name in names_in(db)] if db else []
-        own = {study.study_name: summarise(study) for study in found if study and not is_screening(study)}
+        studies = [find_study(db, name) for name in names_in(db)] if db else []
+        own = {study.study_name: summarise(study) for study in studies if study and not is_screening(study)}
         first = listed(file, own.pop(file.name, None))
         others = (one for one in own.values() if one.made_from and one.made_from.name == file.name)
         return [first, *(listed(file, one) for one in others)]
@@ -94,22 +94,22 @@ def plugins(
 
     if set_ and study is None:
         raise wrong("--set", "only with --study")
-    named = []
+    names = []
     with quiet():
         for each in file or ():
             if not trust_plugins:
                 raise UserError(f"{each}: is Python code, which is not run; read it, then allow it with {ASK}")
-            named += registered_in(each)
+            names += registered_in(each)
         if study is not None:
             loaded = load_study(study, None, None, set_, trust_plugins)
-            named += [(one.kind, one.short) for one in named_in(loaded.study)]
-        found = entries(named)
+            names += [(one.kind, one.short) for one in named_in(loaded.study)]
+        rows = entries(names)
     if json:
-        print(to_json(found))
+        print(to_json(rows))
         return
-    for kind in dict.fromkeys(entry.kind for entry in found):
+    for kind in dict.fromkeys(entry.kind for entry in rows):
         echo(f"{kind}s" if kind != "source of texts" else "sources of texts")
-        _show_entries([entry for entry in found if entry.kind == kind])
+        _show_entries([entry for entry in rows if entry.kind == kind])
 
 
 def _show_entries(entries: "list[Entry]") -> None:
@@ -154,34 +154,34 @@ def env(*, json: bool = False) -> None:
     from atp_tune.api.environment import environment
     from atp_tune.results.status import to_json
 
-    found = environment()
+    machine = environment()
     if json:
-        print(to_json(found))
+        print(to_json(machine))
         return
-    for name, text in _lines(found):
+    for name, text in _lines(machine):
         echo(f"{name and name + ':':<11}{text}")
 
 
-def _lines(found: "MachineReport") -> Iterator[tuple[str, str]]:
-    yield "atp_tune", found.atp_tune
-    yield "python", f"{found.python}, {found.executable}"
-    yield "system", found.system
-    yield "packages", _packages(found.versions)
-    missing = [name for name, packages in found.extras.items() if None in packages.values()]
-    have = {name: packages for name, packages in found.extras.items() if name not in missing}
+def _lines(machine: "MachineReport") -> Iterator[tuple[str, str]]:
+    yield "atp_tune", machine.atp_tune
+    yield "python", f"{machine.python}, {machine.executable}"
+    yield "system", machine.system
+    yield "packages", _packages(machine.versions)
+    missing = [name for name, packages in machine.extras.items() if None in packages.values()]
+    have = {name: packages for name, packages in machine.extras.items() if name not in missing}
     yield "extras", "; ".join(f"{name} ({_packages(packages)})" for name, packages in have.items()) or "none"
     yield "", f"not installed: {', '.join(missing) or 'none'}"
-    if found.cpu:
-        cpu = found.cpu
+    if machine.cpu:
+        cpu = machine.cpu
         yield "CPU", f"{cpu.name}: {', '.join(cpu.flags) or 'instruction sets are not known'}"
         cores = f"{cpu.cores} cores, {cpu.logical} logical, {cpu.usable} usable"
         yield "", f"{cores}; torch: {cpu.torch_threads} threads, {cpu.torch_capability}"
-    if found.memory:
-        memory = found.memory
+    if machine.memory:
+        memory = machine.memory
         limit = "no limit" if memory.cgroup_limit is None else f"limit {gib(memory.cgroup_limit)}"
         yield "memory", f"{gib(memory.total)}, available {gib(memory.available)}, swap {gib(memory.swap)}"
         yield "", f"{limit} of control groups"
-    if gpus := found.gpus:
+    if gpus := machine.gpus:
         for index, gpu in enumerate(gpus.devices):
             memory_of = f"{gib(gpu.memory)} ({gib(gpu.free)} free)"
             yield f"GPU {index}", f"{gpu.name}, {memory_of}, compute capability {gpu.capability}"
@@ -189,11 +189,11 @@ def _lines(found: "MachineReport") -> Iterator[tuple[str, str]]:
             yield "GPU", "MPS" if gpus.mps else "none"
         built = gpus.built_with or "no CUDA"
         yield "", f"driver {gpus.driver or 'none'}; torch built with {built}; Triton {gpus.triton}"
-    for name, folder in found.caches.items():
+    for name, folder in machine.caches.items():
         size = "missing" if folder.bytes is None else gib(folder.bytes)
         yield "cache", f"{name}: {folder.path} ({size})"
-    yield "variables", ", ".join(f"{name}={value}" for name, value in found.variables.items()) or "none"
-    for problem in found.problems:
+    yield "variables", ", ".join(f"{name}={value}" for name, value in machine.variables.items()) or "none"
+    for problem in machine.problems:
         yield "problem", problem
 
 
@@ -237,8 +237,8 @@ def status(
     if watch:
         follow(file, study_name or file.name, every or 2, json)
         return
-    found = summarise(stored_study(file, study_name))
-    print(to_json(status_of(found, datetime.now()))) if json else show_status(found, file)
+    summary = summarise(stored_study(file, study_name))
+    print(to_json(status_of(summary, datetime.now()))) if json else show_status(summary, file)
 
 
 # --- `tune.py report`: writes a report of one or several studies.
@@ -271,17 +271,17 @@ def report(
 
     kind = format_of(format_, out, FORMATS)
     # Studies with their names in the storage: none, one for each, or several of one study file.
-    asked: list[str | None] = [*(study_name or [])]
-    if len(study) == 1 and asked:
-        study = study * len(asked)
-    if asked and len(asked) != len(study):
-        raise UserError(f"--study-name: must be given once for each --study, got {len(asked)} for {len(study)}")
-    pairs = zip(study, asked or [None] * len(study), strict=True)
-    found = [(load_study(one, storage, None, set_), name) for one, name in pairs]
-    names = [name or file.name for file, name in found]
-    target = out or found[0][0].beside(name_of(names, kind))
+    study_names: list[str | None] = [*(study_name or [])]
+    if len(study) == 1 and study_names:
+        study = study * len(study_names)
+    if study_names and len(study_names) != len(study):
+        raise UserError(f"--study-name: must be given once for each --study, got {len(study_names)} for {len(study)}")
+    pairs = zip(study, study_names or [None] * len(study), strict=True)
+    files = [(load_study(one, storage, None, set_), name) for one, name in pairs]
+    names = [name or file.name for file, name in files]
+    target = out or files[0][0].beside(name_of(names, kind))
     check(kind, target)
-    stored = [stored_study(file, name) for file, name in found]
+    stored = [stored_study(file, name) for file, name in files]
     now = datetime.now()
     with quiet():
         write([gather(one, now) for one in stored], kind, target)
@@ -318,47 +318,47 @@ def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> 
     from atp_tune.results.status import to_json
 
     with working(json) as watch:
-        found = foresee(file, study_name or file.name, watch)
-    echo(to_json(found)) if json else _show_forecast(found)
+        forecast = foresee(file, study_name or file.name, watch)
+    echo(to_json(forecast)) if json else _show_forecast(forecast)
 
 
-def _show_forecast(found: "Forecast") -> None:
+def _show_forecast(forecast: "Forecast") -> None:
     """Prints the cost of a trial with each pruner, the cost of the study, its memory, and what does not fit."""
     where = {
         "none": "on the device",
         "cpu": "in host memory, for each worker again, two blocks on the device",
         "disk": "on disk, mapped",
     }
-    weights = found.weights
-    echo(f"{printable(found.study)}: {found.device}, {found.dtype}\n")
+    weights = forecast.weights
+    echo(f"{printable(forecast.study)}: {forecast.device}, {forecast.dtype}\n")
     rows = table("trial", "tokens", "calibrate", "prune", "evaluate", "seconds")
-    for trial in found.trial:
+    for trial in forecast.trial:
         times = trial.seconds
         parts = (times.calibrate, times.prune, times.evaluate, times.total) if times else (None,) * 4
         seconds = ["–" if part is None else f"{part:.1f}" for part in parts]
         name = trial.pruner if trial.what == "trial" else f"screening {trial.pruner}"
         rows.add_row(name, f"{trial.tokens.total:,}", *seconds)
     echo(rows)
-    memory = found.memory
+    memory = forecast.memory
     peaks = f"host {gib(memory.host)} of {gib(memory.host_free)} ({gib(memory.loading)} while loading)"
     if memory.device is not None and memory.device_free is not None:
         peaks += f", device {gib(memory.device)} of {gib(memory.device_free)}"
     for line in (
-        f"study:   {_study_cost(found.whole)}",
+        f"study:   {_study_cost(forecast.whole)}",
         f"weights: {gib(weights.bytes)} in {weights.blocks} blocks of up to {gib(weights.largest_block)}, "
         f"{where[weights.offload]}",
         f"memory:  {peaks}",
     ):
         echo(line)
-    for problem in found.problems:
+    for problem in forecast.problems:
         echo(f"does not fit: {problem}", style="yellow")
 
 
-def cost_beside(found: "Sequence[StudyCost]", preset: str, other: str) -> str:
+def cost_beside(costs: "Sequence[StudyCost]", preset: str, other: str) -> str:
     """One line on the cost of a study, and of another preset if that is known."""
     from atp_tune.results.formatting import duration
 
-    own, *others = found
+    own, *others = costs
     line = f"{preset}: {_study_cost(own.model_copy(update={'tokens': None}))}"
     for cost in others:
         if cost.seconds is not None and own.seconds is not None:

@@ -56,10 +56,10 @@ WIDE_ENOUGH = 33  # columns for each of the texts side by side
 def show_summary(summary: Summary, file: StudyFile) -> None:
     """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
     spec = (summary.made_from or file).study
-    asked = wanted(spec)
+    target = wanted(spec)
     if summary.sparsity and spec.bits is None:  # as stored: the file may have changed since
-        asked = f"{percent(summary.sparsity)} sparsity"
-    echo(f"{printable(summary.name)}: {asked}\n")
+        target = f"{percent(summary.sparsity)} sparsity"
+    echo(f"{printable(summary.name)}: {target}\n")
     echo(drawn(tables.overview(summary, summary.goal.hidden)))
     if kinds := tables.kinds(summary):
         echo(f"\n{drawn(kinds)}")
@@ -88,9 +88,9 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     if summary.speed is not None and summary.speed.engines:
         from atp_tune.report.formats import speed  # here: it brings Plotly and the pages
 
-        made = speed(summary.speed, where=False)
+        speeds = speed(summary.speed, where=False)
         where = ", ".join(dict.fromkeys(row.where for row in summary.speed.engines))
-        echo(f"\n{markdown((f'best, on {where}', *made.head[1:]), made.rows)}\n")
+        echo(f"\n{markdown((f'best, on {where}', *speeds.head[1:]), speeds.rows)}\n")
     for remark in study_remarks(summary):
         echo(remark)
     if summary.continuations:
@@ -99,21 +99,21 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
         show_next(summary, file)
 
 
-def drawn(made: tables.Table) -> str:
+def drawn(content: tables.Table) -> str:
     """A table in Markdown, with an arrow at the best trial."""
-    where = list(made.head).index("trial") if "trial" in made.head else -1
+    where = list(content.head).index("trial") if "trial" in content.head else -1
     rows = [
-        [f"{cell}{MARK}" if (row, column) == (made.best, where) else cell for column, cell in enumerate(cells)]
-        for row, cells in enumerate(made.rows)
+        [f"{cell}{MARK}" if (row, column) == (content.best, where) else cell for column, cell in enumerate(cells)]
+        for row, cells in enumerate(content.rows)
     ]
-    return markdown(made.head, rows)
+    return markdown(content.head, rows)
 
 
-def show_continuations(found: Continuations) -> None:
+def show_continuations(result: Continuations) -> None:
     """Prints what each model makes of each prompt: side by side on a wide terminal, else one below the other."""
-    is_wide = console().is_terminal and console().width >= WIDE_ENOUGH * len(found.names)
-    width = max(8, *map(len, found.names))
-    for prompt, texts in found.rows():
+    is_wide = console().is_terminal and console().width >= WIDE_ENOUGH * len(result.names)
+    width = max(8, *map(len, result.names))
+    for prompt, texts in result.rows():
         echo(f"\n{in_one_line(prompt)} …", style="bold")
         if is_wide:
             side_by_side = table(*texts)
@@ -122,7 +122,7 @@ def show_continuations(found: Continuations) -> None:
         else:
             for name, text in texts.items():
                 echo(f"  {name:<{width}} {in_one_line(text)}")
-    echo(f"\n{continuations_note(found)}\n", style="dim")
+    echo(f"\n{continuations_note(result)}\n", style="dim")
 
 
 def _show_rest(summary: Summary) -> None:
@@ -146,8 +146,8 @@ def _show_rest(summary: Summary) -> None:
 def show_status(summary: Summary, file: StudyFile) -> None:
     """Prints all trials of a study, then its summary."""
     echo(trials_table(summary, summary.trials))
-    found = (summary.results.score(trial, "validation") for trial in summary.trials)
-    values = [score.value for score in found if score is not None]
+    scores = (summary.results.score(trial, "validation") for trial in summary.trials)
+    values = [score.value for score in scores if score is not None]
     if len(values) > 1 and summary.goal.compares:
         echo(f"spread: {min(values):.2f} to {max(values):.2f}, median {statistics.median(values):.2f}")
     show_summary(summary, file)
@@ -155,9 +155,9 @@ def show_status(summary: Summary, file: StudyFile) -> None:
 
 def trials_table(summary: Summary, trials: list[FrozenTrial]) -> Table:
     """Some of a study's trials, one a row."""
-    made = tables.trials(summary, trials)
-    drawn = table(*made.head)
-    for row in made.rows:
+    content = tables.trials(summary, trials)
+    drawn = table(*content.head)
+    for row in content.rows:
         drawn.add_row(*row)
     return drawn
 
@@ -196,11 +196,11 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     """Prints the file of the best configuration, if it holds the best trial, and the commands that come next."""
     best = file.best_of(summary.name)
     try:
-        made = read_config(best) if best.exists() else None
+        stored = read_config(best) if best.exists() else None
     except UserError:
         return
-    is_there = made is not None and summary.best_trial and made.trial == summary.best_trial.number
-    if made is None or not summary.is_tested or not is_there:
+    is_there = stored is not None and summary.best_trial and stored.trial == summary.best_trial.number
+    if stored is None or not summary.is_tested or not is_there:
         return
     is_slim = summary.of_channels
     form = "slim" if is_slim else summary.amount.form

@@ -51,11 +51,11 @@ def table(*columns: str) -> "Table":
     from rich import box
     from rich.table import Table
 
-    found = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
+    grid = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for column in columns:
         least = LEAST if column == "plan" else None
-        found.add_column(column, overflow="fold", no_wrap=column not in WRAPPED, min_width=least)
-    return found
+        grid.add_column(column, overflow="fold", no_wrap=column not in WRAPPED, min_width=least)
+    return grid
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -64,14 +64,14 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    made = Table(box=box.MARKDOWN, header_style="")
+    grid = Table(box=box.MARKDOWN, header_style="")
     for column in head:
-        made.add_column(column, no_wrap=True)
+        grid.add_column(column, no_wrap=True)
     for row in rows:
-        made.add_row(*row)
+        grid.add_row(*row)
     wide = Console(width=WIDE, file=StringIO())
     with wide.capture() as captured:
-        wide.print(made)
+        wide.print(grid)
     return "\n".join(line.strip() for line in captured.get().splitlines() if line.strip())
 
 

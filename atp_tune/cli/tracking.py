@@ -91,8 +91,8 @@ class MLflowRun:
         address = os.environ.get("MLFLOW_TRACKING_URI") or own
         self.place = f"experiment {PROJECT} in {without_secrets(address)}"
         self._client = MlflowClient(tracking_uri=address)
-        found = self._client.get_experiment_by_name(PROJECT)
-        experiment = found.experiment_id if found else self._client.create_experiment(PROJECT)
+        match = self._client.get_experiment_by_name(PROJECT)
+        experiment = match.experiment_id if match else self._client.create_experiment(PROJECT)
         runs = self._client.search_runs([experiment], f"tags.`{TAG}` = '{key}'")
         run = runs[0] if runs else self._client.create_run(experiment, run_name=name, tags={TAG: key})
         self._run = run.info.run_id
@@ -206,9 +206,9 @@ class Follower:
         rows = list(records(summary))
 
         def write(tracker: Tracker) -> None:
-            known = tracker.steps(SECONDS)
+            steps = tracker.steps(SECONDS)
             for row in rows:
-                if row[0] not in known:
+                if row[0] not in steps:
                     tracker.log(*row)
             if final and rows:
                 last, finals = rows[-1][0], final_numbers(summary)
@@ -233,12 +233,14 @@ def records(summary: Summary) -> Iterator[tuple[int, Numbers, str]]:
     baselines = _scores(results, "baseline", {"dense": DENSE, "uniform": summary.uniform_trial}, "validation")
     for trial in summary.trials:
         if trial.state.is_finished():
-            found = {name: value for name, value in results.record(trial) if value is not None and math.isfinite(value)}
+            scores = {
+                name: value for name, value in results.record(trial) if value is not None and math.isfinite(value)
+            }
             if "stopped_after" not in trial.user_attrs:  # else the values are estimates
                 for by in results.measures:
-                    if by.name in found:
+                    if by.name in scores:
                         better = max if by.is_higher_better else min
-                        best[by.name] = better(found[by.name], best.get(by.name, found[by.name]))
+                        best[by.name] = better(scores[by.name], best.get(by.name, scores[by.name]))
             drawn = {**trial.params, **parameters_of(trial)}  # over an interval of sparsities, not shares of the bounds
             parameters = {
                 key: float(value)
@@ -247,7 +249,7 @@ def records(summary: Summary) -> Iterator[tuple[int, Numbers, str]]:
             }
             numbers = {
                 f"{table}/{key}": value
-                for table, each in (("trial", found), ("best", best), ("parameters", parameters))
+                for table, each in (("trial", scores), ("best", best), ("parameters", parameters))
                 for key, value in each.items()
             }
             seconds = trial.duration.total_seconds() if trial.duration else 0.0
@@ -258,10 +260,10 @@ def records(summary: Summary) -> Iterator[tuple[int, Numbers, str]]:
 def final_numbers(summary: Summary) -> Numbers:
     """Scores of dense, uniform and best on both texts, as far as they are known, and the best trial's number."""
     models = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
-    found: Numbers = {}
+    numbers: Numbers = {}
     for text in TEXTS:
-        found |= _scores(summary.results, f"final/{text}", models, text)
-    return found | ({"final/best_trial": float(summary.best_trial.number)} if summary.best_trial else {})
+        numbers |= _scores(summary.results, f"final/{text}", models, text)
+    return numbers | ({"final/best_trial": float(summary.best_trial.number)} if summary.best_trial else {})
 
 
 def _scores(results: Results, prefix: str, models: Mapping[str, Model | None], text: Role) -> Numbers:
@@ -271,4 +273,4 @@ def _scores(results: Results, prefix: str, models: Mapping[str, Model | None], t
         for by in results.measures
         for name, model in models.items()
     }
-    return {name: found.value for name, found in scores.items() if found and math.isfinite(found.value)}
+    return {name: score.value for name, score in scores.items() if score and math.isfinite(score.value)}

@@ -79,18 +79,18 @@ class RunOptions:
     @property
     def overrides(self) -> list[str]:
         """The values of `--set`, `--trials` and `--prompt`; BadParameter for a wrong prompt."""
-        found = [*(self.set_ or [])]
+        settings = [*(self.set_ or [])]
         if self.trials is not None:
-            found.append(f"search.trials={self.trials}")
+            settings.append(f"search.trials={self.trials}")
         if self.prompt:
-            found.append(f"continuations.prompts={json.dumps(checked_prompts(self.prompt), ensure_ascii=False)}")
-        return found
+            settings.append(f"continuations.prompts={json.dumps(checked_prompts(self.prompt), ensure_ascii=False)}")
+        return settings
 
 
-Said = Callable[["StudyFile", "Session"], str]  # what is said of a new study, once its model is loaded
+Remark = Callable[["StudyFile", "Session"], str]  # what is said of a new study, once its model is loaded
 
 
-def start(study: str, options: RunOptions, study_name: str | None = None, said: Said | None = None) -> None:
+def start(study: str, options: RunOptions, study_name: str | None = None, remark: Remark | None = None) -> None:
     """Runs or resumes a study in this process or in workers and shows its progress and summary, or prints its cost."""
     # The device of each worker; a mistake is reported before anything runs.
     file = options.load(study)
@@ -131,7 +131,7 @@ def start(study: str, options: RunOptions, study_name: str | None = None, said: 
 
     # Ctrl-C and SIGTERM stop the study; the trial that was running is queued again.
     with working() as display, interruptible():
-        opened = (lambda session: display(Message(said(file, session)))) if said else None
+        opened = (lambda session: display(Message(remark(file, session)))) if remark else None
         run = StudyRun(
             file, study_name or file.name, options.timeout, display, mix=options.allow_device_change, opened=opened
         )
@@ -142,8 +142,8 @@ def start(study: str, options: RunOptions, study_name: str | None = None, said: 
                 result = run_study(run, pool)
             except KeyboardInterrupt:
                 display.close()
-                place = file.database or "the storage"
-                echo(f"stopped: finished trials are in {place}; the same command resumes the study")
+                storage = file.database or "the storage"
+                echo(f"stopped: finished trials are in {storage}; the same command resumes the study")
                 sys.exit(130)
     if result is not None:
         show_summary(result.summary, file)
@@ -156,8 +156,8 @@ def _in_workers(workers: "Callable[[WorkerJob, Display], None]", display: "Displ
     workers(WorkerJob(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(value: bool) -> None:
+    if value:
         print(f"atp_tune {atp_tune.__version__}")
         raise typer.Exit
 
@@ -282,8 +282,8 @@ def model(
     wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover, settings)
     path = HERE / f"{name or wishes.name}.toml"
     trusts_model = trust_remote_code or OWN_CODE in ("".join(text.split()) for text in options.set_ or ())
-    asked = [OWN_CODE] * trusts_model  # a study file cannot allow it
-    options = replace(options, set_=[*(options.set_ or []), *asked])
+    flags = [OWN_CODE] * trusts_model  # a study file cannot allow it
+    options = replace(options, set_=[*(options.set_ or []), *flags])
     if path.exists():
         _go_on(path, wishes, options)
         return
@@ -291,12 +291,12 @@ def model(
         check_writable(absolute_storage(options.storage, Path()))
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trusts_model}
     with working() as watch:
-        made = wishes.study(options.device, allowed, lambda text: watch(Message(text)))
+        study = wishes.study(options.device, allowed, lambda text: watch(Message(text)))
     with named(path.name, str(path)):
-        file = StudyFile(path.stem, path, made, trusts_model=True)
+        file = StudyFile(path.stem, path, study, trusts_model=True)
         file = overridden(file, options.overrides, options.trust_plugins)
-    whole = replace(options, trials=None, set_=asked, prompt=None)  # the file says them
-    trusts = "".join([" --trust-plugins" * options.trust_plugins, *(f" --set {key}" for key in asked)])
+    whole = replace(options, trials=None, set_=flags, prompt=None)  # the file says them
+    trusts = "".join([" --trust-plugins" * options.trust_plugins, *(f" --set {key}" for key in flags)])
     lines = (
         f"python tune.py --study {path.stem}{trusts}",
         "",
@@ -328,10 +328,10 @@ def _go_on(path: Path, wishes: "StudyRequest", options: RunOptions) -> None:
     _start(path, replace(options, set_=[*wishes.recovery_of(study), *(options.set_ or [])]))
 
 
-def _start(path: Path, options: RunOptions, said: Said | None = None) -> None:
+def _start(path: Path, options: RunOptions, remark: Remark | None = None) -> None:
     """Runs the study; errors name another study as this command does."""
     with named("--name NAME", "--study-name NAME"):
-        start(str(path), options, said=said)
+        start(str(path), options, remark=remark)
 
 
 def _cost(wishes: "StudyRequest", device: str | None, file: "StudyFile", context: "Session") -> str:
@@ -426,11 +426,11 @@ def prune(
 
     pruners, allocations = (list(rooted([name], Path())) if name else None for name in (pruner, allocation))
     options = {"model.source": model, "prune.pruners": pruners, "allocation.names": allocations, "sparsity": sparsity}
-    named = [f"{key}={value}" for key, value in options.items() if value is not None]
+    overrides = [f"{key}={value}" for key, value in options.items() if value is not None]
     if sparsity is not None:
-        named.append("limit=none")  # which only a search over sparsities has
+        overrides.append("limit=none")  # which only a search over sparsities has
     base = Path() if study is None else None
-    file = load_study(study or str(BARE), None, device, [*named, *(set_ or [])], trust_plugins, base)
+    file = load_study(study or str(BARE), None, device, [*overrides, *(set_ or [])], trust_plugins, base)
     if file.study.interval is not None:
         from atp_tune.plan import percent
 

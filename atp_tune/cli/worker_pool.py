@@ -125,8 +125,12 @@ def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | N
     with quiet(lambda text: tell(Message(text))), interruptible(signal.SIGINT), suppress(KeyboardInterrupt):
         try:
             plug_in(file.study, file.folder, file.trusts_plugins)
-            told, reports = foretold(tell), index == 0
-            tune(StudyRun(file, job.name, timeout, told, reports=reports, writes=False, mix=job.mix, publisher=publish))
+            handler, reports = foretold(tell), index == 0
+            tune(
+                StudyRun(
+                    file, job.name, timeout, handler, reports=reports, writes=False, mix=job.mix, publisher=publish
+                )
+            )
         except (UserError, TrialError) as error:
             return str(error)
     return None
@@ -137,10 +141,10 @@ def run_workers(job: WorkerJob, display: Display, devices: Sequence[str]) -> Non
 
     UserError before any starts if a device does not exist.
     """
-    if named := {*devices} - {"auto", "cpu"}:
+    if names := {*devices} - {"auto", "cpu"}:
         from atp_tune.checkpoints.devices import existing
 
-        for name in sorted(named):
+        for name in sorted(names):
             existing(name)
     supervise([ProcessWorker(index, display, job, devices) for index in range(len(devices))], _listen)
 
