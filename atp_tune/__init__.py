@@ -51,8 +51,8 @@ def __getattr__(name: str) -> Any:
         from atp_tune.utils.system import wait_asleep
 
         wait_asleep()  # before torch is imported
-    found = globals()[name] = getattr(import_module(f"atp_tune.{_PLACES[name]}"), name)
-    return found
+    value = globals()[name] = getattr(import_module(f"atp_tune.{_PLACES[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:

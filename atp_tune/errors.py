@@ -50,8 +50,8 @@ class UserError(Exception):
 
     def __init__(self, text: str) -> None:
         super().__init__(text := printable(without_secrets(text)))
-        found = _KEY.match(text)
-        self.key, self.what = found.groups() if found else ("", text)
+        match = _KEY.match(text)
+        self.key, self.what = match.groups() if match else ("", text)
 
 
 @contextmanager

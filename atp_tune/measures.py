@@ -135,7 +135,7 @@ def change(before: Items, after: Items) -> Change:
 
 def by_kind(nlls: Items, kinds: Sequence[str]) -> dict[str, Perplexity]:
     """Perplexity of the windows of each kind, of which windows are taken in turn; {} unless each kind has one."""
-    each = {kind: nlls[place :: len(kinds)] for place, kind in enumerate(kinds)}
+    each = {kind: nlls[index :: len(kinds)] for index, kind in enumerate(kinds)}
     return {kind: perplexity(own) for kind, own in each.items()} if all(each.values()) else {}
 
 
@@ -328,16 +328,16 @@ def excess(
     """
     key, value = next(iter(limit.items()))
     if isinstance(value, Mapping):
-        known = accuracies or {}
-        by_task = [least - (known[task][0] - known[task][1]) for task, least in value.items() if task in known]
+        scores = accuracies or {}
+        by_task = [least - (scores[task][0] - scores[task][1]) for task, least in value.items() if task in scores]
         return max(by_task) if len(by_task) == len(value) else None
     if key == "max_drop":
         lost = paired(gain, *ranks)
         return None if lost is None else lost.stderr - lost.value - value
     if key == "max_kl":
         own = kls or ()
-        found = divergence(own) if own else None
-        return None if found is None else found.value + found.stderr - value if len(own) > 1 else math.inf
+        kl = divergence(own) if own else None
+        return None if kl is None else kl.value + kl.stderr - value if len(own) > 1 else math.inf
     against = paired(change, dense, nlls)
     if against is None or not dense:
         return None

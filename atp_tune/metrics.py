@@ -205,14 +205,14 @@ class OverDraws(FrozenModel):
     def how(self, data: str, is_fitted: bool) -> str:
         """Says what the numbers are; `data`: text or images; `is_fitted`: the plan is, to the calibration text."""
         items, unit = ("images", "images") if data == "images" else ("windows", "tokens")
-        said = f"calibrated with other {items} each time, "
+        text = f"calibrated with other {items} each time, "
         if self.fitted_to:
             each, own = self.fitted_to
-            said += f"the plan fitted anew to {each:,} {unit} of each draw, "
-            said += f"where the plan itself is fitted to {own:,}, " if each != own else ""
+            text += f"the plan fitted anew to {each:,} {unit} of each draw, "
+            text += f"where the plan itself is fitted to {own:,}, " if each != own else ""
         elif is_fitted:
-            said += "all with the plan that was fitted to the first draw, "
-        return f"{said}mean ± standard deviation between draws"
+            text += "all with the plan that was fitted to the first draw, "
+        return f"{text}mean ± standard deviation between draws"
 
 
 def over_draws(
@@ -306,9 +306,9 @@ class Measured(FrozenModel, allow_inf_nan=False):
     @property
     def rates(self) -> dict[Phase, Rates]:
         """The rates of each phase that was measured; the last is the one that is compared."""
-        found: dict[Phase, Rates | None]
-        found = {"prefill": self.prefill, "decode": self.decode, GRAPH: self.graph, "classify": self.classify}
-        return {phase: rates for phase, rates in found.items() if rates is not None}
+        by_phase: dict[Phase, Rates | None]
+        by_phase = {"prefill": self.prefill, "decode": self.decode, GRAPH: self.graph, "classify": self.classify}
+        return {phase: rates for phase, rates in by_phase.items() if rates is not None}
 
 
 class Speed(FrozenModel, allow_inf_nan=False):

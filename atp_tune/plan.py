@@ -50,10 +50,10 @@ class Level:
 
     def stored(self) -> Any:
         """The level as JSON has it."""
-        found = {each.name: value for each in fields(self) if (value := getattr(self, each.name)) not in (None, ())}
+        values = {each.name: value for each in fields(self) if (value := getattr(self, each.name)) not in (None, ())}
         if self.linears:
-            found["linears"] = [linear.stored() for linear in self.linears]
-        return self.sparsity if [*found] == ["sparsity"] else found
+            values["linears"] = [linear.stored() for linear in self.linears]
+        return self.sparsity if [*values] == ["sparsity"] else values
 
 
 StoredLevel = Annotated[
@@ -183,8 +183,8 @@ def method_in(params: Mapping[str, Any]) -> str:
 
 def is_zero(allocation: str, values: Iterable[float]) -> bool:
     """Whether a built-in allocation is uniform because its parameters are 0; of a plug-in, its sparsities decide."""
-    found = list(values)
-    return bool(found) and not any(found) and ALLOCATIONS.is_built_in(allocation)
+    numbers = list(values)
+    return bool(numbers) and not any(numbers) and ALLOCATIONS.is_built_in(allocation)
 
 
 def percent(sparsity: float | tuple[float, float]) -> str:

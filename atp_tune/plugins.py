@@ -92,36 +92,36 @@ def _decorator(kind: str, name: str) -> Callable[[T], T]:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise UserError(f'the {kind} "{name}": its name must be of lower-case letters, digits, - and _')
 
-    def register(found: T) -> T:
+    def register(plugin: T) -> T:
         if _running:
-            _running[-1].append((kind, name, found))
+            _running[-1].append((kind, name, plugin))
         else:
-            registry(kind).add(found, _origin_of(kind, name, found))
-        return found
+            registry(kind).add(plugin, _origin_of(kind, name, plugin))
+        return plugin
 
     return register
 
 
 def registry(kind: str) -> Registry[Any]:
     """The registry of a kind."""
-    found: Registry[Any] = resolved(REGISTRIES[kind])
-    return found
+    result: Registry[Any] = resolved(REGISTRIES[kind])
+    return result
 
 
-def _origin_of(kind: str, name: str, found: Any) -> Origin:
+def _origin_of(kind: str, name: str, plugin: Any) -> Origin:
     """The origin of an object that a decorator registers; a notebook has no file, so there the object is hashed."""
-    code = found if inspect.isclass(found) or inspect.isroutine(found) else type(found)
-    place = f"{code.__module__}:{code.__qualname__}"
+    code = plugin if inspect.isclass(plugin) or inspect.isroutine(plugin) else type(plugin)
+    address = f"{code.__module__}:{code.__qualname__}"
     try:
         file = Path(str(inspect.getsourcefile(code)))
         if file.is_file():
-            return Origin(kind, name, "decorator", place, file.absolute(), digest(file.read_bytes()))
+            return Origin(kind, name, "decorator", address, file.absolute(), digest(file.read_bytes()))
     except (OSError, TypeError):  # a class of a notebook
         pass
-    return Origin(kind, name, "decorator", place, None, content_of_object(found))
+    return Origin(kind, name, "decorator", address, None, content_of_object(plugin))
 
 
-def content_of_object(found: Any) -> str:
+def content_of_object(value: Any) -> str:
     """The SHA-256 of all that decides what an object without a file does: its code, and the values that it can reach.
 
     Where something cannot be known, such as an open file or what is nested too deeply, it is another one in each
@@ -142,9 +142,9 @@ def content_of_object(found: Any) -> str:
                 yield from parts(part)
 
     try:
-        return digest("\n".join(parts(found)).encode())
+        return digest("\n".join(parts(value)).encode())
     except RecursionError:
-        return digest(f"{_PROCESS} {id(found)}".encode())
+        return digest(f"{_PROCESS} {id(value)}".encode())
 
 
 def _consists_of(each: Any) -> Iterable[Any]:
@@ -159,8 +159,8 @@ def _consists_of(each: Any) -> Iterable[Any]:
     if isinstance(each, staticmethod | classmethod | property) or inspect.ismethod(each) or inspect.isbuiltin(each):
         return [getattr(each, name, None) for name in ("__name__", "__self__", "__func__", "fget", "fset")]
     try:  # how it would be made again
-        made = each.__reduce_ex__(4)
-        return [made] if isinstance(made, str) else [*made[:3], *(list(part or ()) for part in made[3:5])]
+        recipe = each.__reduce_ex__(4)
+        return [recipe] if isinstance(recipe, str) else [*recipe[:3], *(list(part or ()) for part in recipe[3:5])]
     except Exception:  # a stranger's object may raise anything
         return [_PROCESS, id(each)]
 
@@ -179,9 +179,9 @@ def _defined_by(each: Any) -> Iterable[Any]:
             return [getattr(each, "__qualname__", ""), each.__name__, own]
     if inspect.isclass(each):
         of_pydantic = [repr(getattr(each, name, "")) for name in ("model_fields", "__private_attributes__")]
-        known = sorted(vars(each).items())
-        kept = [pair for pair in known if isinstance(pair[1], FunctionType) or not pair[0].startswith(("__", "_abc_"))]
-        return [each.__bases__, *of_pydantic, *kept]
+        items = sorted(vars(each).items())
+        pairs = [pair for pair in items if isinstance(pair[1], FunctionType) or not pair[0].startswith(("__", "_abc_"))]
+        return [each.__bases__, *of_pydantic, *pairs]
     if inspect.ismodule(each):  # made by hand
         return [_PROCESS, id(each)]
     codes, names = [each.__code__], set[str]()
@@ -211,63 +211,63 @@ def is_place(written_name: str) -> bool:
 
 def short_name(written_name: str) -> str:
     """The name by which tables, databases and figures call an object of a study file."""
-    found = PLACE.fullmatch(written_name)
-    return found["name"].lower() if found else written_name
+    match = PLACE.fullmatch(written_name)
+    return match["name"].lower() if match else written_name
 
 
-def file_of(place: str, folder: Path, key: str) -> Path | None:
-    """The file of a place; None for one in a package. Relative paths start at `folder`."""
-    found = PLACE.fullmatch(place)
-    assert found is not None
-    return written(found["where"], folder, key) if found["where"].endswith(".py") else None
+def file_of(address: str, folder: Path, key: str) -> Path | None:
+    """The file of an address; None for one in a package. Relative paths start at `folder`."""
+    match = PLACE.fullmatch(address)
+    assert match is not None
+    return written(match["where"], folder, key) if match["where"].endswith(".py") else None
 
 
-def content_of(place: str, folder: Path, key: str) -> str | None:
-    """The SHA-256 of the file of a place; None if it cannot be read, or lies in a package."""
-    file = file_of(place, folder, key)
+def content_of(address: str, folder: Path, key: str) -> str | None:
+    """The SHA-256 of the file of an address; None if it cannot be read, or lies in a package."""
+    file = file_of(address, folder, key)
     try:
         return digest(file.read_bytes()) if file is not None and not is_special(file) else None
     except OSError:
         return None
 
 
-def load(kind: str, place: str, folder: Path, key: str) -> None:
-    """Runs the code of a place and holds its object for the present study; UserError, with the key, if that fails."""
-    found = PLACE.fullmatch(place)
-    assert found is not None
-    file = file_of(place, folder, key)
-    module = _run(file, place, key) if file is not None else _import(found["where"], place, key)
+def load(kind: str, address: str, folder: Path, key: str) -> None:
+    """Runs the code of an address and holds its object for this study; UserError, with the key, if that fails."""
+    match = PLACE.fullmatch(address)
+    assert match is not None
+    file = file_of(address, folder, key)
+    module = _run(file, address, key) if file is not None else _import(match["where"], address, key)
     source = Path(str(module.code.__file__)).resolve()
-    if registry(kind).is_added_by(short_name(place), source):  # its decorator ran in this process before
+    if registry(kind).is_added_by(short_name(address), source):  # its decorator ran in this process before
         return
-    named = {name: each for of, name, each in module.registered if of == kind}
-    name = found["name"]
-    if name not in named and not hasattr(module.code, name):
+    plugins = {name: each for of, name, each in module.registered if of == kind}
+    name = match["name"]
+    if name not in plugins and not hasattr(module.code, name):
         own = [each for each in vars(module.code) if each.lower() == name.lower()]
-        known = [*named, *own]
-        has = f"; it has {', '.join(known)}" if known else ""
-        raise UserError(f"{key}: {place}: has no {kind} {name}{did_you_mean(name, known) or has}")
-    origin = Origin(kind, short_name(place), "file" if file else "module", place, source, module.sha256)
-    registry(kind).hold(named[name] if name in named else getattr(module.code, name), origin)
+        names = [*plugins, *own]
+        has = f"; it has {', '.join(names)}" if names else ""
+        raise UserError(f"{key}: {address}: has no {kind} {name}{did_you_mean(name, names) or has}")
+    origin = Origin(kind, short_name(address), "file" if file else "module", address, source, module.sha256)
+    registry(kind).hold(plugins[name] if name in plugins else getattr(module.code, name), origin)
 
 
 def registered_in(file: Path) -> list[tuple[str, str]]:
     """Kind and name of the plug-ins that the decorators of a file register; its code runs, and they are held."""
     module = _run(file, str(file), "plug-in")
-    for kind, name, found in module.registered:
+    for kind, name, plugin in module.registered:
         origin = Origin(kind, name, "file", f"{file}:{name}", file, module.sha256)
-        registry(kind).hold(found, origin)
+        registry(kind).hold(plugin, origin)
     return [(kind, name) for kind, name, _ in module.registered]
 
 
-def _run(file: Path, place: str, key: str) -> Module:
+def _run(file: Path, address: str, key: str) -> Module:
     """The module of a file; its code runs once for each content."""
     if is_special(file) or not file.is_file():
-        raise UserError(f"{key}: {place}: there is no file {file}; copy it there")
+        raise UserError(f"{key}: {address}: there is no file {file}; copy it there")
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{key}: {place}: {file} cannot be read: {error.strerror}") from None
+        raise UserError(f"{key}: {address}: {file} cannot be read: {error.strerror}") from None
     file, sha256 = file.resolve(), digest(content)
     if (file, sha256) not in _modules:
         code = ModuleType(f"atp_tune_plugin_{file.stem}_{sha256[:12]}")
@@ -279,22 +279,22 @@ def _run(file: Path, place: str, key: str) -> Module:
             exec(compile(content, file, "exec"), code.__dict__)
         except Exception as error:  # anything that a stranger's code may raise
             del sys.modules[code.__name__]
-            raise UserError(f"{key}: {place}: {_reason(error, file)}") from None
+            raise UserError(f"{key}: {address}: {_reason(error, file)}") from None
         finally:
             _running.pop()
         _modules[file, sha256] = Module(code, tuple(registered), sha256)
     return _modules[file, sha256]
 
 
-def _import(module: str, place: str, key: str) -> Module:
+def _import(module: str, address: str, key: str) -> Module:
     """An installed module; its decorators have registered what they name for the process."""
     try:
         code = import_module(module)
         return Module(code, (), digest(Path(str(code.__file__)).read_bytes()))
     except ModuleNotFoundError as error:
-        raise UserError(f"{key}: {place}: needs the module {error.name}; is it installed?") from None
+        raise UserError(f"{key}: {address}: needs the module {error.name}; is it installed?") from None
     except Exception as error:
-        raise UserError(f"{key}: {place}: {type(error).__name__}: {error}") from None
+        raise UserError(f"{key}: {address}: {type(error).__name__}: {error}") from None
 
 
 def _reason(error: Exception, file: Path) -> str:
@@ -331,16 +331,16 @@ class Checked:
         self.__doc__ = getattr(plugin, "__doc__", None)
 
     @classmethod
-    def finished(cls, found: Any, origin: Origin, **methods: str) -> Self:
+    def finished(cls, plugin: Any, origin: Origin, **methods: str) -> Self:
         """Returns it around an object, or a class, of which one is made; UserError if it lacks one of these methods.
 
         `methods`: what the message says of each by name.
         """
-        for name, said in methods.items():
-            if not callable(getattr(found, name, None)):
-                raise UserError(f"{origin}: is no {origin.kind}: has no method {name}{said}")
+        for name, text in methods.items():
+            if not callable(getattr(plugin, name, None)):
+                raise UserError(f"{origin}: is no {origin.kind}: has no method {name}{text}")
         with guarded(origin, "it could not be made"):
-            return cls(found() if isinstance(found, type) else found, origin)
+            return cls(plugin() if isinstance(plugin, type) else plugin, origin)
 
     def wrong(self, method: str, what: str) -> PluginError:
         """The error of a method's result."""
