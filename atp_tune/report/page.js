@@ -22,7 +22,7 @@ function look(layout) {
 function put(layout, changes) {
   for (const [path, value] of Object.entries(changes)) {
     const keys = path.split("."), last = keys.pop();
-    keys.reduce((place, key) => (place[key] ??= {}), layout)[last] = value;
+    keys.reduce((part, key) => (part[key] ??= {}), layout)[last] = value;
   }
 }
 
