@@ -336,8 +336,8 @@ def excess(
         return None if lost is None else lost.stderr - lost.value - value
     if key == "max_kl":
         own = kls or ()
-        kl = divergence(own) if own else None
-        return None if kl is None else kl.value + kl.stderr - value if len(own) > 1 else math.inf
+        mean = divergence(own) if own else None
+        return None if mean is None else mean.value + mean.stderr - value if len(own) > 1 else math.inf
     against = paired(change, dense, nlls)
     if against is None or not dense:
         return None

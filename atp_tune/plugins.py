@@ -240,15 +240,15 @@ def load(kind: str, address: str, folder: Path, key: str) -> None:
     source = Path(str(module.code.__file__)).resolve()
     if registry(kind).is_added_by(short_name(address), source):  # its decorator ran in this process before
         return
-    plugins = {name: each for of, name, each in module.registered if of == kind}
+    objects = {name: each for of, name, each in module.registered if of == kind}
     name = match["name"]
-    if name not in plugins and not hasattr(module.code, name):
+    if name not in objects and not hasattr(module.code, name):
         own = [each for each in vars(module.code) if each.lower() == name.lower()]
-        names = [*plugins, *own]
+        names = [*objects, *own]
         has = f"; it has {', '.join(names)}" if names else ""
         raise UserError(f"{key}: {address}: has no {kind} {name}{did_you_mean(name, names) or has}")
     origin = Origin(kind, short_name(address), "file" if file else "module", address, source, module.sha256)
-    registry(kind).hold(plugins[name] if name in plugins else getattr(module.code, name), origin)
+    registry(kind).hold(objects[name] if name in objects else getattr(module.code, name), origin)
 
 
 def registered_in(file: Path) -> list[tuple[str, str]]:

@@ -102,25 +102,25 @@ def _train(
     run: StudyRun, study: optuna.Study, best: FrozenTrial, config: Config, place: Place, lender: Lender
 ) -> Recovered | None:
     """Trains the kept weights of the plan; None if they cannot be trained, as with little memory."""
-    recover = run.file.study.recover
-    assert recover is not None
+    options = run.file.study.recover
+    assert options is not None
     # Later runs and reports see the `recover` that is asked for now.
     if (made_from := settings(run.file)) != study.user_attrs.get("made_from"):
         study.set_user_attr("made_from", made_from)
     # A plan that pruning hardly changed is not worth it.
     dense, pruned = config.scored("dense", "validation"), config.scored("best", "validation")
-    increase = pruned.value / dense.value - 1 if recover.min_increase and dense and pruned else math.inf
-    if increase < recover.min_increase:
+    increase = pruned.value / dense.value - 1 if options.min_increase and dense and pruned else math.inf
+    if increase < options.min_increase:
         cost = f"pruning changes the perplexity on the validation text by {increase:+.1%}"
-        reason = f"{cost}, less than recover.min_increase = {recover.min_increase:g} asks for; a lower one trains it"
-        outcome = Recovered(settings=recover, kept=False, skipped=True, reason=reason)
+        reason = f"{cost}, less than recover.min_increase = {options.min_increase:g} asks for; a lower one trains it"
+        outcome = Recovered(settings=options, kept=False, skipped=True, reason=reason)
     else:
         uniform = uniform_of(study, best)
         nlls = study.user_attrs.get("test_nlls", {}).get(str(uniform.number), ()) if uniform else ()
         study.set_user_attr("training", identity())  # so that others see it
         try:
             run.watch(TrialStarted(f"training the kept weights of trial {best.number}", None))
-            outcome = _recovered(run, config, recover, nlls, place, lender)
+            outcome = _recovered(run, config, options, nlls, place, lender)
         except UserError as error:
             run.note(f"warning: the best plan stays as it was pruned: {error}")
             return None
@@ -132,13 +132,13 @@ def _train(
 
 
 def _recovered(
-    run: StudyRun, config: Config, recover: RecoverConfig, uniform: Sequence[float], place: Place, lender: Lender
+    run: StudyRun, config: Config, options: RecoverConfig, uniform: Sequence[float], place: Place, lender: Lender
 ) -> Recovered:
     from atp_tune.api.configuration import in_folder
     from atp_tune.folders.finetuning import recovered
 
     with in_folder(config, lender, place, cache_dir("recovered")) as (of_folder, there, _):
-        return recovered(of_folder, recover, there, uniform, getattr(run.file.study.test_text, "turns", ()))
+        return recovered(of_folder, options, there, uniform, getattr(run.file.study.test_text, "turns", ()))
 
 
 Pool = Callable[[StudyRun], None]  # runs a study in other processes

@@ -146,15 +146,15 @@ def contents(study: Study, folder: Path) -> dict[str, str]:
     """The SHA-256 of the content of each plug-in's file, by short name, as far as known; places start at `folder`."""
     digests = {}
     for plugin in named_in(study):
-        origin = registry(plugin.kind).held().get(plugin.short)
+        source = registry(plugin.kind).held().get(plugin.short)
         if is_place(plugin.written):
             file = file_of(plugin.written, folder, plugin.key)
-            if file is not None and (origin is None or origin.file is None or origin.file.resolve() != file.resolve()):
-                origin = None
+            if file is not None and (source is None or source.file is None or source.file.resolve() != file.resolve()):
+                source = None
                 if sha256 := content_of(plugin.written, folder, plugin.key):
                     digests[plugin.short] = sha256
-        if origin is not None:
-            digests[plugin.short] = origin.sha256
+        if source is not None:
+            digests[plugin.short] = source.sha256
     for key, name in code_in(study):
         if key == "limit.min_accuracy":
             digests[Path(name).stem] = _of_tasks(written(name, folder, key))

@@ -493,8 +493,8 @@ def make_plan(
         rows = [[next(numbers) for _ in row] for row in budget.linear_sizes]
     if rows:
         find_offsets = getattr(module, "row_offsets", None)  # no plug-in has it: they are checked
-        row_offsets: RowOffsets | None = find_offsets and find_offsets(budget, **parameters)
-        offsets = row_offsets.blocks if row_offsets else [[None] * len(row) for row in rows]
+        shifts: RowOffsets | None = find_offsets and find_offsets(budget, **parameters)
+        offsets = shifts.blocks if shifts else [[None] * len(row) for row in rows]
         of_linears = [tuple(map(level, *each)) for each in zip(rows, offsets, strict=True)]
         levels = map(level, budget.block_means(rows), [None] * len(rows), of_linears)
     return Plan(method=method, allocation=allocation, parameters=parameters, levels=tuple(levels))

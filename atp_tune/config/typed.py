@@ -97,7 +97,7 @@ def parse_accuracies(given: Any) -> dict[str, float]:
 
     A task's file or folder is named by its absolute path: the study may be resumed from elsewhere.
     """
-    accuracies: dict[str, float] = {}
+    shares: dict[str, float] = {}
     texts = [f"{task}={least}" for task, least in given.items()] if isinstance(given, Mapping) else given
     for text in map(str, texts if isinstance(texts, list) else [texts]):
         task, _, value = text.rpartition("=")
@@ -109,10 +109,10 @@ def parse_accuracies(given: Any) -> dict[str, float]:
             raise ValueError(f"must be TASK=SHARE, such as piqa=0.6 or piqa=60%, got {text}")
         if is_task_path(task):
             task = str(Path(task).expanduser().absolute())
-        if task in accuracies:
+        if task in shares:
             raise ValueError(f"{task} is given twice")
-        accuracies[task] = least
-    return accuracies
+        shares[task] = least
+    return shares
 
 
 def goal(

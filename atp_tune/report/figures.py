@@ -122,8 +122,8 @@ def bounds_of(summary: Summary) -> tuple[float, float] | None:
     study = summary.made_from.study if summary.made_from else None
     if study is None or not summary.sizes:
         return None
-    interval = atp.bounds(Budget(study.highest, summary.sizes))["beta"]
-    return interval if interval[1] > 0 else None
+    bounds = atp.bounds(Budget(study.highest, summary.sizes))["beta"]
+    return bounds if bounds[1] > 0 else None
 
 
 def _set_axes(figure: go.Figure, over: Panel, others: Panel, bounds: tuple[float, float] | None) -> None:

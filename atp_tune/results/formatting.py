@@ -359,24 +359,24 @@ def _beginning(summary: Summary) -> str:
 
 def recovery_note(summary: Summary) -> str:
     """How the best plan was trained and what its perplexity came to, or why it was not; "" without `recover`."""
-    recovered, settings = summary.recovered, summary.made_from.study.recover if summary.made_from else None
-    if recovered is None or (not recovered.kept and settings is not None and settings != recovered.settings):
+    outcome, settings = summary.recovered, summary.made_from.study.recover if summary.made_from else None
+    if outcome is None or (not outcome.kept and settings is not None and settings != outcome.settings):
         if settings is None or not summary.complete or summary.best_trial is None:
             return ""
         if summary.training:
             return f"The best plan is being trained on {summary.training}, with {_how(settings)}."
         return f"Not trained yet: the same command trains the best plan, with {_how(settings)}."
-    how = _how(recovered.settings)
-    if recovered.skipped:
-        return f"Not trained after pruning: {recovered.reason}."
-    if not recovered.kept:
-        return f"Not trained after pruning: with {how}, {recovered.reason}."
-    texts = {"validation": recovered.validation, "test": recovered.test}
+    how = _how(outcome.settings)
+    if outcome.skipped:
+        return f"Not trained after pruning: {outcome.reason}."
+    if not outcome.kept:
+        return f"Not trained after pruning: with {how}, {outcome.reason}."
+    texts = {"validation": outcome.validation, "test": outcome.test}
     changes = " and ".join(
         f"{each.change.beside('')} on the {name} {summary.results.data}" for name, each in texts.items() if each
     )
     return (
-        f"Trained after pruning: {how}, of which step {recovered.step} was taken; its perplexity is {changes}, against "
+        f"Trained after pruning: {how}, of which step {outcome.step} was taken; its perplexity is {changes}, against "
         "the same plan as it was pruned. `apply` writes the trained model."
     )
 
