@@ -78,7 +78,7 @@ class Estimate(FrozenModel):
 
     def may_be_chance(self, items: int) -> bool:
         """Whether 0 lies in the 95 % interval of a change over so many items; False if its error is not known."""
-        return items > 1 and self.stderr > 0 and abs(self.value) <= reach_of(items) * self.stderr
+        return items > 1 and self.stderr > 0 and abs(self.value) <= interval_factor(items) * self.stderr
 
 
 class Perplexity(Estimate):
@@ -293,10 +293,10 @@ def error_over(windows: int | None, unit: str = "windows") -> str:
     """Explains ± for a number of windows, or other items, and the factor for a 95 % interval."""
     if windows is None or windows < 2:
         return f"standard error over {unit}"
-    return f"standard error over {windows} {unit} (× {reach_of(windows):.2f} for 95 %)"
+    return f"standard error over {windows} {unit} (× {interval_factor(windows):.2f} for 95 %)"
 
 
-def reach_of(windows: int) -> float:
+def interval_factor(windows: int) -> float:
     """The factor t(n - 1) from the standard error over n ≥ 2 windows to a 95 % interval."""
     from scipy.special import stdtrit
 

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSeria
 from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.allocations.budget import SYMBOLS, weighted_mean
 from atp_tune.allocations.channels import check_whole
-from atp_tune.allocations.rows import offsets_of
+from atp_tune.allocations.rows import read_offsets
 from atp_tune.utils.registry import FrozenModel
 
 METHODS = ("pruner", "quantizer")  # a trial's parameters that say what is done to weights; it has one of them
@@ -164,7 +164,7 @@ class Plan(FrozenModel):
                 raise ValueError(f"levels: block {index} has {block.amount:g}, by its linears {mean:g}")
             for linear, shape in zip(block.linears, budget.linears[index] if budget.linears else (), strict=False):
                 if linear.rows is not None:
-                    offsets_of(linear.rows, shape.rows)
+                    read_offsets(linear.rows, shape.rows)
 
     def __str__(self) -> str:
         level = "" if self.target is None else f"{percent(self.target)} "

@@ -96,7 +96,7 @@ def _decorator(kind: str, name: str) -> Callable[[T], T]:
         if _running:
             _running[-1].append((kind, name, plugin))
         else:
-            registry(kind).add(plugin, _origin_of(kind, name, plugin))
+            registry(kind).add(plugin, _new_origin(kind, name, plugin))
         return plugin
 
     return register
@@ -108,7 +108,7 @@ def registry(kind: str) -> Registry[Any]:
     return result
 
 
-def _origin_of(kind: str, name: str, plugin: Any) -> Origin:
+def _new_origin(kind: str, name: str, plugin: Any) -> Origin:
     """The origin of an object that a decorator registers; a notebook has no file, so there the object is hashed."""
     code = plugin if inspect.isclass(plugin) or inspect.isroutine(plugin) else type(plugin)
     address = f"{code.__module__}:{code.__qualname__}"
@@ -138,7 +138,7 @@ def content_of_object(value: Any) -> str:
         else:
             seen[id(each)] = len(seen), each  # which stays, and so its id
             yield type(each).__qualname__
-            for part in _consists_of(each):
+            for part in _members(each):
                 yield from parts(part)
 
     try:
@@ -147,7 +147,7 @@ def content_of_object(value: Any) -> str:
         return digest(f"{_PROCESS} {id(value)}".encode())
 
 
-def _consists_of(each: Any) -> Iterable[Any]:
+def _members(each: Any) -> Iterable[Any]:
     if isinstance(each, type | FunctionType | ModuleType):
         return _defined_by(each)
     if inspect.iscode(each):  # without file, lines and comments
@@ -198,7 +198,7 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def code_of(kind: type) -> str:
+def code_digest(kind: type) -> str:
     """The SHA-256 of the file that defines a class, or of the class itself where it has none."""
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     return content_of_object(kind) if file is None else digest(Path(file).read_bytes())
@@ -215,16 +215,16 @@ def short_name(written_name: str) -> str:
     return match["name"].lower() if match else written_name
 
 
-def file_of(address: str, folder: Path, key: str) -> Path | None:
+def plugin_file(address: str, folder: Path, key: str) -> Path | None:
     """The file of an address; None for one in a package. Relative paths start at `folder`."""
     match = PLACE.fullmatch(address)
     assert match is not None
     return written(match["where"], folder, key) if match["where"].endswith(".py") else None
 
 
-def content_of(address: str, folder: Path, key: str) -> str | None:
+def file_digest(address: str, folder: Path, key: str) -> str | None:
     """The SHA-256 of the file of an address; None if it cannot be read, or lies in a package."""
-    file = file_of(address, folder, key)
+    file = plugin_file(address, folder, key)
     try:
         return digest(file.read_bytes()) if file is not None and not is_special(file) else None
     except OSError:
@@ -235,7 +235,7 @@ def load(kind: str, address: str, folder: Path, key: str) -> None:
     """Runs the code of an address and holds its object for this study; UserError, with the key, if that fails."""
     match = PLACE.fullmatch(address)
     assert match is not None
-    file = file_of(address, folder, key)
+    file = plugin_file(address, folder, key)
     module = _run(file, address, key) if file is not None else _import(match["where"], address, key)
     source = Path(str(module.code.__file__)).resolve()
     if registry(kind).is_added_by(short_name(address), source):  # its decorator ran in this process before

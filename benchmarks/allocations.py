@@ -27,7 +27,7 @@ from atp_tune.events import Event, TrialEnded
 from atp_tune.measures import change, perplexity
 from atp_tune.plan import shown
 from atp_tune.results.goals import goal_in
-from atp_tune.results.results import is_uniform, parameters_of
+from atp_tune.results.results import allocation_parameters, is_uniform
 from atp_tune.results.summary import summarise
 from atp_tune.run.session import Session
 from atp_tune.search.runner import StudyRun, is_complete, open_context, tune
@@ -173,7 +173,7 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> lis
     from_uniform, from_atp = (report_of_best(other, studies) for other in ("uniform", "atp"))
     return [
         name,
-        shown(parameters_of(best)),
+        shown(allocation_parameters(best)),
         f"{best.value:.2f} ± {best.user_attrs['stderr']:.2f}",
         str(perplexity(own)),
         str(change(from_uniform, own)) if from_uniform and name != "uniform" else "",

@@ -25,12 +25,12 @@ from synthetic import BOUND, made_up, new_study
 from atp_tune.cli import apply, tables, terminal
 from atp_tune.config import studyfile
 from atp_tune.config.best import read_config
-from atp_tune.config.studyfile import StudyFile, from_settings, keys_of, settings
+from atp_tune.config.studyfile import StudyFile, dotted_keys, from_settings, settings
 from atp_tune.errors import UserError
 from atp_tune.measures import Perplexity
 from atp_tune.report import figures, formats, publishing
 from atp_tune.report.formats import gather
-from atp_tune.results.status import best_config, facts_of, status_of, to_json
+from atp_tune.results.status import best_config, make_status, study_columns, to_json
 from atp_tune.results.summary import summarise
 from atp_tune.storage import fingerprint, opening
 from atp_tune.storage.fingerprint import facts
@@ -177,7 +177,7 @@ def toml(data: bytes) -> None:
             except (TypeError, ValueError):  # not everything can be written as TOML
                 return
         case _:
-            keys = list(keys_of())
+            keys = list(dotted_keys())
             for _ in range(1 + choose(3)):
                 value = choose.junk()
                 text = value if isinstance(value, str) else json.dumps(value)
@@ -186,7 +186,7 @@ def toml(data: bytes) -> None:
     file = refused(lambda: studyfile.load(str(path), overrides))
     if file is not None:
         facts(file.study, file.folder)
-        assert file.best_of("../../x").parent == (file.database.parent if file.database else file.folder)
+        assert file.best_path("../../x").parent == (file.database.parent if file.database else file.folder)
         assert from_settings(settings(file)).path == file.path.absolute()
 
 
@@ -240,14 +240,14 @@ def look(study: optuna.Study, file: StudyFile) -> None:
     """All that only reads, and is quick."""
     now = datetime(2026, 1, 1)
     summary = summarise(study)
-    to_json(status_of(summary, now)).encode()
+    to_json(make_status(summary, now)).encode()
     check_screen(lambda: tables.show_status(summary, file))
-    tables.progress_line(status_of(summary, now))
+    tables.progress_line(make_status(summary, now))
     publishing.study_note(summary, "sqlite:///x.db").encode()
     for trial in summary.trials:
         publishing.trial_note(trial, summary).encode()
         json.dumps(publishing.columns(trial)).encode()
-    facts_of(study.user_attrs)
+    study_columns(study.user_attrs)
     refused(lambda: best_config(file, study, scratch() / "best.json").to_json().encode())
     refused(lambda: fingerprint.check_facts(study, facts(file.study), partly=True))
     refused(lambda: fingerprint.check_device(study, "cpu (2 threads)"))

@@ -6,7 +6,7 @@ from tinystudy import CommandLine, run, stored
 
 from atp_tune.config.best import Config, ZeroShot, read_config
 from atp_tune.metrics import Speed
-from atp_tune.results.results import attach, attached, study_of
+from atp_tune.results.results import attach, attached, config_study
 
 SCORES = ZeroShot(tasks=(), mean={}, dtype="float32", device="cpu", seconds={"dense": 1.0}, versions={"torch": "2.6.0"})
 FOUND = {
@@ -67,7 +67,7 @@ def test_a_file_that_has_changed_meanwhile(done: Path) -> None:
 )
 def test_another_study_of_the_same_name_is_left_alone(done: Path, changed: dict[str, object]) -> None:
     path, config = best_of(done)
-    assert study_of(path, config.model_copy(update=changed)) is None
+    assert config_study(path, config.model_copy(update=changed)) is None
 
 
 # --- what strangers may have stored

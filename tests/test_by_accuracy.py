@@ -14,7 +14,7 @@ from test_image_studies import place, trained, tune  # noqa: F401 - fixtures
 from tinystudy import CommandLine, quiet, run
 
 from atp_tune.measures import ACCURACY, error_rate, excess
-from atp_tune.results.formatting import limit_of, sign_of_beta
+from atp_tune.results.formatting import limit_words, sign_of_beta
 from atp_tune.results.results import Results
 from atp_tune.results.summary import summarise
 from atp_tune.storage.progress import ranked
@@ -67,8 +67,8 @@ def test_a_drop_of_accuracy_is_paired_by_image() -> None:
     assert excess(limit, None, None, ranks=(before, before)) == pytest.approx(1 / 9 - 0.1)  # where nothing changed too
     for ranks in ((None, after), (before, None), (before, after[:3]), ([], [])):
         assert excess(limit, [1.0], [1.0], ranks=ranks) is None
-    assert limit_of({"max_drop": 0.01}) == "1 point of accuracy less than dense"
-    assert limit_of({"max_drop": 0.025}) == "2.5 points of accuracy less than dense"
+    assert limit_words({"max_drop": 0.01}) == "1 point of accuracy less than dense"
+    assert limit_words({"max_drop": 0.025}) == "2.5 points of accuracy less than dense"
 
 
 @slow

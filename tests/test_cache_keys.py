@@ -13,7 +13,7 @@ from expect import parametrize, slow
 from families import same_bits
 from tinystudy import few_steps, study_file
 
-from atp_tune.api.configuration import weights_of
+from atp_tune.api.configuration import pruned_weights
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.best import read_config
 from atp_tune.config.data import ImageSet
@@ -23,7 +23,7 @@ from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.folders import speed
-from atp_tune.folders.applying import config_of
+from atp_tune.folders.applying import plan_config
 from atp_tune.folders.finetuning import FinetuningJob, read_items
 from atp_tune.folders.speed import find_pair, passing_pair
 from atp_tune.inputs import windows
@@ -191,7 +191,7 @@ def of_windows(file: StudyFile, context: Session) -> list[str]:
 
 def of_statistics(file: StudyFile, context: Session) -> list[str]:
     pruners = [context.methods.pruner(name) for name in file.study.methods.short_names]
-    return [context.measured.key_of(each, each.measures) for each in pruners if each.measures]
+    return [context.measured.statistics_key(each, each.measures) for each in pruners if each.measures]
 
 
 def of_prices(file: StudyFile, context: Session) -> list[Any]:
@@ -209,7 +209,7 @@ def descent(file: StudyFile, context: Session, pruner: str) -> Any:
 
 def of_training(file: StudyFile, context: Session) -> str:
     study = file.study
-    config, folder = config_of(file, context, plan_of(file, context)), context.folder
+    config, folder = plan_config(file, context, plan_of(file, context)), context.folder
     recover = study.recover or RecoverConfig()
     texts = study.data.calibration.text, study.data.test or study.data.validation
     filled = recover.filled(getattr(config.texts.validation, "seqlen", None))
@@ -222,7 +222,7 @@ def of_training(file: StudyFile, context: Session) -> str:
 
 
 def of_sparse(file: StudyFile, context: Session) -> str:
-    config = config_of(file, context, plan_of(file, context))
+    config = plan_config(file, context, plan_of(file, context))
     return speed._cached(config, context.folder, Place(file.folder, file.study.device)).name
 
 
@@ -247,7 +247,7 @@ ENTRIES: dict[str, Callable[[StudyFile, Session], list[Any]]] = {
     "windows": lambda _, context: [torch.from_numpy(each.ids) for each in context.windows.values()],
     "statistics": statistics,
     "gradient": of_prices,
-    "sparse": lambda file, context: [*weights_of(context, plan_of(file, context)).values()],
+    "sparse": lambda file, context: [*pruned_weights(context, plan_of(file, context)).values()],
 }
 
 

@@ -10,7 +10,7 @@ from plans import planned
 from test_prune_pass import atp_plan
 
 from atp_tune.blocks import dense_metrics
-from atp_tune.blocks.dense_metrics import cached_statistics, file_of, is_room, save_all
+from atp_tune.blocks.dense_metrics import block_file, cached_statistics, is_room, save_all
 from atp_tune.config.prune import PruneConfig
 from atp_tune.events import Message
 from atp_tune.pruners import PRUNERS
@@ -67,7 +67,7 @@ def test_the_room_that_is_needed(kind: Any, tmp_path: Path) -> None:
         if kind is Hessian:
             statistics.factor(0.01)
         save_all(tmp_path / str(inputs), [{"a": statistics}])
-        size = file_of(tmp_path / str(inputs), 0).stat().st_size
+        size = block_file(tmp_path / str(inputs), 0).stat().st_size
         assert size - 1000 < kind.bytes_for(inputs) <= size
     assert is_room(tmp_path, 1000) and not is_room(tmp_path, 1 << 60)
 

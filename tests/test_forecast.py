@@ -18,7 +18,7 @@ from atp_tune.cost.forecast import (
     ProbeRates,
     PrunerRate,
     Tokens,
-    bytes_of,
+    memory_parts,
     parts,
     passes,
     peaks,
@@ -107,7 +107,7 @@ SIZES = ModelSizes(total=1000, blocks=(100, 300, 200, 300), bytes=4000, itemsize
 
 
 def held(**changes: int) -> Bytes:
-    return replace(bytes_of(SIZES, 2, 8, TOKENS, work=50, process=10), **changes)
+    return replace(memory_parts(SIZES, 2, 8, TOKENS, work=50, process=10), **changes)
 
 
 def test_bytes() -> None:
@@ -116,7 +116,7 @@ def test_bytes() -> None:
     assert (found.calibration, found.validation, found.dense) == (16000, 4800, 4 * 1600)
     assert found.states == 4800 + 2 * 16000
     assert held(sequential=500).states == found.states + 500
-    assert not bytes_of(SIZES, 4, 8, TOKENS, 0, 0).converts
+    assert not memory_parts(SIZES, 4, 8, TOKENS, 0, 0).converts
 
 
 @parametrize(("offload", "device", "host"), [("none", 2000, 0), ("cpu", 200 + 1200, 1800), ("disk", 1400, 0)])

@@ -20,8 +20,8 @@ from tinystudy import TUNE, CommandLine
 
 from atp_tune.config.best import read_config
 from atp_tune.config.studyfile import load, settings
-from atp_tune.results.goals import best_trial, excess_of, goal_in
-from atp_tune.results.status import status_of
+from atp_tune.results.goals import best_trial, goal_in, limit_excess
+from atp_tune.results.status import make_status
 from atp_tune.results.summary import summarise
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
@@ -137,7 +137,7 @@ def test_the_nearest_of_the_front(wanted: float, number: int) -> None:
 )
 def test_the_sparsest_within_a_limit_by_hand(limit: dict[str, float], number: int) -> None:
     study = made_front()
-    inside = [t for t in study.trials if excess_of(study, t, limit) <= 0]
+    inside = [t for t in study.trials if limit_excess(study, t, limit) <= 0]
     if not inside:
         with refused(f"the nearest is trial {number}, "):
             goal_in(study).sparsest(limit)
@@ -167,7 +167,7 @@ def test_the_best_of_a_front_is_not_its_densest_end(levels: dict[float, float], 
     best = best_trial(study)
     assert best is not None and best.number == number
     assert f"best: trial {number}, " in (said := outcome(study)) and why in said
-    shown = status_of(summarise(study), NOW).best
+    shown = make_status(summarise(study), NOW).best
     assert shown is not None and shown.trial == number  # in the progress line too
 
 

@@ -24,12 +24,12 @@ from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.data import ImageSet
-from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, images_of
+from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, image_items
 from atp_tune.inputs.items import LABELS, PIXELS
 from atp_tune.inputs.pictures import ImageProcessor, Pictures, class_indices, pictures
 from atp_tune.measures import accuracy, gain
 from atp_tune.scores.classes import CLASSES as SCORE
-from atp_tune.scores.classes import ranks_of
+from atp_tune.scores.classes import class_ranks
 
 STAGED = ("convnext", "swin", "swinv2", "hiera", "levit", "pvt", "pvtv2", "segformer", "focalnet")
 
@@ -152,7 +152,7 @@ def test_a_model_whose_blocks_pass_more_than_hidden_states_is_refused() -> None:
 def test_ranks_and_accuracies_are_those_of_loops() -> None:
     logits = torch.tensor([[1.0, 3, 2], [2, 2, 2], [5, 1, 1], [0, 7, 7]])
     classes = torch.tensor([2, 1, 0, 2])
-    ranks = ranks_of(logits, classes).tolist()
+    ranks = class_ranks(logits, classes).tolist()
     assert ranks == [1, 1, 0, 1]
     assert [rank == 0 for rank in ranks] == (logits.argmax(1) == classes).tolist()
     assert accuracy(ranks).value == 0.25 and accuracy(ranks, 2).value == 1
@@ -408,7 +408,7 @@ def test_draws_share_no_image(positions: int, pool: int, classifier: ModelFolder
     assert [(len(items), len(each)) for items, each in found] == [(8, pool)] * 2
     one, other = ({*items.digests(), *each.digests()} for items, each in found)
     assert not one & other
-    assert found[0][0].content == images_of(wanted, classifier, tmp_path).content
+    assert found[0][0].content == image_items(wanted, classifier, tmp_path).content
     if positions == 40:
         assert found[0][1].content == LabelledImages().many(wanted, 40, classifier, tmp_path, False).content
 

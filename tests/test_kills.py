@@ -25,7 +25,7 @@ from tinystudy import copied, copy_of, make_model, make_tokenizer, settings, sto
 
 from atp_tune.storage import progress
 from atp_tune.storage.attributes import PREFIX
-from atp_tune.storage.progress import left_of
+from atp_tune.storage.progress import trace_left
 
 pytestmark = pytest.mark.slow
 ROWS = Rows()
@@ -178,7 +178,7 @@ def test_the_same_trial_is_hit_each_time(deep: Path, undisturbed: optuna.Study) 
 
 def steps(number: int, pid: int) -> int:
     """After how many steps a trial of a process is, all if it has ended: each block is pruned, then evaluated."""
-    place, _ = left_of("tiny", number, pid)
+    place, _ = trace_left("tiny", number, pid)
     found = re.match(r"after (prune|evaluate) (\d+) of", place or "")
     if place and not found:
         return 0

@@ -13,7 +13,7 @@ from test_sparsity_interval import DENSE, INTERVAL, TPE, loss, screened, space_o
 from atp_tune.allocations import Budget, LinearSparsities
 from atp_tune.allocations.budget import Shape
 from atp_tune.config.search import STEP
-from atp_tune.results.goals import best_trial, excess_of
+from atp_tune.results.goals import best_trial, limit_excess
 from atp_tune.search.goals import LimitSampler, Screened, Surrogate, WithinLimit
 from atp_tune.search.space import Space, make_space
 
@@ -84,7 +84,7 @@ def test_it_finds_the_sparsest_plan_within_the_limit(limit: dict[str, float]) ->
     study = searched(space, limit, Surrogate(space, screened(space), 0, DENSE))
     best = best_trial(study)
     assert best is not None
-    assert excess_of(study, best) <= 0
+    assert limit_excess(study, best) <= 0
     assert best.params["sparsity"] == pytest.approx(sparsest(space, limit), abs=2 * STEP)
     assert len(study.trials) <= 8
     uniform = [trial for trial in study.trials if trial.params["beta"] == 0]
@@ -143,7 +143,7 @@ def test_prices_within_a_limit() -> None:
     found = searched(space, {"max_increase": 0.2}, Surrogate(space, done, 0, DENSE), name="kappa")
     best = best_trial(found)
     assert best is not None
-    assert excess_of(found, best) <= 0
+    assert limit_excess(found, best) <= 0
     assert {*metrics.targets} >= {trial.params["sparsity"] for trial in found.trials if trial.params["kappa"]} != set()
 
 
@@ -165,7 +165,7 @@ def test_a_limit_that_nothing_meets_ends_at_the_nearest() -> None:
     study = searched(space, {"max_perplexity": 5.0}, Surrogate(space, screened(space), 0, DENSE))
     best = best_trial(study)
     assert best is not None
-    assert (best.params["sparsity"], excess_of(study, best) > 0) == (0.2, True)
+    assert (best.params["sparsity"], limit_excess(study, best) > 0) == (0.2, True)
     assert len(study.trials) < 12
 
 

@@ -21,9 +21,9 @@ from atp_tune.measures import (
     error_rate,
     excess,
     gain,
+    interval_factor,
     knee,
     perplexity,
-    reach_of,
     relative,
 )
 from atp_tune.report.formats import measure
@@ -101,7 +101,7 @@ def test_intervals_of_hits_hold_what_they_say(images: int, better: float, worse:
     drawn = np.random.default_rng(1).multinomial(images, [better, worse, 1 - better - worse], 4000)
     pairs = {(int(b), int(c)) for b, c, _ in drawn}
     errors = {(b, c): error_of_gain([1] * b + [-1] * c + [0] * (images - b - c)) for b, c in pairs}
-    reach = reach_of(images)
+    reach = interval_factor(images)
     gains = [abs((b - c) / images - (better - worse)) <= reach * errors[b, c] for b, c, _ in drawn]
     shares = [abs(c / images - worse) <= reach * error_of_share(c, images) for _, c, _ in drawn]
     assert np.mean(gains) > 0.93 and np.mean(shares) > 0.85

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atp_tune.events import Event, Step, TrialStarted
-from atp_tune.storage.progress import MOST, CutOff, Trace, forget, left_of, why_given_up
+from atp_tune.storage.progress import MOST, CutOff, Trace, forget, trace_left, why_given_up
 from atp_tune.utils.cache import cache_dir
 
 PLACES = st.sampled_from(["after prune 1 of 2", "after prune 2 of 2"])
@@ -101,7 +101,7 @@ def without_faulthandler() -> Iterator[None]:
 
 
 def here(study: str = "s", trial: int = 3) -> tuple[str | None, str | None]:
-    return left_of(study, trial, os.getpid())
+    return trace_left(study, trial, os.getpid())
 
 
 def test_each_step_is_written_down_before_it_is_told() -> None:
@@ -154,7 +154,7 @@ with trace.of("a study / of ü", 7):
 def test_what_a_killed_process_leaves(number: signal.Signals, crash: str | None) -> None:
     process = subprocess.Popen([sys.executable, "-c", ENDING, str(int(number))])
     assert process.wait(60) == -number
-    assert left_of("a study / of ü", 7, process.pid) == ("after prune 2 of 30", crash)
-    assert left_of("a study / of ü", 8, process.pid) == (None, None)
+    assert trace_left("a study / of ü", 7, process.pid) == ("after prune 2 of 30", crash)
+    assert trace_left("a study / of ü", 8, process.pid) == (None, None)
     forget("a study / of ü", 7, process.pid)
     assert not list(cache_dir("running").iterdir())

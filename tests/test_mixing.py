@@ -12,7 +12,7 @@ from test_serving import served
 from tinystudy import CommandLine, copied, copy_of, run
 
 from atp_tune.config.best import read_config
-from atp_tune.results.formatting import remark_of, study_remarks
+from atp_tune.results.formatting import study_remarks, trial_remark
 from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
 from atp_tune.storage import opening
@@ -99,4 +99,4 @@ def test_trials_of_before_have_no_remark(began: Path) -> None:
     assert study is not None
     summary = summarise(study)
     assert study_remarks(summary) == []
-    assert [remark_of(trial, summary) for trial in summary.trials] == ["", ""]
+    assert [trial_remark(trial, summary) for trial in summary.trials] == ["", ""]

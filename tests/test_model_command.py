@@ -17,7 +17,7 @@ from atp_tune.api.presets import (
     HUB_TEXTS,
     PRESETS,
     StudyRequest,
-    texts_of,
+    preset_texts,
 )
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli import tune
@@ -155,7 +155,7 @@ def test_a_short_text_is_screened_on_two_windows_at_least(windows: int | None, s
 def test_texts_of_the_hub(choice: str, preset: str, tiny_place: Path) -> None:
     """They make a study whose texts share nothing, with windows that the model can take."""
     model = ModelConfig(source=str(tiny_place / "model"))
-    texts = texts_of(choice, PRESETS[preset], resolve(model, Path()))
+    texts = preset_texts(choice, PRESETS[preset], resolve(model, Path()))
     study = Study.model_validate({"sparsity": 0.5, "model": model, "texts": texts, "search": {"trials": 1}})
     assert study.texts.calibration.nsamples == PRESETS[preset].calibration
     assert {study.texts.calibration.seqlen, study.test_text.seqlen} == {256}

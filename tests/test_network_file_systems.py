@@ -34,7 +34,7 @@ def test_the_innermost_and_last_mount_decides(file: str, kind: str, monkeypatch:
         ("/data/shadow", "cifs"),
     ]
     mount(monkeypatch, *table)
-    assert opening.kind_of(Path(file)) == kind
+    assert opening.file_system(Path(file)) == kind
 
 
 @parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "lustre", "9p", "fuse.glusterfs", "NFS"])

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from tinystudy import copied, run, stored
 
 from atp_tune import measures
-from atp_tune.results.goals import front_of
+from atp_tune.results.goals import pareto_front
 from atp_tune.results.summary import summarise
 
 KL = "search.objective=kl"
@@ -100,10 +100,10 @@ def test_the_front_of_any_values(seed: int) -> None:
     for _ in range(30):
         trial = study.ask()
         study.tell(trial, [trial.suggest_int(name, 1, 9) for name in "ab"])
-    found = front_of(study)
+    found = pareto_front(study)
     assert {trial.number for trial in found} == naive_front(study.trials)
     assert [trial.values for trial in found] == sorted(trial.values for trial in found)
-    assert front_of(optuna.create_study()) == []
+    assert pareto_front(optuna.create_study()) == []
 
 
 @slow

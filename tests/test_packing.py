@@ -35,7 +35,7 @@ from atp_tune.checkpoints.models import resolve
 from atp_tune.config.study import ModelConfig
 from atp_tune.folders.packing import pack_folder
 from atp_tune.packed import register
-from atp_tune.packed.layout import pack, zeros_of
+from atp_tune.packed.layout import pack, zero_share
 from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
     SCALES,
@@ -144,7 +144,7 @@ def test_packing_equals_packbits(columns: int, dtype: torch.dtype) -> None:
     again = unpack(found[VALUES], found[BITMASK], columns)
     integers = {2: torch.int16, 4: torch.int32}[dense.element_size()]
     assert torch.equal(again.view(integers), dense.view(integers))
-    assert zeros_of(dense) == pytest.approx(1 - kept.mean())
+    assert zero_share(dense) == pytest.approx(1 - kept.mean())
 
 
 @parametrize("group_size", [None, 32, 96])

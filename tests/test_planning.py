@@ -12,7 +12,7 @@ from atp_tune.cost.forecast import parts as parts_of
 from atp_tune.cost.planning import foresee, foresee_open
 from atp_tune.cost.remaining import foretold
 from atp_tune.events import Ahead, Event, Opened, ignore_events
-from atp_tune.results.goals import front_of
+from atp_tune.results.goals import pareto_front
 from atp_tune.results.results import is_uniform
 from atp_tune.run.session import Session, Setup
 from atp_tune.storage import opening
@@ -100,7 +100,7 @@ def test_a_study_over_an_interval_is_foretold(place: Path, more: list[str], tria
     assert 1 <= len(measured) <= (most or trials)
     assert 1 <= len(study.user_attrs["draws"]) <= 2
     if not more:
-        assert all(str(trial.number) in measured for trial in front_of(study) if not is_uniform(trial))
+        assert all(str(trial.number) in measured for trial in pareto_front(study) if not is_uniform(trial))
     left = foresee(study_file(place, *OVER, *more), "tiny", ignore_events).whole
     assert (left.seconds_left, left.trials) == (0, counted(study))
 

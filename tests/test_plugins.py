@@ -38,7 +38,7 @@ from atp_tune.scores import SCORES
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import make_space
 from atp_tune.storage.fingerprint import facts
-from atp_tune.utils.registry import STORED, Origin, SettingsTable, points_of
+from atp_tune.utils.registry import STORED, Origin, SettingsTable, entry_points_by_name
 
 GUIDE = Path(__file__).parents[1] / "docs" / "plugins.md"
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
@@ -416,7 +416,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
             "".join(f"[atp_tune.{group}]\n{lines}\n" for group, lines in groups.items())
         )
         (site / f"own_{name}.py").write_text(code)
-        points_of.cache_clear()
+        entry_points_by_name.cache_clear()
 
     return install
 

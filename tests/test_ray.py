@@ -29,7 +29,7 @@ from tinystudy import (
     wait_until,
 )
 
-from atp_tune.storage.progress import INTERRUPTED, SURPLUS, history_of
+from atp_tune.storage.progress import INTERRUPTED, SURPLUS, retry_history
 
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
 
@@ -148,7 +148,7 @@ def test_sigterm_stops_all_and_loses_nothing(place: Path, cluster: Any) -> None:
     }  # SURPLUS: queued twice
     lost = [trial for trial in failed.values() if trial.user_attrs["lost"] == INTERRUPTED]
     kept = [trial for trial in trials(place) if trial.state in (TrialState.WAITING, TrialState.COMPLETE)]
-    repeated = {number: trial.params for trial in kept for number in history_of(trial)}
+    repeated = {number: trial.params for trial in kept for number in retry_history(trial)}
     # A worker that is stopped later may still take one of them, and finish it.
     assert all(repeated[trial.number] == trial.params for trial in lost)
 

@@ -16,7 +16,7 @@ from test_pairs import STUDY as PAIRS
 from test_towers import STUDY_OF_BOTH
 from tinystudy import STUDY, CommandLine, settings
 
-from atp_tune.config.studyfile import keys_of
+from atp_tune.config.studyfile import dotted_keys
 
 PICTURES = """\
 sparsity = 0.5
@@ -114,4 +114,4 @@ def names_something(error: str, words: list[str]) -> bool:
     return key in KEYS or subject.startswith("--") or any(subject in word or word in subject for word in words)
 
 
-KEYS = {part for key in keys_of() for part in (key, key.rpartition(".")[0])}
+KEYS = {part for key in dotted_keys() for part in (key, key.rpartition(".")[0])}

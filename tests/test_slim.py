@@ -26,7 +26,7 @@ from atp_tune.config.best import Config, read_config
 from atp_tune.config.prune import PruneConfig, make_plan, parse
 from atp_tune.events import Event, EventHandler, Message, ignore_events
 from atp_tune.folders import slim
-from atp_tune.folders.applying import OURS, plan_of, write_sparse
+from atp_tune.folders.applying import OURS, fit_plan, write_sparse
 from atp_tune.folders.slim import write_slim
 from atp_tune.packed.modeling_atp_sparse import auto_map
 from atp_tune.plan import Plan
@@ -302,7 +302,7 @@ def test_a_small_difference_is_not_hidden_by_bfloat16(
 def test_a_configuration_of_no_whole_channels_is_refused(tmp_path: Path) -> None:
     work, plan, config = prepared("llama", tmp_path, 0.02, 0.3)
     config = config.model_copy(update={"model": config.model.model_copy(update={"fingerprint": "content"})})
-    assert plan_of(config, work) == config.plan
+    assert fit_plan(config, work) == config.plan
     (*attention, gate, up, down), *others = linears_of(plan) or ()
     names = [name for name, _ in work.channels[0].linears]
     assert names[-3:] == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -321,9 +321,9 @@ def test_a_configuration_of_no_whole_channels_is_refused(tmp_path: Path) -> None
     ):
         wrong = config.model_copy(update={"plan": planned("wanda", "atp", plan.amounts, None, (row, *others))})
         with refused(f"^{said}.*; take the file that a study or `export` wrote$"):
-            plan_of(wrong, work)
+            fit_plan(wrong, work)
     with refused(r"^plan\.levels: block 0: needs the shares of its 7 linears"):
-        plan_of(config.model_copy(update={"plan": planned("wanda", "atp", plan.amounts)}), work)
+        fit_plan(config.model_copy(update={"plan": planned("wanda", "atp", plan.amounts)}), work)
 
 
 @slow

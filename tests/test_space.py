@@ -124,12 +124,12 @@ def test_a_measured_trial_keeps_its_plan() -> None:
     """Whatever its parameters give now."""
     space = space_for(study_of(), SIZES)
     plan = space.plan(trial_of().params)
-    assert space.plan_of(trial_of(plan=plan.model_dump(mode="json"))) == plan
+    assert space.stored_plan(trial_of(plan=plan.model_dump(mode="json"))) == plan
     other = [0.5, 0.7, 0.6, 0.6, 0.6]
-    assert space.plan_of(trial_of(**stored(other))).amounts == tuple(other)
+    assert space.stored_plan(trial_of(**stored(other))).amounts == tuple(other)
     space = space_for(study_of(), SIZES, linears=2)
     rows = [[s - 0.1, s + 0.1] for s in other]
-    assert space.plan_of(trial_of(**stored(other, rows))) == planned("wanda", "atp", other, linears=rows)
+    assert space.stored_plan(trial_of(**stored(other, rows))) == planned("wanda", "atp", other, linears=rows)
 
 
 @parametrize(
@@ -148,4 +148,4 @@ def test_a_measured_trial_keeps_its_plan() -> None:
 )
 def test_a_trial_of_another_model_is_refused(plan: Plan, said: str) -> None:
     with refused(f"^trial -1: plan: {said}"):
-        space_for(study_of(), SIZES, linears=2).plan_of(trial_of(plan=plan.model_dump(mode="json")))
+        space_for(study_of(), SIZES, linears=2).stored_plan(trial_of(plan=plan.model_dump(mode="json")))

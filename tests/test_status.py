@@ -24,7 +24,7 @@ from rich.console import Console
 from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, hear, settings, start, stored
 
 from atp_tune.cli import tables, terminal
-from atp_tune.results.status import status_of, to_json
+from atp_tune.results.status import make_status, to_json
 from atp_tune.results.summary import Summary, summarise
 
 NOW = datetime(2026, 1, 1, 12)
@@ -70,7 +70,7 @@ def add(
 
 
 def document(study: optuna.Study) -> dict[str, Any]:
-    text = to_json(status_of(summarise(study), NOW))
+    text = to_json(make_status(summarise(study), NOW))
     assert "Infinity" not in text
     assert "NaN" not in text
     parsed: dict[str, Any] = json.loads(text)
@@ -78,7 +78,7 @@ def document(study: optuna.Study) -> dict[str, Any]:
 
 
 def words(study: optuna.Study) -> str:
-    return tables.progress_line(status_of(summarise(study), NOW))
+    return tables.progress_line(make_status(summarise(study), NOW))
 
 
 # --- the document

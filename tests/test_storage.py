@@ -11,7 +11,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from atp_tune.results.formatting import loss_of, remark_of
+from atp_tune.results.formatting import trial_remark, why_lost
 from atp_tune.storage import database, opening, progress
 from atp_tune.storage.fingerprint import check_facts, create_study
 from atp_tune.storage.opening import check_writable, find_study, open_storage
@@ -235,8 +235,8 @@ def test_a_trial_that_dies_at_the_same_place_is_queued_again_twice(study: optuna
     assert requeue_lost(study) == []
     died = "its process died after prune 12 of 30"
     given_up = f"{died}, cut off 3 times in a row after prune 12 of 30: given up"
-    assert [remark_of(trial) for trial in study.trials] == [died, died, given_up]
-    assert [loss_of(trial) for trial in study.trials] == [
+    assert [trial_remark(trial) for trial in study.trials] == [died, died, given_up]
+    assert [why_lost(trial) for trial in study.trials] == [
         "trial 0 was lost with its process: it is run again",
         "trial 1 was lost with its process: it is run again, cut off 2 times by now",
         "trial 2 was lost with its process: cut off 3 times in a row after prune 12 of 30, it is given up",
@@ -250,7 +250,7 @@ def test_a_trial_that_crashes_is_given_up_wherever_it_does(study: optuna.Study) 
         place = f"after prune {number} of 30".encode().ljust(progress.WIDTH)
         die(study, place + b"Fatal Python error: Aborted\n\nCurrent thread 0x00007f5c8ade9990:\n")
         requeue_lost(study)
-    assert remark_of(study.trials[2]) == (
+    assert trial_remark(study.trials[2]) == (
         "its process died after prune 2 of 30 (Aborted), cut off 3 times by itself (Aborted): given up"
     )
 
@@ -376,7 +376,7 @@ def test_what_optuna_itself_finds_silent_is_given_up_too(
     assert states(study) == ["FAIL"] * 4
     assert counted(study) == 1
     assert requeue_lost(study) == []
-    assert remark_of(study.trials[3]) == "sent no heartbeat, cut off 4 times: given up"
+    assert trial_remark(study.trials[3]) == "sent no heartbeat, cut off 4 times: given up"
 
 
 @slow

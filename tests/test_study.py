@@ -6,7 +6,7 @@ from pydantic import BaseModel, ValidationError
 
 from atp_tune.config.data import KINDS, MANUAL, MIXED, Text
 from atp_tune.config.study import Study
-from atp_tune.config.studyfile import PATTERNS, keys_of, table_of
+from atp_tune.config.studyfile import PATTERNS, dotted_keys, table_model
 
 
 def raw(**changes: Any) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def field_of(key: str) -> Any:
     table: type[BaseModel] | None = Study
     for part in tables:
         assert table
-        table = table_of(table, part)
+        table = table_model(table, part)
     assert table
     return table.model_fields[name]
 
@@ -85,6 +85,6 @@ def test_a_fixed_pattern_leaves_nothing_to_share_out(pattern: str) -> None:
         )
 
 
-@parametrize("key", list(keys_of()))
+@parametrize("key", list(dotted_keys()))
 def test_every_pattern_has_its_own_words(key: str) -> None:
     assert bool([part for part in field_of(key).metadata if getattr(part, "pattern", None)]) == (key in PATTERNS)

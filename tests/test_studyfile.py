@@ -219,7 +219,7 @@ def test_first_folder_wins(folder: Path) -> None:
 def test_results(storage: str | None, url: str, best: str, folder: Path) -> None:
     loaded = load("x.toml", [f"storage={storage}"] if storage else [])
     assert loaded.storage_url == url.format(folder)
-    assert loaded.best_of(loaded.name) == Path(best.format(folder))
+    assert loaded.best_path(loaded.name) == Path(best.format(folder))
 
 
 # Facts

@@ -12,7 +12,7 @@ from atp_tune.measures import perplexity
 from atp_tune.report import formats
 from atp_tune.report.formats import gather
 from atp_tune.results.results import is_uniform
-from atp_tune.results.status import status_of
+from atp_tune.results.status import make_status
 from atp_tune.results.summary import kinds, summarise
 
 DISTRIBUTIONS = {
@@ -70,7 +70,7 @@ def test_test_perplexity_by_kind(study: optuna.Study) -> None:
     contents = [gather(study, now)]
     assert row in formats.markdown(contents).decode() and "25.79 (2.72×)" in formats.html(contents).decode()
     (made,) = json.loads(formats.machine(contents))["studies"]
-    assert made["kinds"] == status_of(summary, now).model_dump(mode="json")["kinds"]
+    assert made["kinds"] == make_status(summary, now).model_dump(mode="json")["kinds"]
     assert [*made["kinds"]] == ["dense", "0", "1", "trained"]
     study.set_user_attr("kinds", ["one", "more", "kind", "than", "there", "are"])
     assert [*summarise(study).kinds] == ["trained"]

@@ -16,7 +16,7 @@ from tinystudy import run, stored
 from atp_tune.search import trial_loop
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
-from atp_tune.search.trial_loop import GAIN, GAP, LEAST, RUN, has_gap, regret_of, should_terminate
+from atp_tune.search.trial_loop import GAIN, GAP, LEAST, RUN, has_gap, regret_bound, should_terminate
 from atp_tune.storage.progress import counted
 
 GP = ("search.sampler=gp", "search.early_termination=true", "search.trials=40")
@@ -65,7 +65,7 @@ def study_with(trials: list[FrozenTrial]) -> optuna.Study:
 def test_the_regret_shrinks_as_a_study_goes_on() -> None:
     space = space_of()
     study = study_of_gp(space, 24)
-    bounds = [regret_of(study.trials[:count], space, "atp") for count in range(1, 25)]
+    bounds = [regret_bound(study.trials[:count], space, "atp") for count in range(1, 25)]
     assert bounds[: LEAST - 1] == [math.inf] * (LEAST - 1)
     assert all(bound > 0 for bound in bounds)
     assert bounds[-1] < GAIN
@@ -111,7 +111,7 @@ def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append([trial.params["beta"] for trial in trials])
         return LEFT if len(trials) in left else HELD
 
-    monkeypatch.setattr(trial_loop, "regret_of", regret)
+    monkeypatch.setattr(trial_loop, "regret_bound", regret)
     betas = [0.01 * k for k in range(12)]
     trials = points(space, {beta: 20 + beta for beta in betas})
     for begun in (trials, trials[::-1]):
@@ -125,7 +125,7 @@ def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_better_point_begins_the_verdicts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     space = space_of()
-    monkeypatch.setattr(trial_loop, "regret_of", lambda *known: HELD)
+    monkeypatch.setattr(trial_loop, "regret_bound", lambda *known: HELD)
     values = {0.01 * k: 20.0 + k for k in range(12)}
     assert should_terminate(study_with(points(space, values)), space)
     for after, expected in ((0, False), (1, False), (2, True)):
@@ -152,10 +152,10 @@ def test_every_allocation_must_have_settled(monkeypatch: pytest.MonkeyPatch) -> 
     space = space_of(allocation=["atp", "curve"])
     study = study_of_gp(space_of(), 10)
     asked: list[str] = []
-    monkeypatch.setattr(trial_loop, "_best_of", lambda trials: 0)
-    monkeypatch.setattr(trial_loop, "regret_of", lambda trials, space, branch: asked.append(branch) or HELD)
+    monkeypatch.setattr(trial_loop, "_best_number", lambda trials: 0)
+    monkeypatch.setattr(trial_loop, "regret_bound", lambda trials, space, branch: asked.append(branch) or HELD)
     assert should_terminate(study, space) and asked == ["atp", "curve"] * RUN
-    monkeypatch.setattr(trial_loop, "regret_of", lambda trials, space, branch: float(branch == "curve"))
+    monkeypatch.setattr(trial_loop, "regret_bound", lambda trials, space, branch: float(branch == "curve"))
     assert not should_terminate(study, space)
 
 

@@ -65,7 +65,7 @@ ALLOCATIONS = Registry[Allocation](
 )
 
 
-def contents_of(name: str) -> tuple[str, ...]:
+def contained_in(name: str) -> tuple[str, ...]:
     """The allocations that this one contains: it equals them where its other parameters are 0; itself the last."""
     return (*ALLOCATIONS[name].contains, name)
 
@@ -77,7 +77,7 @@ def is_fitted(name: str) -> bool:
 
 def contains_uniform(name: str) -> bool:
     """Whether an allocation is uniform where all its parameters are 0."""
-    return "uniform" in contents_of(name)
+    return "uniform" in contained_in(name)
 
 
 # --- An allocation that is a plug-in, checked each time that it is asked.

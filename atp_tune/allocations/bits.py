@@ -16,13 +16,13 @@ SCALE = 16  # bits of a group's scale
 SLACK = 1e-9  # a smaller remainder is a rounding error
 
 
-def share_of(bits: float, widths: Sequence[int]) -> float:
+def share_at(bits: float, widths: Sequence[int]) -> float:
     """The share s of a number of bits between the lowest and the highest of `widths`."""
     low, high = min(widths), max(widths)
     return (high - bits) / (high - low) if high > low else 0.0
 
 
-def bits_of(share: float, widths: Sequence[int]) -> float:
+def bits_at(share: float, widths: Sequence[int]) -> float:
     """The number of bits, not rounded, at a share s in [0, 1]."""
     return max(widths) - share * (max(widths) - min(widths))
 

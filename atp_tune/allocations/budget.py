@@ -180,7 +180,7 @@ def proportional(weights: Sequence[float], sizes: Sequence[int], mean: float) ->
     return tuple(1.0 if i in full else min(1.0, max(0.0, scale * weight)) for i, weight in enumerate(weights))
 
 
-def rows_of(values: Sequence[float], linears: Sequence[Sequence[Shape]]) -> LinearSparsities:
+def by_block(values: Sequence[float], linears: Sequence[Sequence[Shape]]) -> LinearSparsities:
     """Values of all linears, one after the other, as one row for each block."""
     flat = iter(values)
     return tuple(tuple(next(flat) for _ in row) for row in linears)

@@ -14,9 +14,9 @@ from atp_tune.allocations.budget import (
     LinearSparsities,
     Shape,
     Sparsities,
+    by_block,
     level,
     proportional,
-    rows_of,
     spread,
 )
 
@@ -132,7 +132,7 @@ class Curve(Formula):
         shapes = list(chain.from_iterable(budget.linears))
         mean = sum(within(shape) * shape.size for shape in shapes) / sum(budget.sizes)
         wanted = [s + within(shape) - mean for s, row in zip(blocks, budget.linears, strict=True) for shape in row]
-        return rows_of(level(wanted, [shape.size for shape in shapes], budget.target), budget.linears)
+        return by_block(level(wanted, [shape.size for shape in shapes], budget.target), budget.linears)
 
 
 class OWL(Formula):
@@ -232,7 +232,7 @@ class AlphaPruningLinear(AlphaPruning):
         budget.check({"epsilon": (0.0, 1.0)}, epsilon=epsilon)
         exponents = [*chain(*budget.require_dense_metrics("alphapruning-linear").tail_exponents("middle"))]
         sparsities = _by_exponents(budget, epsilon, exponents, [shape.size for shape in chain(*budget.linears)])
-        return sparsities if min(exponents) == max(exponents) else rows_of(sparsities, budget.linears)
+        return sparsities if min(exponents) == max(exponents) else by_block(sparsities, budget.linears)
 
 
 def _by_exponents(
@@ -265,7 +265,7 @@ class ErdosRenyi(Formula):
         shapes = list(chain.from_iterable(budget.linears))
         weights = [(shape.rows + shape.columns) / shape.size for shape in shapes]
         densities = proportional(weights, [shape.size for shape in shapes], 1 - budget.target)
-        return rows_of([1 - density for density in densities], budget.linears)
+        return by_block([1 - density for density in densities], budget.linears)
 
 
 class Global(Formula):

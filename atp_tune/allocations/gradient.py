@@ -34,7 +34,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
-from atp_tune.allocations.budget import ROUNDING, Budget, Formula, LinearSparsities, Shape, Sparsities, level, rows_of
+from atp_tune.allocations.budget import ROUNDING, Budget, Formula, LinearSparsities, Shape, Sparsities, by_block, level
 from atp_tune.allocations.rows import RowOffsets, RowSparsities
 
 FARTHEST = 1.5  # highest κ
@@ -78,7 +78,7 @@ class Gradient(Formula):
         if kappa == 0:
             return (budget.target,) * len(budget.sizes)
         wanted = [budget.target + kappa * (s - budget.target) for s in chain.from_iterable(self.end(budget))]
-        return rows_of(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
+        return by_block(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
 
 
 class GradientRows(Gradient):
@@ -155,13 +155,13 @@ def descend(
         low, high = min(LIMITS[0], target), max(LIMITS[1], target)
         sparsities = _levelled(sparsities, sizes, target, low, high) if index else sparsities
         for step in range(STEPS - _steps(targets, index), STEPS):
-            prices = chain.from_iterable(prices_at(done, rows_of(sparsities, linears)))
+            prices = chain.from_iterable(prices_at(done, by_block(sparsities, linears)))
             smooth = [KEPT * v + (1 - KEPT) * p for v, p in zip(smooth, prices, strict=True)]
             distance = FIRST * (1 - step / STEPS) + LAST
             wanted = [s - distance * u for s, u in zip(sparsities, _standardised(smooth, sizes), strict=True)]
             sparsities = _levelled(wanted, sizes, target, low, high)
             done += 1
-        yield rows_of(sparsities, linears)
+        yield by_block(sparsities, linears)
 
 
 def between(targets: Sequence[float], ends: Sequence[RowSparsities], target: float) -> RowSparsities:

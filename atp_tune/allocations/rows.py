@@ -39,12 +39,12 @@ class RowOffsets:
     def read(cls, text: str, shapes: Sequence[Sequence[Shape]]) -> "RowOffsets":
         """Offsets from `stored`; ValueError if they are not those of linears with these shapes."""
         rows = [[shape.rows for shape in block] for block in shapes]
-        offsets, ends = offsets_of(text, sum(map(sum, rows))), accumulate(count for block in rows for count in block)
+        offsets, ends = read_offsets(text, sum(map(sum, rows))), accumulate(count for block in rows for count in block)
         return cls(tuple(tuple(offsets[(end := next(ends)) - count : end] for count in block) for block in rows))
 
     def stored(self) -> str:
         """The offsets as text: bytes of all linears one after the other, compressed, in base64."""
-        return text_of(b"".join(row for block in self.blocks for row in block))
+        return offsets_to_text(b"".join(row for block in self.blocks for row in block))
 
     def scaled(self, factor: float) -> "RowOffsets":
         """The offsets times a factor."""
@@ -72,13 +72,13 @@ class RowSparsities:
         return RowSparsities(linears, self.offsets.towards(other.offsets, share))
 
 
-def text_of(offsets: bytes) -> str:
+def offsets_to_text(offsets: bytes) -> str:
     """Offsets as text: compressed, in base64."""
     return base64.b64encode(zlib.compress(offsets, LEVEL)).decode("ascii")
 
 
-def offsets_of(text: str, rows: int) -> bytes:
-    """Offsets from `text_of`; ValueError if they are not those of so many rows."""
+def read_offsets(text: str, rows: int) -> bytes:
+    """Offsets from `offsets_to_text`; ValueError if they are not those of so many rows."""
     try:
         unpacking = zlib.decompressobj()
         offsets = unpacking.decompress(base64.b64decode(text, validate=True), rows + 1)

@@ -48,7 +48,7 @@ class Lender:
     @classmethod
     def of(cls, model: Any, tokenizer: Any, texts: Any) -> "Lender":
         """Finds the arguments that lie in memory; UserError for texts of another type."""
-        return cls(model, tokenizer, texts_of(texts))
+        return cls(model, tokenizer, checked_texts(texts))
 
     @contextmanager
     def lend(self) -> Iterator[Sources]:
@@ -74,14 +74,14 @@ class Lender:
             yield Sources(model, device, sources)
 
 
-def texts_of(texts: Any) -> str | Mapping[str, str | list[str]] | list[str] | None:
+def checked_texts(texts: Any) -> str | Mapping[str, str | list[str]] | list[str] | None:
     """A name or path of texts, documents, or either by role, from what a caller gives; UserError for anything else."""
-    from atp_tune.inputs.sources import documents_of
+    from atp_tune.inputs.sources import as_documents
 
     def one(value: Any, what: str) -> str | list[str]:
         if isinstance(value, str) and any(space in value.strip() for space in "\n ") and not Path(value).is_file():
             raise UserError(f"{what}: is neither a file nor a name of texts; give documents as a list, as in [text]")
-        return str(value) if isinstance(value, str | Path) else documents_of(value, what)
+        return str(value) if isinstance(value, str | Path) else as_documents(value, what)
 
     if texts is None or not isinstance(texts, Mapping):
         return None if texts is None else one(texts, "texts")

@@ -21,7 +21,7 @@ from atp_tune.config.data import CLASSES
 from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, TrialStarted, calling
-from atp_tune.folders.applying import PLAIN, Way, apply, plan_of
+from atp_tune.folders.applying import PLAIN, Way, apply, fit_plan
 from atp_tune.folders.card import ABOUT, describe
 from atp_tune.folders.finetuning import apply_trained
 from atp_tune.measures import Perplexity
@@ -58,7 +58,7 @@ def pruned(config: Config, place: Place, lender: Lender) -> PreTrainedModel:
             return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
     texts = {"calibration": config.calibration}
     with lent_as(config, lender, place) as there, Session.open(Setup.of_config(config, texts, there)) as session:
-        weights = weights_of(session, plan_of(config, session))
+        weights = pruned_weights(session, fit_plan(config, session))
         loaded = None if lender.model is not None else session.checkpoint.take_model()
     return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
 
@@ -123,7 +123,7 @@ def lent_as(config: Config, lender: Lender, place: Place) -> Iterator[Place]:
         yield replace(place, device=sources.device or place.device)
 
 
-def weights_of(session: Session, plan: Plan) -> dict[str, Tensor]:
+def pruned_weights(session: Session, plan: Plan) -> dict[str, Tensor]:
     """The pruned weights by parameter of the model, in host memory."""
     session.watch(TrialStarted("pruning", plan))
     checkpoint, weights = session.checkpoint, {}

@@ -107,7 +107,7 @@ def _open(sources: Sequence[str], name: str | None) -> tuple[optuna.Study, list[
         if (db := opening.open_storage(address, create=False)) is None:
             raise UserError(f"merge: {source}: no such file")
         databases.append(db)
-        folders.append(opening.artifacts_of(address))
+        folders.append(opening.artifact_folder(address))
         shown.append(without_password(source) if is_url else source)
     studies = [opening.names_in(db) for db in databases]
     shared = set.intersection(*map(set, studies))

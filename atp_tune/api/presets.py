@@ -97,7 +97,7 @@ WHOLE = (0.0, 1.0)
 PARTS = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}
 
 
-def texts_of(choice: str | Mapping[str, str], preset: Preset, folder: "ModelFolder") -> dict[str, dict[str, Any]]:
+def preset_texts(choice: str | Mapping[str, str], preset: Preset, folder: "ModelFolder") -> dict[str, dict[str, Any]]:
     """The texts of a study by role: one of `HUB_TEXTS`, a text of which three parts are used, or a text for each role.
 
     They have as many windows as a preset measures, or as a local text has. Documents of a source that is cut into parts
@@ -119,7 +119,7 @@ def texts_of(choice: str | Mapping[str, str], preset: Preset, folder: "ModelFold
             own = hub_texts[role]
             most = most or (C4_WINDOWS if own["source"] == "c4" else None)
         else:
-            own = {"source": source_of(text), "part": PARTS[role] if is_cut else WHOLE}
+            own = {"source": text_source(text), "part": PARTS[role] if is_cut else WHOLE}
             try:
                 is_shuffled = is_shuffled or (is_cut and len(documents(Text(source=own["source"]), base)) > 1)
                 own |= {"shuffle": True} if is_shuffled else {}
@@ -222,7 +222,7 @@ class StudyRequest:
             ("limit", study.limit and study.limit.given, self.limit and dict(self.limit)),
             ("prune.pruners", study.prune.pruners, self.pruners or study.prune.pruners),
             ("allocation.names", study.allocation.names, self.allocations or study.allocation.names),
-            ("texts.validation.source", texts, text and source_of(text)),
+            ("texts.validation.source", texts, text and text_source(text)),
         ):
             if stored != wanted:
                 raise UserError(
@@ -265,7 +265,7 @@ class StudyRequest:
                 "the model has experts, so blocks get sparsities by ATP (--allocation gradient-rows: gradients of all)"
             )
             allocations = ("atp",)
-        texts = texts_of(usual_texts(notify) if self.texts is None else self.texts, preset, folder)
+        texts = preset_texts(usual_texts(notify) if self.texts is None else self.texts, preset, folder)
         # The best plan is trained; never that of a front, whose points would not compare with it.
         unasked = preset.recovers and not self._of_channels and "bits" not in self.settings
         is_trained = not self._is_front and (unasked if self.recover is None else self.recover)
@@ -290,7 +290,7 @@ class StudyRequest:
         """The table `recover`; `seqlen`: of the validation text."""
         return {"seqlen": min(RECOVERED, seqlen), "min_increase": WORTH_TRAINING}
 
-    def recovery_of(self, study: Study) -> list[str]:
+    def training_overrides(self, study: Study) -> list[str]:
         """The overrides of the study, which was made before, by which its best plan is trained or not, as asked for."""
         if self.recover is False:
             return ['recover="none"']
@@ -350,7 +350,7 @@ def usual_texts(notify: "Notify") -> str:
     return "mixed"
 
 
-def source_of(text: str) -> str:
+def text_source(text: str) -> str:
     """The source, in a study file, of a text that was asked for; wikitext2 and c4 have more than one part."""
     if text in TEXTS:
         return LOCAL_TEXTS.get(text, text)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from atp_tune.api.arguments import Lender, Settings, changed, is_model, working
-from atp_tune.api.configuration import copied, replaced, weights_of, written
-from atp_tune.api.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, check_text, context_length, source_of, usual_texts
+from atp_tune.api.configuration import copied, pruned_weights, replaced, written
+from atp_tune.api.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, check_text, context_length, text_source, usual_texts
 from atp_tune.checkpoints.convert import pin_wheel
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config.data import Text
@@ -26,7 +26,7 @@ from atp_tune.config.studyfile import StudyFile, load
 from atp_tune.config.typed import one_sparsity
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
-from atp_tune.folders.applying import PLAIN, config_of, measured_folder, write_sparse
+from atp_tune.folders.applying import PLAIN, measured_folder, plan_config, write_sparse
 from atp_tune.inputs.windows import first_windows
 from atp_tune.measures import Perplexity
 from atp_tune.measures import perplexity as perplexity_of
@@ -53,9 +53,9 @@ class KeptZeros:
         """UserError if there are none, or an adapter would fill them."""
         others = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         if "peft" in sys.modules:
-            from atp_tune.folders.lora import adapters_of, mask_adapters
+            from atp_tune.folders.lora import adapter_parameters, mask_adapters
 
-            others |= {id(p) for p in adapters_of(model)}  # an untrained B is all 0
+            others |= {id(p) for p in adapter_parameters(model)}  # an untrained B is all 0
         weights = [p for p in model.parameters() if p.dim() > 1 and id(p) not in others and (p == 0).any()]
         if not weights:
             raise UserError("keep_zeros: no weight of the model is 0; prune it first")
@@ -188,7 +188,7 @@ def prune(
     with _opened(
         model, tokenizer, texts, "calibration", nsamples, seqlen, device, progress, given, allowed, trust_plugins
     ) as (file, session):
-        weights = weights_of(session, only_plan(file, session, dict(parameters)))
+        weights = pruned_weights(session, only_plan(file, session, dict(parameters)))
         loaded = None if is_model(model) else session.checkpoint.take_model()
     if loaded is not None:
         return replaced(loaded, weights)
@@ -210,7 +210,7 @@ def prune_study(
     bos = file.study.bos
     if bos is None and file.database is not None and file.path.exists():
         db = opening.open_storage(file.storage_url, create=False)
-        bos = fingerprint.bos_of(file.study, opening.find_study(db, file.name) if db else None)
+        bos = fingerprint.stored_bos(file.study, opening.find_study(db, file.name) if db else None)
     setup = _setup(file, texts, bos, watch)
     if out is not None:
         setup = replace(setup, ask=PLAIN.asked(out))
@@ -220,7 +220,7 @@ def prune_study(
         if out is None:
             watch(TrialStarted("pruning", plan))
             return plan, perplexity_of(session.measure(plan, [RoleScores("test")])[0]["nlls"])
-        write_sparse(session, plan, out, config_of(file, session, plan).seen_from(file.folder, out), dtype=dtype)
+        write_sparse(session, plan, out, plan_config(file, session, plan).seen_from(file.folder, out), dtype=dtype)
     return plan, measured_folder(setup, out)
 
 
@@ -350,7 +350,7 @@ def _opened(
         else:
             check_text(chosen)
             part = {"part": PARTS[role], "shuffle": True} if chosen in LOCAL_TEXTS else {}
-            text = Text.model_validate({"source": source_of(chosen), "seqlen": seqlen, **part})
+            text = Text.model_validate({"source": text_source(chosen), "seqlen": seqlen, **part})
             try:
                 there = len(first_windows(text, folder.path, Path(), most, trusted=folder.trusted))
             except UserError as error:

@@ -13,9 +13,9 @@ from atp_tune.config.best import Config
 from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.measures import PERPLEXITY, TEXTS
-from atp_tune.results.formatting import method_of, plan_of, remark_of, spent, texts_note
+from atp_tune.results.formatting import method_words, plan_words, spent, texts_note, trial_remark
 from atp_tune.results.goals import Choice, chosen
-from atp_tune.results.results import DENSE, TRAINED, Model, allocation_of
+from atp_tune.results.results import DENSE, TRAINED, Model, allocation_name
 from atp_tune.results.status import best_config, file_as_run, stored_study
 from atp_tune.results.summary import Summary, made_from, overview, summarise
 from atp_tune.storage import opening
@@ -43,13 +43,13 @@ def trials(summary: Summary) -> list[Row]:
         {
             "trial": trial.number,
             "state": trial.state.name.lower(),
-            "plan": plan_of(trial),
+            "plan": plan_words(trial),
             name: trial.user_attrs.get(key),
             **dict(summary.results.record(trial)),
             "seconds": round(sum(spent(trial).values()), 3) if spent(trial) else None,
             **trial.params,
-            **({"allocation": allocation_of(trial)} if "allocation" in trial.params else {}),
-            "remark": remark_of(trial, summary) or None,
+            **({"allocation": allocation_name(trial)} if "allocation" in trial.params else {}),
+            "remark": trial_remark(trial, summary) or None,
         }
         for trial in summary.trials
     ]
@@ -70,7 +70,7 @@ def points(summary: Summary) -> list[Row]:
             {
                 "trial": point.trial.number,
                 "sparsity": point.sparsity,
-                "method": method_of(point.trial),
+                "method": method_words(point.trial),
                 **dict(results.record(point.trial)),
                 **{name: score and score.value for name, score in beside.items()},
                 **{name: change and change.value for name, change in against},
@@ -222,7 +222,7 @@ class Result:
         pairs = ((text, summary.results.score(model, text)) for text in TEXTS)
         scores = ", ".join(f"{text} perplexity {score}" for text, score in pairs if score)
         trained = ", trained" if summary.results.trained else ""
-        return f"<Result {self.name}: {done}, best {method_of(summary.best_trial)}{trained}, {scores}>"
+        return f"<Result {self.name}: {done}, best {method_words(summary.best_trial)}{trained}, {scores}>"
 
     def _repr_html_(self) -> str:
         """The table of results, for notebooks."""

@@ -26,10 +26,10 @@ from atp_tune.errors import UserError
 from atp_tune.events import Message, Place, TrialStarted
 from atp_tune.metrics import AT_THE_END, Speed
 from atp_tune.results.goals import best_trial
-from atp_tune.results.results import store, uniform_of
+from atp_tune.results.results import store, uniform_beside
 from atp_tune.results.status import best_config
 from atp_tune.results.summary import summarise
-from atp_tune.search.goals import goal_of
+from atp_tune.search.goals import make_goal
 from atp_tune.search.runner import Callback, StudyRun, drive, finished_study, load_existing, write_best
 from atp_tune.storage import opening
 from atp_tune.storage.progress import counted, identity
@@ -65,8 +65,8 @@ def finish(run: StudyRun, study: optuna.Study, lender: Lender) -> None:
         best = best_trial(study)
         if best is None or not is_due(run, study, key):
             continue
-        config = best_config(run.file, study, run.file.best_of(run.name))
-        base = run.file.best_of(run.name).parent / config.folder
+        config = best_config(run.file, study, run.file.best_path(run.name))
+        base = run.file.best_path(run.name).parent / config.folder
         place = Place(base, run.file.study.device, run.file.permissions, run.watch)
         finding = end(run, study, best, config, place, lender)
         if finding is not None:
@@ -82,7 +82,7 @@ def _time(
     from atp_tune.api.configuration import lent_as
     from atp_tune.checkpoints.convert import one_line
     from atp_tune.checkpoints.devices import find_device, oom_as_user_error
-    from atp_tune.folders.applying import plan_of
+    from atp_tune.folders.applying import fit_plan
     from atp_tune.folders.comparing import is_fast, open_config
     from atp_tune.folders.speed import Workload, measure_in_memory
 
@@ -92,7 +92,7 @@ def _time(
                 raise UserError("the kernel of packed weights needs a CPU and a C compiler (cc), or the wheel ziglang")
             run.watch(TrialStarted("speed: the best plan, packed, beside the dense model", None))
             with oom_as_user_error("speed"), open_config(config, there) as session:
-                return measure_in_memory(session, plan_of(config, session), Workload(*AT_THE_END), run.watch)
+                return measure_in_memory(session, fit_plan(config, session), Workload(*AT_THE_END), run.watch)
     except Exception as error:  # a model's own code may raise anything
         run.note(f"speed: not measured, {error if isinstance(error, UserError) else one_line(error)}")
         return None
@@ -115,7 +115,7 @@ def _train(
         reason = f"{cost}, less than recover.min_increase = {options.min_increase:g} asks for; a lower one trains it"
         outcome = Recovered(settings=options, kept=False, skipped=True, reason=reason)
     else:
-        uniform = uniform_of(study, best)
+        uniform = uniform_beside(study, best)
         nlls = study.user_attrs.get("test_nlls", {}).get(str(uniform.number), ()) if uniform else ()
         study.set_user_attr("training", identity())  # so that others see it
         try:
@@ -285,6 +285,6 @@ def _nothing_to_do(study: optuna.Study, run: StudyRun) -> str:
     text += "nothing to do"
     has_found = file.study.limit is not None and "terminated_early" in study.user_attrs
     more = file.study.model_copy(update={"search": file.study.search.model_copy(update={"trials": done + 1})})
-    goal = goal_of(more, Budget(file.study.highest, tuple(study.user_attrs["sizes"])))
+    goal = make_goal(more, Budget(file.study.highest, tuple(study.user_attrs["sizes"])))
     is_open = not has_found and goal.total > done
     return f"{text} (--trials N adds more)" if is_open else text

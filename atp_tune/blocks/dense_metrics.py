@@ -75,7 +75,7 @@ def cached_statistics(folder: Path, kind: type[Statistics], blocks: int, device:
     def of(index: int) -> BlockStatistics:
         if index in small:
             return small[index]
-        file = file_of(folder, index)
+        file = block_file(folder, index)
         parts: dict[int, dict[str, torch.Tensor]] = {}
         with safe_open(file, "pt", device=str(device)) as stored:
             for key in stored.keys():  # noqa: SIM118 - it is no mapping
@@ -117,7 +117,7 @@ def save_all(folder: Path, measured: Iterable[BlockStatistics]) -> None:
     with folder_atomically(folder, shared=True) as temporary:
         for index, statistics in enumerate(measured):
             # Writes statistics; linears that share an object share its tensors.
-            file = file_of(temporary, index)
+            file = block_file(temporary, index)
             distinct = {id(each): each for each in statistics.values()}
             numbers = {identity: number for number, identity in enumerate(distinct)}
             tensors = {
@@ -137,7 +137,7 @@ def is_room(folder: Path, needed: int) -> bool:
     return needed <= DISK_SHARE * shutil.disk_usage(folder).free
 
 
-def file_of(folder: Path, index: int) -> Path:
+def block_file(folder: Path, index: int) -> Path:
     """The file of block `index`."""
     return folder / f"{index}.safetensors"
 

@@ -24,7 +24,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from atp_tune.allocations.rows import offsets_of, zeros_of_rows
+from atp_tune.allocations.rows import read_offsets, zeros_of_rows
 from atp_tune.blocks.channels import ChannelPruner, PrunedChannels
 from atp_tune.blocks.replay import AutoBatch, Replay, once_more
 from atp_tune.checkpoints.blocks import Linear, expert_inputs, expert_name, expert_weights
@@ -395,7 +395,7 @@ class Pruning:
             rule = unmeasured(rule)
             self.experts_without_tokens.append(linear.name)
         elif (level := self._levels[linear.name]).rows is not None:
-            offsets = offsets_of(level.rows, linear.out_features)
+            offsets = read_offsets(level.rows, linear.out_features)
             rule = of_rows(rule, torch.from_numpy(zeros_of_rows(linear.in_features, level.sparsity or 0.0, offsets)))
         sparse = once_more(partial(self._pruned, rule, linear, statistics))
         linear.matrix(self.weights[linear.key]).copy_(sparse)

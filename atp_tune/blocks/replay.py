@@ -121,7 +121,7 @@ class Replay:
         positions = 1 if self.inputs.has_steps else hidden.shape[1]
         call = self._calls_for(hidden.shape[0], positions)[index]
         args, kwargs = call.with_hidden(hidden)
-        return hidden_of(self.checkpoint.blocks[index](*args, **kwargs))
+        return hidden_states(self.checkpoint.blocks[index](*args, **kwargs))
 
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Logits, for texts [windows, tokens, vocabulary], from the hidden states after the last block."""
@@ -245,7 +245,7 @@ def bypassed(blocks: nn.ModuleList, stand_in: StandIn) -> Iterator[None]:
                 block.forward = own
 
 
-def hidden_of(output: Any) -> Tensor:
+def hidden_states(output: Any) -> Tensor:
     """The hidden states in the output of a block."""
     hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden

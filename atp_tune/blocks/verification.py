@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from atp_tune.blocks.replay import Replay, bypassed, hidden_of, split
+from atp_tune.blocks.replay import Replay, bypassed, hidden_states, split
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import is_out_of_memory
@@ -148,9 +148,9 @@ class _BlockComparison:
         output = self._replay.within(index, weights, partial(self._own[index], *args, **kwargs))
         with _as_before(self._replay.checkpoint.blocks[index], self._own[index]):
             replayed, *others = (self._replay.alone(index, weights, hidden) for hidden in (given, *self.hidden[1:]))
-        if not is_equal(replayed, hidden_of(output)):
+        if not is_equal(replayed, hidden_states(output)):
             raise Difference(f"block {index} returns other numbers when it is run alone")
-        self.hidden = [self._replay.cross(index, hidden) for hidden in (hidden_of(output), *others)]
+        self.hidden = [self._replay.cross(index, hidden) for hidden in (hidden_states(output), *others)]
         self._done += 1
         return output
 
@@ -334,7 +334,7 @@ def _check_tower(tower: Replay, batch: Batch) -> None:
 
     def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
         output = tower.within(index, weights(index), partial(own[index], *args, **kwargs))
-        ran.append((index, split(args, kwargs)[0].clone(), hidden_of(output).clone()))
+        ran.append((index, split(args, kwargs)[0].clone(), hidden_states(output).clone()))
         return output
 
     if not all(tower.is_as_examples(batch[row : row + 1]) for row in range(len(batch))):

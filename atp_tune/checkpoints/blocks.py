@@ -62,7 +62,7 @@ def model_config(folder: Path, trusted: bool) -> Any:
         raise UserError(f"model {folder}: transformers cannot read its config.json: {one_line(error)}") from error
 
 
-def width_of(config: Any, of_images: bool) -> int:
+def hidden_width(config: Any, of_images: bool) -> int:
     """Width of the hidden states of the part that is pruned; of a model with stages the largest."""
     part = getattr(config, "vision_config", config) if of_images else config.get_text_config()
     names = ("hidden_sizes", "hidden_size", "embed_dim")

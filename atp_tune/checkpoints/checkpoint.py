@@ -30,8 +30,8 @@ from atp_tune.checkpoints.blocks import (
     auto_class,
     find_blocks,
     find_linears,
+    hidden_width,
     is_image_classifier,
-    width_of,
 )
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import (
@@ -236,7 +236,7 @@ class Checkpoint(Released):
 
         Callers may keep them, but must not write to them.
         """
-        return tensors_of(self.blocks[index]) if self._stream is None else self._stream.get(self._first + index)
+        return block_tensors(self.blocks[index]) if self._stream is None else self._stream.get(self._first + index)
 
     def tower_weights(self) -> list[Tensors]:
         """The tensors of the blocks of a vision tower that is pruned too, as `weights`; else none."""
@@ -258,11 +258,11 @@ class Checkpoint(Released):
         there = mapped.bytes_beside(inside)  # already in host memory, and may stay there
         bounded = self.device.type != "cpu" or device_limit() is not None
         if calibration:
-            state = width_of(self.config, is_image_classifier(self.model)) * self.dtype.itemsize
+            state = hidden_width(self.config, is_image_classifier(self.model)) * self.dtype.itemsize
             widest = max(linear.in_features for linears in self.linears for linear in linears)
             work = states(calibration * state, validation * state) + hessian_bytes(widest)
         free = Free(free_memory(self.device), host_memory() + there, bounded)
-        return choose(bytes_of(self.model.parameters()), bytes_of(inside), free, work)
+        return choose(total_bytes(self.model.parameters()), total_bytes(inside), free, work)
 
     def _move(self, ahead: bool) -> Stream | None:
         """Moves tensors to their places; returns a stream of blocks unless all are on the device."""
@@ -283,16 +283,16 @@ class Checkpoint(Released):
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if id(tensor) not in in_blocks:
                 tensor.data = tensor.data.to(self.device)
-        return Stream([tensors_of(block) for block in self.blocks], self.device, ahead)
+        return Stream([block_tensors(block) for block in self.blocks], self.device, ahead)
 
 
-def tensors_of(block: nn.Module) -> Tensors:
+def block_tensors(block: nn.Module) -> Tensors:
     """Parameters and buffers of a block by name, without gradients."""
     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
+def total_bytes(tensors: Iterable[Tensor]) -> int:
     """Total bytes of tensors."""
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -368,7 +368,7 @@ def lent(model: Any, tokenizer: Any) -> Iterator[LentModel]:
             raise UserError("tokenizer: makes other tokens after it is saved and read again; give the model's folder")
         config = {**_config(model), "architectures": [type(model).__name__]}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        content = content_of(model)
+        content = model_digest(model)
         entry = LentModel(folder, content, MEMORY + content, model=model)
         before = _lent.get(entry.id)
         _lent[entry.id] = entry
@@ -415,7 +415,7 @@ def check_model(model: Any) -> None:
         raise UserError(f"model: {name} {reason}")
 
 
-def content_of(model: nn.Module) -> str:
+def model_digest(model: nn.Module) -> str:
     """SHA-256 of a model's saved tensors and of its config, without what does not change its output."""
     digest = hashlib.sha256(json.dumps(_config(model, NOT_CONTENT), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -356,10 +356,10 @@ def dtypes() -> dict[str, "torch.dtype"]:
 
 def sha256_of_tensor(tensor: "Tensor") -> str:
     """SHA-256 (hex) of the values of a tensor as they stand in a file."""
-    return hashlib.sha256(bytes_of(tensor)).hexdigest()
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
-def bytes_of(tensor: "Tensor") -> memoryview:
+def raw_bytes(tensor: "Tensor") -> memoryview:
     """The values of a tensor as they stand in a file; a view."""
     import torch
 
@@ -380,7 +380,7 @@ def _write_shard(file: Path, shard: str, original: Original, read: "Callable[[st
         write(header)
         end = 0
         for name, entry in sorted(parse_header(header, file).items(), key=lambda item: item[1]["data_offsets"]):
-            data = bytes_of(read(original.names.get(name, name), entry["dtype"]))
+            data = raw_bytes(read(original.names.get(name, name), entry["dtype"]))
             if entry["data_offsets"] != [end, end := end + len(data)]:
                 raise ValueError(f"{name} has another size than the header of {shard} says")
             promised = original.tensors.get(name)

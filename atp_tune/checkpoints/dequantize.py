@@ -28,11 +28,11 @@ from atp_tune.checkpoints.devices import DTYPES
 from atp_tune.checkpoints.files import (
     FULL,
     Table,
-    parts_of,
-    quantization_of,
+    find_quantization,
+    nested_configs,
     read_header,
     read_table,
-    scales_of,
+    scale_names,
     without_quantization,
     write_table,
 )
@@ -74,7 +74,7 @@ class Stored:
         return {name: others for name, others in scales.items() if others}
 
     def _scales(self, name: str) -> list[str]:
-        names = [f"{name.removesuffix('_blocks')}_scales"] if name.endswith("_blocks") else scales_of(name)
+        names = [f"{name.removesuffix('_blocks')}_scales"] if name.endswith("_blocks") else scale_names(name)
         scales = [scale for scale in names if scale in self.entries][:1]
         form = f"{name.rpartition('.')[0]}.weight_format"
         return [*scales, form] if scales and scales[0].endswith(".SCB") and form in self.entries else scales
@@ -121,9 +121,9 @@ def dequantize_folder(source: Path, target: Path) -> None:
 def _full(stored: Stored, file: Path, config: Table) -> Iterator[tuple[str, Tensor]]:
     """Names and values of the dequantized tensors of a file."""
     # The dtype in a config or in its parts; bf16 if there is none.
-    names = [str(part.get(key)) for part in parts_of(config) for key in ("dtype", "torch_dtype")]
+    names = [str(part.get(key)) for part in nested_configs(config) for key in ("dtype", "torch_dtype")]
     table, dtype = (
-        quantization_of(config) or {},
+        find_quantization(config) or {},
         next((DTYPES[name] for name in names if name in DTYPES), torch.bfloat16),
     )
     for name in read_header(file):

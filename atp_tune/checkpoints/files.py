@@ -289,7 +289,7 @@ def find_method(folder: Path, name: str) -> str | None:
     `name`: the source of the model in the study. Only JSON files are read.
     """
     config = read_table(folder / "config.json")
-    if (table := quantization_of(config)) is not None:
+    if (table := find_quantization(config)) is not None:
         method = _method(table)
         if method not in BY_TENSOR and (reason := _unread(method, table)):
             raise UserError(f'model.source: {name} is quantized by "{method}", {reason} {_INSTEAD}')
@@ -304,13 +304,13 @@ def find_method(folder: Path, name: str) -> str | None:
 
 def check_full(folder: Path) -> None:
     """UserError if a folder is quantized, by its config."""
-    if (table := quantization_of(config_in(folder))) is not None:
+    if (table := find_quantization(config_in(folder))) is not None:
         raise UserError(f'model {folder}: is quantized by "{_method(table)}"; {_INSTEAD}')
 
 
-def quantization_of(config: Table) -> Table | None:
+def find_quantization(config: Table) -> Table | None:
     """The quantization config in a `config.json` or in one of its parts, such as `text_config`."""
-    tables = (part.get("quantization_config") for part in parts_of(config))
+    tables = (part.get("quantization_config") for part in nested_configs(config))
     value = next((table for table in tables if table is not None), None)
     return value if value is None or isinstance(value, dict) else {"quant_method": value}
 
@@ -323,12 +323,12 @@ def without_quantization(config: Table, depth: int = _DEPTH) -> Table:
     return {**kept, **{key: without_quantization(value, depth - 1) for key, value in inner.items()}}
 
 
-def parts_of(config: Table, depth: int = _DEPTH) -> Iterator[Table]:
+def nested_configs(config: Table, depth: int = _DEPTH) -> Iterator[Table]:
     """A `config.json` and the configs of its parts, such as a language model."""
     yield config
     for key, part in config.items():
         if isinstance(part, dict) and depth and key not in _ELSEWHERE:
-            yield from parts_of(part, depth - 1)
+            yield from nested_configs(part, depth - 1)
 
 
 def check_scales(weights: Iterable[Path], name: str, is_quantized: bool) -> None:
@@ -336,9 +336,9 @@ def check_scales(weights: Iterable[Path], name: str, is_quantized: bool) -> None
 
     Unless `is_quantized`, by its config, if one has a scale.
     """
-    formats = formats_of(weights)
+    formats = tensor_formats(weights)
     for key, kind in formats.items():
-        scale = next((scale for scale in scales_of(key) if scale in formats), None)
+        scale = next((scale for scale in scale_names(key) if scale in formats), None)
         if kind in FULL or is_quantized != (scale is None):
             continue
         if not is_quantized:
@@ -350,12 +350,12 @@ def check_scales(weights: Iterable[Path], name: str, is_quantized: bool) -> None
             raise UserError(f"model.source: {name} has {key} as {kind} without its scales; download it again")
 
 
-def formats_of(weights: Iterable[Path]) -> dict[str, str]:
+def tensor_formats(weights: Iterable[Path]) -> dict[str, str]:
     """Dtype of each tensor in safetensors files, by the name in their headers."""
     return {key: str(entry["dtype"]) for file in weights for key, entry in read_header(file).items()}
 
 
-def scales_of(key: str) -> list[str]:
+def scale_names(key: str) -> list[str]:
     """Possible names of the scales of a tensor."""
     module, _, last = key.rpartition(".")
     beside = [f"{module}.{scale}" for scale in _SCALES] if last in ("weight", "weight_packed") else []

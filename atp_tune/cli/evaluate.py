@@ -266,7 +266,7 @@ def speedup(
         if options.study is not None:
             file = load_study(options.study, options.storage, None, None)
             stored = stored_study(file, options.study_name)
-            path, file = file.best_of(options.study_name or file.name), file_as_run(stored, file)
+            path, file = file.best_path(options.study_name or file.name), file_as_run(stored, file)
             spec: Study | Config = file.study
         else:
             path = about(model) if model is not None else config or Path()
@@ -321,13 +321,13 @@ def _show(speed: "Speed") -> None:
         rates_table(speed),
     ):
         echo(table, "\n", sep="")
-    for line in summary_of(speed):
+    for line in speed_lines(speed):
         echo(line, style="dim")
     if has_zeros:
         echo(NO_GAIN)
 
 
-def summary_of(speed: "Speed") -> Iterator[str]:
+def speed_lines(speed: "Speed") -> Iterator[str]:
     """The measurements: a line for all engines, and a line for each."""
     row = speed.engines[0]
     what = "classify: an image" if row.batch == 1 else f"classify: {row.batch} images at once"

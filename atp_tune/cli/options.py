@@ -196,7 +196,7 @@ class BestOptions(Permissions):
         if config is not None:
             return Best(read_config(config), config, self.allowed, self.device or "auto", self.storage)
         file = load_study(str(self.study), self.storage, None, set_)
-        stored, path = stored_study(file, self.study_name), file.best_of(self.study_name or file.name)
+        stored, path = stored_study(file, self.study_name), file.best_path(self.study_name or file.name)
         file = file_as_run(stored, file, bool(set_))
         allowed = {key: given or file.permissions[key] for key, given in self.allowed.items()}
         where = self.device or file.study.device

@@ -57,12 +57,12 @@ def serve(
 
 def _show(service: "Service", served: "Served") -> None:
     """Prints which studies are served, the dashboard's address, and the command by which workers join."""
-    from atp_tune.report.servers import host_of, is_loopback
+    from atp_tune.report.servers import is_loopback, reachable_host
     from atp_tune.storage.database import without_password
 
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
     studies = ", ".join(map(printable, names)) or "no study yet"
-    name = host_of(service.listen)
+    name = reachable_host(service.listen)
     echo(f"serving {without_password(service.address)}: {studies}")
     if service.others:
         echo(f"not served:   {', '.join(map(printable, service.others))}; --study NAME serves its database")
@@ -224,13 +224,13 @@ def export(
     from atp_tune.folders.exporting import FORMATS, write
     from atp_tune.results.status import best_config, file_as_run, stored_study
     from atp_tune.utils.cache import alone_with
-    from atp_tune.utils.system import format_of
+    from atp_tune.utils.system import chosen_format
 
     if (study is None) == (config is None):
         raise wrong("--study", "give either --study NAME or --config FILE")
     if out == Path("-"):
         raise wrong("--out", "- is no file; --json prints the configuration")
-    kind = format_of("json" if json and format_ is None else format_, out, FORMATS)
+    kind = chosen_format("json" if json and format_ is None else format_, out, FORMATS)
     if config is not None and choice.options:
         raise wrong(choice.options[0], "only with --study")
     if json and kind != "json":
@@ -243,7 +243,7 @@ def export(
         stored, name = stored_study(file, study_name), study_name or file.name
         may_ask = sys.stdin.isatty() and sys.stdout.isatty() and not json
         number = _chosen(stored, choice, may_ask)
-        usual = file.best_of(name) if number is None else file.beside(f"{name}.trial-{number}.json")
+        usual = file.best_path(name) if number is None else file.beside(f"{name}.trial-{number}.json")
         target = out or (PRINTED if json else usual.with_suffix(ending))
     with alone_with(target):  # what is known there of the same trial stays in it
         if config is not None:

@@ -230,7 +230,7 @@ def status(
         raise wrong("--every", "only with --watch")
     from atp_tune.cli.tables import show_status
     from atp_tune.cli.tables import watch as follow
-    from atp_tune.results.status import status_of, stored_study, to_json
+    from atp_tune.results.status import make_status, stored_study, to_json
     from atp_tune.results.summary import summarise
 
     file = load_study(study, storage, None, set_)
@@ -238,7 +238,7 @@ def status(
         follow(file, study_name or file.name, every or 2, json)
         return
     summary = summarise(stored_study(file, study_name))
-    print(to_json(status_of(summary, datetime.now()))) if json else show_status(summary, file)
+    print(to_json(make_status(summary, datetime.now()))) if json else show_status(summary, file)
 
 
 # --- `tune.py report`: writes a report of one or several studies.
@@ -264,12 +264,12 @@ def report(
         out FILE: Default: NAME.report.html beside the study file.
     """
     from atp_tune.cli.terminal import quiet
-    from atp_tune.report import FORMATS, check, name_of, write
+    from atp_tune.report import FORMATS, check, report_name, write
     from atp_tune.report.formats import gather
     from atp_tune.results.status import stored_study
-    from atp_tune.utils.system import format_of
+    from atp_tune.utils.system import chosen_format
 
-    kind = format_of(format_, out, FORMATS)
+    kind = chosen_format(format_, out, FORMATS)
     # Studies with their names in the storage: none, one for each, or several of one study file.
     study_names: list[str | None] = [*(study_name or [])]
     if len(study) == 1 and study_names:
@@ -279,7 +279,7 @@ def report(
     pairs = zip(study, study_names or [None] * len(study), strict=True)
     files = [(load_study(one, storage, None, set_), name) for one, name in pairs]
     names = [name or file.name for file, name in files]
-    target = out or files[0][0].beside(name_of(names, kind))
+    target = out or files[0][0].beside(report_name(names, kind))
     check(kind, target)
     stored = [stored_study(file, name) for file, name in files]
     now = datetime.now()

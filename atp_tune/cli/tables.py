@@ -32,16 +32,16 @@ from atp_tune.results import summary as tables
 from atp_tune.results.formatting import (
     continuations_note,
     duration,
-    errors_of,
     in_one_line,
-    limit_of,
+    limit_words,
+    meaning_of_errors,
     sizes_note,
     study_remarks,
     texts_note,
     wanted,
 )
 from atp_tune.results.results import is_uniform
-from atp_tune.results.status import Status, TrialStatus, status_of, to_json
+from atp_tune.results.status import Status, TrialStatus, make_status, to_json
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.storage import opening
 from atp_tune.storage.database import without_password
@@ -67,12 +67,12 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     items = summary.results.unit
     same = f"same {summary.amount.method}{summary.goal.same}, same {items}"
     paired = f"against uniform: {same}, error of the difference"
-    notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary), summary.goal.draws(summary)]
+    notes = [f"±: {meaning_of_errors(summary)}; {paired}", sizes_note(summary), summary.goal.draws(summary)]
     notes += [texts_note(summary), *(by.note for by in summary.results.measures), summary.results.words.note]
     if summary.limit:
         by_tasks = "min_accuracy" in summary.limit
         where = "at the lower end" if by_tasks else f"validation {summary.results.data}, at the upper end"
-        notes.append(f"limit: {limit_of(summary.limit)}, {where} of the standard error")
+        notes.append(f"limit: {limit_words(summary.limit)}, {where} of the standard error")
     echo("\n" + "\n".join(filter(None, notes)), style="dim")
     best = summary.best_trial
     if best is not None:
@@ -194,7 +194,7 @@ def progress_line(status: Status) -> str:
 
 def show_next(summary: Summary, file: StudyFile) -> None:
     """Prints the file of the best configuration, if it holds the best trial, and the commands that come next."""
-    best = file.best_of(summary.name)
+    best = file.best_path(summary.name)
     try:
         stored = read_config(best) if best.exists() else None
     except UserError:
@@ -305,7 +305,7 @@ class Changes:
 
         `waits`: what is said, once, of a study that does not exist yet.
         """
-        status = None if summary is None else status_of(summary, datetime.now())
+        status = None if summary is None else make_status(summary, datetime.now())
         before, self._said = self._said, status and status.without_clock()
         if before == self._said:  # times that the clock alone changes do not count
             return
@@ -323,7 +323,7 @@ class Changes:
 
 def fitting(summary: Summary, now: datetime) -> RenderableType:
     """All trials and the progress; only the best and the last trials where the terminal has too few rows."""
-    progress = _line(progress_line(status_of(summary, now)))
+    progress = _line(progress_line(make_status(summary, now)))
     for trials in _choices(summary, console().height):
         waiting = sum(trial.state == TrialState.WAITING for trial in summary.trials)
         counts = ((len(summary.trials) - len(trials) - waiting, "earlier"), (waiting, "waiting"))

@@ -18,7 +18,7 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.errors import without_secrets
 from atp_tune.events import Event, EventHandler, Message, TrialEnded
 from atp_tune.measures import PERPLEXITY, TEXTS, Role
-from atp_tune.results.results import DENSE, Model, Results, parameters_of
+from atp_tune.results.results import DENSE, Model, Results, allocation_parameters
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.utils.cache import alone_with, sha256_of_json, write_atomically
 
@@ -241,7 +241,8 @@ def records(summary: Summary) -> Iterator[tuple[int, Numbers, str]]:
                     if by.name in scores:
                         better = max if by.is_higher_better else min
                         best[by.name] = better(scores[by.name], best.get(by.name, scores[by.name]))
-            drawn = {**trial.params, **parameters_of(trial)}  # over an interval of sparsities, not shares of the bounds
+            # over an interval of sparsities, not shares of the bounds
+            drawn = {**trial.params, **allocation_parameters(trial)}
             parameters = {
                 key: float(value)
                 for key, value in drawn.items()

@@ -325,7 +325,7 @@ def _go_on(path: Path, wishes: "StudyRequest", options: RunOptions) -> None:
     """Runs the study of a file that is there; UserError if it is another's."""
     study = load_study(str(path), None, None, None).study
     wishes.check_same(study, path)
-    _start(path, replace(options, set_=[*wishes.recovery_of(study), *(options.set_ or [])]))
+    _start(path, replace(options, set_=[*wishes.training_overrides(study), *(options.set_ or [])]))
 
 
 def _start(path: Path, options: RunOptions, remark: Remark | None = None) -> None:

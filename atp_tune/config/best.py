@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from atp_tune.allocations.bits import share_of
+from atp_tune.allocations.bits import share_at
 from atp_tune.config.manifest import Manifest
 from atp_tune.config.plugged import PluginRef, check_known
 from atp_tune.config.prune import Bits, PruneConfig, QuantizeConfig, Recovered
@@ -306,11 +306,11 @@ class Config(FrozenModel, use_attribute_docstrings=True):
     def target(self) -> float:
         """The amount that the allocation shared out: the target sparsity, or a share between most and fewest bits."""
         if self.by_bits and self.bits is not None and self.quantize is not None:
-            return share_of(self.bits.target, self.quantize.widths)
+            return share_at(self.bits.target, self.quantize.widths)
         return self.sparsity.target
 
     @property
-    def made_of(self) -> dict[str, Any]:
+    def weights_id(self) -> dict[str, Any]:
         """All that decides the weights of its pruned model, before any training."""
         return self.model_dump(
             mode="json",

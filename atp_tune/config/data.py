@@ -59,11 +59,11 @@ class Source(SettingsTable):
     def overlaps(self, other: "Source") -> bool:
         """Whether both have items of the same part of one source."""
         keys = ("data", "config", "split", "revision")
-        is_like = all(getattr(self, key) == getattr(other, key) for key in keys) and self._is_of(other)
+        is_like = all(getattr(self, key) == getattr(other, key) for key in keys) and self._has_same_source(other)
         is_met = self.part[0] < other.part[1] and other.part[0] < self.part[1]
         return is_like and (is_met or self._is_cut_unlike(other))
 
-    def _is_of(self, other: Any) -> bool:
+    def _has_same_source(self, other: Any) -> bool:
         """Whether the other, which is alike, reads the same source."""
         raise NotImplementedError
 
@@ -128,7 +128,7 @@ class Text(Source):
         fields: dict[str, Any] = inner(self)
         return {key: value for key, value in fields.items() if value is not None or key != "images"}
 
-    def _is_of(self, other: Any) -> bool:
+    def _has_same_source(self, other: Any) -> bool:
         """Whether both are of one source, or of the same kind of `mixed`."""
         of = {MIXED: {f"{MIXED}:{kind}" for kind in KINDS}, MANUAL: {f"{MIXED}:manual"}}
         mine, others = (of.get(source, {source}) for source in (self.source, other.source))
@@ -175,7 +175,7 @@ class ImageSet(Source):
         """The kind of source, the part before the colon."""
         return self.source.partition(":")[0]
 
-    def _is_of(self, other: Any) -> bool:
+    def _has_same_source(self, other: Any) -> bool:
         return bool(self.kind == other.kind and posixpath.normpath(self.place) == posixpath.normpath(other.place))
 
 

@@ -22,7 +22,7 @@ from atp_tune.config.prune import PruneConfig
 from atp_tune.config.search import SAMPLERS, SCORES
 from atp_tune.config.study import Data, Study
 from atp_tune.errors import UserError
-from atp_tune.plugins import ASK, REGISTRIES, content_of, digest, file_of, is_place, load, registry, short_name
+from atp_tune.plugins import ASK, REGISTRIES, digest, file_digest, is_place, load, plugin_file, registry, short_name
 from atp_tune.pruners import PRUNERS, QUANTIZERS, SETTINGS
 from atp_tune.utils.cache import sha256_of_json
 from atp_tune.utils.registry import FrozenModel, Origin, Registry, relocated
@@ -83,7 +83,7 @@ def check_known(
             raise ValidationError.from_exception_data("Config", [wrong])
 
 
-def parts_of(source: str) -> tuple[str, str]:
+def split_source(source: str) -> tuple[str, str]:
     """The name of a source of texts, which may be a place, and what follows it."""
     match = TEXT.fullmatch(source)
     if match and source.partition(":")[0] not in TEXT_SOURCES:
@@ -100,7 +100,7 @@ def named_in(study: Study) -> list[Named]:
     rows += [(SAMPLERS, Named("sampler", "search.sampler", search.sampler))]
     rows += [(SCORES, Named("score", "search.score", search.score))]
     texts = {f"{key}.source": data for key, data in study.data.sources.items() if data.data == "text"}
-    rows += [(None, Named(SOURCE, key, parts_of(text.source)[0])) for key, text in texts.items()]
+    rows += [(None, Named(SOURCE, key, split_source(text.source)[0])) for key, text in texts.items()]
     return [plugin for objects, plugin in rows if _is_plugged(plugin, objects)]
 
 
@@ -148,10 +148,10 @@ def contents(study: Study, folder: Path) -> dict[str, str]:
     for plugin in named_in(study):
         source = registry(plugin.kind).held().get(plugin.short)
         if is_place(plugin.written):
-            file = file_of(plugin.written, folder, plugin.key)
+            file = plugin_file(plugin.written, folder, plugin.key)
             if file is not None and (source is None or source.file is None or source.file.resolve() != file.resolve()):
                 source = None
-                if sha256 := content_of(plugin.written, folder, plugin.key):
+                if sha256 := file_digest(plugin.written, folder, plugin.key):
                     digests[plugin.short] = sha256
         if source is not None:
             digests[plugin.short] = source.sha256
@@ -277,7 +277,7 @@ def plug_in_texts(config: "Config", texts: Mapping[str, Data], base: Path, trust
     """Runs the code of the sources of a configuration's texts, as `plug_in_config` does."""
     for key, name in () if trusted else _imports({f"{role}.source": text for role, text in texts.items()}):
         raise _ask(key, name)
-    names = {f"{role}.source": short_name(parts_of(text.source)[0]) for role, text in texts.items()}
+    names = {f"{role}.source": short_name(split_source(text.source)[0]) for role, text in texts.items()}
     _bring_recorded(config, names, base, trusted)
 
 
@@ -295,7 +295,7 @@ def _bring_recorded(config: "Config", needed: Mapping[str, str], base: Path, tru
             )
 
 
-def settings_of(name: str) -> dict[str, Any]:
+def plugin_settings(name: str) -> dict[str, Any]:
     """The fields of a plug-in pruner that are keys of its table; empty for another name, or before its code has run."""
     if PRUNERS.is_built_in(name) or name not in PRUNERS.held():
         return {}
@@ -306,7 +306,7 @@ def settings_of(name: str) -> dict[str, Any]:
 def rooted(names: Sequence[str], folder: Path) -> Iterator[str]:
     """Names from a command line, with places whose files start at `folder` made absolute."""
     for name in names:
-        file = file_of(name, folder, "plug-in") if is_place(name) else None
+        file = plugin_file(name, folder, "plug-in") if is_place(name) else None
         yield name if file is None else f"{file.absolute()}:{name.rpartition(':')[2]}"
 
 
@@ -400,7 +400,7 @@ def _source(origin: Origin | None) -> str:
 
 def _settings(pruner: str) -> Iterator[Setting]:
     table: type[BaseModel] | None = SETTINGS.get(pruner)
-    fields = table.model_fields if table else settings_of(pruner)
+    fields = table.model_fields if table else plugin_settings(pruner)
     if not fields:
         return
     model: Any = table or registry("pruner")[pruner]

@@ -21,9 +21,9 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from atp_tune.allocations import ALLOCATIONS, Budget, bits, channels
-from atp_tune.allocations.bits import share_of, stored_bits
+from atp_tune.allocations.bits import share_at, stored_bits
 from atp_tune.allocations.budget import ranked_by
-from atp_tune.allocations.rows import RowOffsets, text_of
+from atp_tune.allocations.rows import RowOffsets, offsets_to_text
 from atp_tune.errors import UserError
 from atp_tune.measures import Change, Perplexity
 from atp_tune.plan import Level, Plan
@@ -391,10 +391,10 @@ class Bits(FrozenModel):
     effective: float | None = Field(None, ge=0, le=64)
 
 
-def level_of(study: "Study") -> float:
+def share_of_bits(study: "Study") -> float:
     """The share between most and fewest bits, which allocations share out."""
     assert study.bits is not None
-    return share_of(study.bits, study.quantize.widths)
+    return share_at(study.bits, study.quantize.widths)
 
 
 # --- Patterns: where zeros may stand, and which sparsities are possible; and the plan of an allocation, rounded to one.
@@ -477,14 +477,14 @@ def make_plan(
             )
         rows = channels.rounded(flat, budget.channels, budget.target)
     elif budget.widths:
-        flat = [*bits.rounded([bits.bits_of(s, budget.widths) for s in flat], sizes, budget.widths)]
+        flat = [*bits.rounded([bits.bits_at(s, budget.widths) for s in flat], sizes, budget.widths)]
     else:
         flat = [*pattern.round(flat, sizes)]
 
     def level(amount: float, offsets: bytes | None = None, linears: tuple[Level, ...] = ()) -> Level:
         if budget.widths:
             return Level(bits=amount, linears=linears)
-        return Level(amount, budget.bits, None if offsets is None else text_of(offsets), linears)
+        return Level(amount, budget.bits, None if offsets is None else offsets_to_text(offsets), linears)
 
     # A level for each block, with those of its linears if they differ, or if whole channels go.
     levels = map(level, flat)

@@ -22,8 +22,8 @@ from atp_tune.config.prune import (
     RecoverConfig,
     Treatments,
     check_names,
-    level_of,
     parse,
+    share_of_bits,
 )
 from atp_tune.config.search import ACCURACY, DENSITY, NEXT_TOKEN, STEP, LimitConfig, SearchConfig, or_none
 from atp_tune.plugins import IN_SCHEMA, short_name
@@ -203,7 +203,7 @@ class Study(SettingsTable):
     def highest(self) -> float:
         """The highest S, or with `bits` the share between most and fewest, which allocations share out."""
         if self.sparsity is None:
-            return level_of(self)
+            return share_of_bits(self)
         return self.sparsity[1] if isinstance(self.sparsity, tuple) else self.sparsity
 
     @property

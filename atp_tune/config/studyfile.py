@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails, core_schema
 
 from atp_tune.config import finding
 from atp_tune.config.best import dumps
-from atp_tune.config.plugged import plug_in, settings_of
+from atp_tune.config.plugged import plug_in, plugin_settings
 from atp_tune.config.prune import PruneConfig
 from atp_tune.config.study import Study
 from atp_tune.errors import PluginError, UserError, did_you_mean, is_text, printable, without_secrets
@@ -101,13 +101,13 @@ def _key_path(loc: KeyPath) -> KeyPath:
         if isinstance(part, int) or table:
             key_path = (*key_path, part)
         if isinstance(part, str) and table:
-            table = table_of(table, part)
+            table = table_model(table, part)
     return key_path
 
 
-def table_of(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
+def table_model(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
     """The model of the table under `key`; None if the key is unknown or holds a plain value."""
-    if issubclass(parent, PruneConfig) and settings_of(key):
+    if issubclass(parent, PruneConfig) and plugin_settings(key):
         plugged: type[BaseModel] = PRUNERS[key]  # type: ignore[assignment]
         return plugged
     annotation = parent.model_fields[key].annotation if key in parent.model_fields else None
@@ -152,7 +152,7 @@ def _literals(details: ErrorDetails) -> list[str]:
 def _unknown(key_path: KeyPath) -> str:
     """Suggests the same key of another table or a similar key of this table, or lists the keys of this table."""
     *parents, key = map(str, key_path)
-    keys = [key.split(".") for key in keys_of()]
+    keys = [key.split(".") for key in dotted_keys()]
     siblings = [own for *table, own in keys if table == parents]
     elsewhere = [".".join(path) for path in keys if path[-1] == key]
     near = [".".join([*parents, own]) for own in get_close_matches(key, siblings, n=1, cutoff=NEARLY)]
@@ -161,16 +161,16 @@ def _unknown(key_path: KeyPath) -> str:
     return f"did you mean {near[0]}?" if near else f"known here are {', '.join(siblings)}"
 
 
-def keys_of(table: type[BaseModel] = Study, prefix: str = "") -> Iterator[str]:
+def dotted_keys(table: type[BaseModel] = Study, prefix: str = "") -> Iterator[str]:
     """All dotted keys that a study file may hold, including tables."""
-    plugged = [name for name in PRUNERS.held() if settings_of(name)] if issubclass(table, PruneConfig) else []
+    plugged = [name for name in PRUNERS.held() if plugin_settings(name)] if issubclass(table, PruneConfig) else []
     for key in [*table.model_fields, *plugged]:
         yield prefix + key
-        inner = table_of(table, key)
+        inner = table_model(table, key)
         if key in plugged:
-            yield from (f"{prefix}{key}.{own}" for own in settings_of(key))
+            yield from (f"{prefix}{key}.{own}" for own in plugin_settings(key))
         elif inner:
-            yield from keys_of(inner, f"{prefix}{key}.")
+            yield from dotted_keys(inner, f"{prefix}{key}.")
 
 
 def _within(key_path: KeyPath, table: KeyPath) -> bool:
@@ -268,7 +268,7 @@ class StudyFile:
         """The folder of the files that a dashboard offers; None for another kind of database."""
         return self.database and self.database.with_suffix(".artifacts")
 
-    def best_of(self, name: str) -> Path:
+    def best_path(self, name: str) -> Path:
         """The JSON file, beside the database, of the best configuration of the study `name`."""
         return self.beside(f"{name}.best.json")
 

@@ -89,7 +89,7 @@ def peaks(held: Bytes, offload: Offload, free: Free, has_own_memory: bool) -> Me
     )
 
 
-def bytes_of(sizes: ModelSizes, itemsize: int, width: int, tokens: Tokens, work: int, process: int) -> Bytes:
+def memory_parts(sizes: ModelSizes, itemsize: int, width: int, tokens: Tokens, work: int, process: int) -> Bytes:
     """The parts for a model with `itemsize` bytes per value and hidden states of `width` values."""
     state = width * itemsize
     return Bytes(
@@ -315,9 +315,9 @@ class Amounts:
     def screened(self) -> int:
         """Tokens that a trial of the screening is evaluated on; 0 without a screening."""
         screen = self.study.search.screen
-        return 0 if screen is None else self.tokens.validation // self.windows_of(1) * self.windows_of(screen.stride)
+        return 0 if screen is None else self.tokens.validation // self.windows_at(1) * self.windows_at(screen.stride)
 
-    def windows_of(self, stride: int) -> int:
+    def windows_at(self, stride: int) -> int:
         """Number of validation windows of which one in `stride` is taken."""
         return -(-self.validation_windows // stride)
 

@@ -25,7 +25,7 @@ from atp_tune.cost.forecast import (
     Tokens,
     TrialCost,
     Weights,
-    bytes_of,
+    memory_parts,
     parts,
     peaks,
     problems,
@@ -34,7 +34,7 @@ from atp_tune.cost.forecast import (
     sums,
 )
 from atp_tune.events import EventHandler, Message
-from atp_tune.search.goals import goal_of
+from atp_tune.search.goals import make_goal
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX
 
@@ -68,7 +68,7 @@ class Known(Amounts):
 
     def held(self, work: int) -> Bytes:
         """The parts of the peak memory."""
-        memory = bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
+        memory = memory_parts(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
         if self.study.compares_all:  # both go through the blocks together
             both = (self.tokens.validation + self.tokens.test) * self.width * self.itemsize
             memory = replace(memory, validation=both)
@@ -88,7 +88,9 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     from atp_tune.run.session import Session, Setup
 
     # Without `bos` in the study file the forecast ignores BOS: its cost is too small.
-    setup = Setup.of_study(file.study, file.folder, bool(fingerprint.bos_of(file.study, _stored(file, name))), watch)
+    setup = Setup.of_study(
+        file.study, file.folder, bool(fingerprint.stored_bos(file.study, _stored(file, name))), watch
+    )
     device = find_device(setup.place.device)
     dtype = find_dtype(setup.model.dtype, device)
     if note := file.study.without_effect:
@@ -171,7 +173,7 @@ def _with_study(amounts: Known, study: Study) -> Known:
 
 def _amounts(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
     from atp_tune.blocks.gradients import PASSES
-    from atp_tune.checkpoints.blocks import model_config, width_of
+    from atp_tune.checkpoints.blocks import hidden_width, model_config
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
     from atp_tune.inputs import KINDS
     from atp_tune.run.dense_model import CURVE_TOKENS
@@ -182,7 +184,7 @@ def _amounts(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", 
     windows, length = len(items["calibration"]), items["calibration"].positions
     curve = min(windows, max(1, CURVE_TOKENS // length)) * length
     tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), curve)
-    width = width_of(model_config(folder.path, folder.trusted), setup.inputs == IMAGES)
+    width = hidden_width(model_config(folder.path, folder.trusted), setup.inputs == IMAGES)
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
     return Known(
@@ -212,7 +214,7 @@ def _stored(file: StudyFile, name: str) -> optuna.Study | None:
 
 def _progress(study: optuna.Study | None, trials: int) -> tuple[int, int]:
     """Trials done, and the total, which early termination may have lowered."""
-    return (progress.counted(study), progress.total_of(study, trials)) if study else (0, trials)
+    return (progress.counted(study), progress.effective_total(study, trials)) if study else (0, trials)
 
 
 def _trials(amounts: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:
@@ -256,9 +258,9 @@ def _whole(amounts: Known, session: "Session | None", rates: ProbeRates | None) 
     """The sum of a study's parts; without tokens and seconds where the number of its trials is not known."""
     study, trials, main, screen = amounts.study, amounts.study.search.trials, amounts.main, amounts.study.search.screen
     if session is not None:
-        trials = goal_of(study, session.budget(study.highest)).total
+        trials = make_goal(study, session.budget(study.highest)).total
     elif study.interval is not None:  # the total depends on no size of the model
-        trials = goal_of(study, Budget(study.highest, amounts.sizes.blocks)).total
+        trials = make_goal(study, Budget(study.highest, amounts.sizes.blocks)).total
     done, total = (0, None) if trials is None else _progress(main, trials)
     screened, screening_total = _progress(amounts.screening, screen.trials) if screen else (0, 0)
     is_trained = main is not None and "recovered" in main.user_attrs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.convert import bytes_of, gguf_origin
+from atp_tune.checkpoints.convert import gguf_origin, raw_bytes
 from atp_tune.checkpoints.devices import DTYPES, device_name
 from atp_tune.checkpoints.files import CODE, copy_small, is_slim, offsets, read_header, read_table, write_table
 from atp_tune.checkpoints.models import Ask, ModelFolder
@@ -26,7 +26,7 @@ from atp_tune.config.plugged import records
 from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place, TrialStarted
-from atp_tune.folders.card import ABOUT, FINETUNED, describe, manifest_of
+from atp_tune.folders.card import ABOUT, FINETUNED, describe, new_manifest
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
 from atp_tune.packed.modeling_atp_sparse import LANGUAGE, SLIM, auto_map, checked_table
@@ -46,7 +46,7 @@ CONFIG = "config.json"
 SOURCE = "source"  # the number format of the dense model's files
 
 
-def plan_of(config: Config, context: Session, says_untrained: bool = False) -> Plan:
+def fit_plan(config: Config, context: Session, says_untrained: bool = False) -> Plan:
     """The plan of a configuration; UserError if the context has another model, or one that the plan does not fit.
 
     `says_untrained`: with a line where `apply` trains the kept weights, which here are as they were pruned.
@@ -75,7 +75,7 @@ def check_model(config: Config, folder: ModelFolder) -> None:
         )
 
 
-def config_of(file: StudyFile, context: Session, plan: Plan) -> Config:
+def plan_config(file: StudyFile, context: Session, plan: Plan) -> Config:
     """The configuration of a plan, without measurements."""
     study, checkpoint = file.study, context.checkpoint
     effective = None
@@ -150,7 +150,7 @@ def write_sparse(
             "conv1d": plan.by_bits and checkpoint.has_conv1d,
             "batches": {**config.batches, "calibration": context.batches["calibration"]},
             "slim": False,
-            "manifest": manifest_of(folder, device_name(checkpoint.device)),
+            "manifest": new_manifest(folder, device_name(checkpoint.device)),
         }
         describe(folder, config.model_copy(update=fields))
 
@@ -187,7 +187,7 @@ def write_applied(config: Config, out: Path, place: Place, way: Way = PLAIN) -> 
     check_free(out)
     setup = Setup.of_config(config, {"calibration": config.calibration, "test": config.texts.test}, place)
     with Session.open(replace(setup, ask=way.asked(out))) as context:
-        way.write(context, plan_of(config, context), out, config.seen_from(place.base, out))
+        way.write(context, fit_plan(config, context), out, config.seen_from(place.base, out))
     return setup
 
 
@@ -276,7 +276,7 @@ class Shards:
                 if not self.whole:
                     written = torch.where((sparse != dense).cpu(), written, source)
                 files[shard].seek(there[shard][key])
-                files[shard].write(bytes_of(written.to(self.dtype or source.dtype)))
+                files[shard].write(raw_bytes(written.to(self.dtype or source.dtype)))
         assert not locations
 
 

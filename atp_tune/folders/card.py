@@ -71,7 +71,7 @@ def origin(folder: Path) -> PrunedWith | None:
     return PrunedWith(config, base, calibration, validation, test, config.model.dtype, dense, config.bos)
 
 
-def manifest_of(folder: Path, device: str) -> Manifest:
+def new_manifest(folder: Path, device: str) -> Manifest:
     """The manifest of the files that a folder holds now."""
     return Manifest(files=sha256_by_name(folder, DESCRIPTIONS), environment=environment(device))
 

@@ -30,17 +30,17 @@ from atp_tune.config.prune import PruneConfig, make_plan, parse
 from atp_tune.config.study import Data, ModelConfig, of_model
 from atp_tune.errors import UserError
 from atp_tune.events import Place, TrialStarted
-from atp_tune.folders.applying import check_model, plan_of
+from atp_tune.folders.applying import check_model, fit_plan
 from atp_tune.folders.card import ABOUT, origin
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.images import LABELLED_IMAGES
 from atp_tune.inputs.items import LABELS, PIXELS, Items
-from atp_tune.inputs.pictures import ImageProcessor, class_name, pictures_of
+from atp_tune.inputs.pictures import ImageProcessor, class_name, pictures_in_files
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.measures import TaskScore, accuracy, difference, gain, mean_of_tasks
 from atp_tune.metrics import NAMES, Continuations, Side
 from atp_tune.packed.kernel import kernel_name
-from atp_tune.packed.layout import LEAST, Kind, packed_linear, zeros_of
+from atp_tune.packed.layout import LEAST, Kind, packed_linear, zero_share
 from atp_tune.packed.modeling_atp_sparse import is_packable, speed_dense_linears
 from atp_tune.plan import Plan
 from atp_tune.run.generation import Speaker
@@ -130,7 +130,7 @@ def evaluate_folder(folder: Path, options: TaskOptions, place: Place) -> ZeroSho
 
 def _plans(config: Config, session: Session) -> dict[str, Plan | None]:
     """Dense, uniform and best; UserError if the model is not the configuration's."""
-    best = plan_of(config, session, says_untrained=True)
+    best = fit_plan(config, session, says_untrained=True)
     return {"dense": None, "uniform": uniform_plan(config, session), "best": best}
 
 
@@ -241,7 +241,7 @@ def pack_linears(checkpoint: Checkpoint, kind: Kind = "same") -> int:
     for block, linears in zip(checkpoint.blocks, checkpoint.linears, strict=True):
         for linear in linears:
             module: Any = None if linear.expert is not None else block.get_submodule(linear.name)
-            if is_packable(module) and zeros_of(module.weight.detach()) >= LEAST:
+            if is_packable(module) and zero_share(module.weight.detach()) >= LEAST:
                 parent, _, last = linear.name.rpartition(".")
                 setattr(block.get_submodule(parent), last, packed_linear(module, kind))
                 packed += 1
@@ -265,7 +265,7 @@ def packed_copy(
             weight = nn.Parameter(block.weights[linear.key], requires_grad=False)
             owner = checkpoint.blocks[block.index]
             module: Any = None if linear.expert is not None else owner.get_submodule(linear.name)
-            if is_packable(module) and zeros_of(weight.detach()) >= LEAST:
+            if is_packable(module) and zero_share(weight.detach()) >= LEAST:
                 pruned = copy.copy(module)
                 pruned._parameters = {**module._parameters, "weight": weight}
                 memo[id(module)] = packed_linear(pruned)
@@ -369,7 +369,9 @@ class BothModels(Released):
         context, checkpoint = self._context, self._context.checkpoint
         opened: Callable[[], AbstractContextManager[nn.Module]] = partial(context.replay.whole, checkpoint.weights)
         if side != "dense":
-            plan = uniform_plan(config, context) if side == "uniform" else plan_of(config, context, says_untrained=True)
+            plan = (
+                uniform_plan(config, context) if side == "uniform" else fit_plan(config, context, says_untrained=True)
+            )
             self._place.watch(TrialStarted("pruning", plan))
             names = self._use.command, self._use.with_folder
             if self._packs(checkpoint):
@@ -448,7 +450,7 @@ def classify(files: Sequence[Path], folder: Path, both: bool, place: Place) -> t
     `both`: by its dense model too. UserError, before a model is loaded, for a file that is
     no picture.
     """
-    pictures, cache = pictures_of(files, "FILE"), list[Items]()
+    pictures, cache = pictures_in_files(files, "FILE"), list[Items]()
     for index in range(len(pictures)):
         pictures.picture(index)  # decoded once to see that all can be
 

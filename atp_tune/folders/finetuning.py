@@ -35,11 +35,11 @@ from atp_tune.folders.card import (
     PrunedWith,
     Zeros,
     describe,
-    manifest_of,
+    new_manifest,
     origin,
 )
 from atp_tune.folders.training import find_teacher, windows_held_out, windows_read
-from atp_tune.inputs.images import doubles_of, images_of
+from atp_tune.inputs.images import duplicate_images, image_items
 from atp_tune.inputs.items import IDS, Items
 from atp_tune.inputs.windows import first_windows, shared_windows, token_windows
 from atp_tune.measures import Estimate, accuracy, by_kind, change, gain, perplexity
@@ -92,11 +92,11 @@ def read_items(
     if isinstance(text, ImageSet):
         with within("--images"):
             whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
-            items = images_of(whole, folder, base, at_most=text.nsamples is None)
+            items = image_items(whole, folder, base, at_most=text.nsamples is None)
         with within("--test-images"):
             images = {role: other for role, other in measured.items() if isinstance(other, ImageSet)}
-            others = {role: images_of(other, folder, base) for role, other in images.items()}
-        doubles = doubles_of({**others, "training": items})["training"]
+            others = {role: image_items(other, folder, base) for role, other in images.items()}
+        doubles = duplicate_images({**others, "training": items})["training"]
         return items.without(doubles) if doubles else items
     with within("--text"):
         whole_text = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
@@ -226,7 +226,7 @@ class FinetuningJob:
                 test=self.setup.texts["test"], settings=settings, dense=self.dense, losses=losses,
                 zeros=Zeros(**zeros), **changes["test"].model_dump(), validation=changes.get("validation"),
                 accuracy=hits, seconds=seconds, memory=memory, device=device_name(device), versions=versions(),
-                bos=self.items.bos, manifest=manifest_of(folder, device_name(device)), held_out=held,
+                bos=self.items.bos, manifest=new_manifest(folder, device_name(device)), held_out=held,
                 teacher=self.teacher and self.teacher.content,
             )  # fmt: skip
             (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
-from atp_tune.folders.training import Adapters, linears_of
+from atp_tune.folders.training import Adapters, trained_linears
 
 ADAPTER = "default"  # what peft calls an adapter
 
@@ -53,7 +53,7 @@ class MaskedLinear(LoraLinear):
         return y
 
 
-def adapters_of(model: nn.Module) -> Iterator[nn.Parameter]:
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of the adapters of a model, without the layers that they adapt."""
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
@@ -89,7 +89,7 @@ class Lora(Adapters):
     def __init__(self, checkpoint: Checkpoint, rank: int, alpha: int, seed: int) -> None:
         """`seed` initialises A; B is zero, so training starts from the pruned model."""
         super().__init__(checkpoint)
-        linears = linears_of(checkpoint)
+        linears = trained_linears(checkpoint)
         paths = [f"{i}.{linear.name}" for i, linear in linears]
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=paths)
         config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})

@@ -26,10 +26,10 @@ from atp_tune.checkpoints.convert import (
     Original,
     as_bytes,
     as_text,
-    bytes_of,
     is_packed,
     one_line,
     quiet,
+    raw_bytes,
     sha256_of_tensor,
     unpack_folder,
 )
@@ -47,7 +47,7 @@ from atp_tune.folders.card import ABOUT as PROVENANCE
 from atp_tune.folders.card import CARD, DESCRIPTIONS, FINETUNED, Packed, describe, origin, stored_manifest
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
-from atp_tune.packed.layout import LEAST, Coded, Kind, encode, fits_kernel, pack, spread, zeros_of
+from atp_tune.packed.layout import LEAST, Coded, Kind, encode, fits_kernel, pack, spread, zero_share
 from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
     MODEL_TYPE,
@@ -274,7 +274,7 @@ class _Packing:
     def _pack(self, name: str, dense: Tensor) -> Tensors:
         """The tensors in the place of a sparse or a coded one, or the one that stays."""
         names = (name, name.removeprefix(self._prefix), self._prefix + name)
-        is_sparse = dense.dtype in DTYPES.values() and dense.dim() >= 2 and zeros_of(dense) >= LEAST
+        is_sparse = dense.dtype in DTYPES.values() and dense.dim() >= 2 and zero_share(dense) >= LEAST
         coded = None if self._codes is None else self._codes.find(names)
         if not (is_sparse if self._codes is None else coded):
             if self._kind != "same":
@@ -293,7 +293,7 @@ class _Packing:
         else:
             about, parts, again = {**about, **coded.about}, coded.parts, coded.decoded().to(dense.dtype)
             self._fits = self._fits and (linear is None or (coded.fits and fits_kernel(about)))
-            if bytes_of(again) != bytes_of(dense):
+            if raw_bytes(again) != raw_bytes(dense):
                 raise UserError(f"{name}: its codes do not give the weights of {self.source}")
         (self.stored if linear is None else self.linears)[linear or name] = about
         self._original.tensors[name] = sha256_of_tensor(again)

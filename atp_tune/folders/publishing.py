@@ -23,7 +23,7 @@ from atp_tune.checkpoints.files import WEIGHTS
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.data import is_local_text, text_name
 from atp_tune.config.manifest import Environment, Manifest, digest, environment
-from atp_tune.config.plugged import parts_of
+from atp_tune.config.plugged import split_source
 from atp_tune.errors import UserError
 from atp_tune.folders.card import ABOUT, CARD, DESCRIPTIONS, FINETUNED, stored_manifest
 from atp_tune.plugins import digest as digest_of
@@ -68,7 +68,12 @@ def is_made_from(folder: Path, config: Config, packed: bool = False, slim: bool 
     about = read_config(folder / ABOUT)
     is_packed = about.manifest is not None and any(map(PACKED.match, about.manifest.files))
     training = [each.trained and each.trained.settings for each in (about, config)]
-    return (is_packed, about.slim, about.made_of, training[0]) == (packed, slim, config.made_of, training[1])
+    return (is_packed, about.slim, about.weights_id, training[0]) == (
+        packed,
+        slim,
+        config.weights_id,
+        training[1],
+    )
 
 
 def check_permission(name: str, private: bool) -> None:
@@ -237,7 +242,7 @@ def _public(key: str, value: str, base: Path) -> str:
         return "."
     if key == "source" and is_local_text(value):
         return text_name(value)
-    name, rest = parts_of(value) if key in ("source", "place") else (value, "")
+    name, rest = split_source(value) if key in ("source", "place") else (value, "")
     if is_place(name):
         return _last(name) + f":{_last(rest)}" * bool(rest)
     return _last(value) if key == "id" and is_local(value, base) else value

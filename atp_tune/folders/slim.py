@@ -40,7 +40,7 @@ from atp_tune.folders.applying import (
     sparse_folder,
     write_sparse,
 )
-from atp_tune.folders.card import ABOUT, describe, manifest_of
+from atp_tune.folders.card import ABOUT, describe, new_manifest
 from atp_tune.folders.packing import check_class, empty_model
 from atp_tune.packed.modeling_atp_sparse import LANGUAGE, VERSION
 from atp_tune.packed.modeling_atp_sparse import SLIM as MODEL_TYPE
@@ -185,7 +185,7 @@ def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: s
                 bring_own_code(folder)
             check_equal(context, masked, folder)
             about = read_config(masked / ABOUT)
-            manifest = manifest_of(folder, device_name(context.checkpoint.device))
+            manifest = new_manifest(folder, device_name(context.checkpoint.device))
             describe(folder, about.model_copy(update={"manifest": manifest, "slim": True}))
 
 

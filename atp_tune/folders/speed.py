@@ -129,7 +129,7 @@ def _cached(config: Config, dense: ModelFolder, place: Place) -> Path:
     device = find_device(place.device)
     own = key(
         "sparse",
-        config=config.made_of,
+        config=config.weights_id,
         batches=dict(config.batches),
         text=items["calibration"].content,
         arithmetic=arithmetic(device, find_dtype(config.model.dtype, device)),

@@ -160,7 +160,7 @@ class Scales(Adapters):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        for i, linear in linears_of(checkpoint):
+        for i, linear in trained_linears(checkpoint):
             base = checkpoint.blocks[i].get_submodule(linear.name)
             layer = ScaledLinear(base, linear)
             checkpoint.blocks[i].set_submodule(linear.name, layer)
@@ -169,7 +169,7 @@ class Scales(Adapters):
             self.parameters |= {f"{name}.rows": layer.rows, f"{name}.columns": layer.columns}
 
 
-def linears_of(checkpoint: Checkpoint) -> list[tuple[int, Linear]]:
+def trained_linears(checkpoint: Checkpoint) -> list[tuple[int, Linear]]:
     """The linears that are modules, each with the index of its block."""
     return [(i, x) for i, linears in enumerate(checkpoint.linears) for x in linears if x.expert is None]
 
@@ -274,7 +274,7 @@ class Trainer:
                 dense = self._logits(self._teacher, batch)
                 if dense.nbytes <= self._room:  # kept, as long as there is room
                     self._kept[start], self._room = dense, self._room - dense.nbytes
-            loss = mean_loss(self._logits(self._model, batch), targets_of(batch), dense, self._share).item()
+            loss = mean_loss(self._logits(self._model, batch), batch_targets(batch), dense, self._share).item()
             _check_finite(loss, f"the held-out loss is {loss} after step {done}")
             total += loss * len(batch)
         if self.early_stop.add(done, total / len(self._held_out)):
@@ -292,7 +292,7 @@ class Trainer:
         batch: Data = items.batch(self._device)
         with torch.no_grad():
             dense = None if self._teacher is None else self._logits(self._teacher, batch)
-        targets, logits = targets_of(batch), self._logits(self._model, batch)
+        targets, logits = batch_targets(batch), self._logits(self._model, batch)
         values = logits.detach()
         logits.backward(loss_gradient(values, targets, dense, 1 / len(values), self._share))  # type: ignore[no-untyped-call]
         return mean_loss(values, targets, dense, self._share).item()
@@ -337,7 +337,7 @@ class Trainer:
             raise UserError(f"{path}: was not written by an earlier run; remove it") from None
 
 
-def targets_of(batch: Data) -> Tensor:
+def batch_targets(batch: Data) -> Tensor:
     """The targets of a batch's logits: the next tokens [tokens], or the classes [images]."""
     return batch.tensors[LABELS] if isinstance(batch, Items) else batch[:, 1:].flatten()
 

@@ -42,7 +42,7 @@ class LabelledImages:
         """The images of each role; UserError for bad input, or if two roles share an image."""
         check_classifier(folder)
         items = {role: read_images(role, wanted, folder, base) for role, wanted in texts.items()}
-        doubles = doubles_of(items)
+        doubles = duplicate_images(items)
         return {role: images.without(doubles[role]) if doubles[role] else images for role, images in items.items()}
 
     def draws(
@@ -56,19 +56,19 @@ class LabelledImages:
             raise UserError(
                 f"images.calibration.draws: {count} draws take {wanted} images, and the part has {part}; lower one"
             )
-        pool = _pool_of(text, positions, folder, base)
+        pool = _pool_size(text, positions, folder, base)
         per = min(max(nsamples, pool if positions else 0), part // count)
         more = text.model_copy(update={"nsamples": count * per, "stride": 1})
         return cut_draws(read_images("calibration", more, folder, base), count, nsamples, text.stride, pool)
 
     def many(self, text: ImageSet, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Items:
         """Reads as many calibration images as hold `positions` hidden states: the first that are drawn."""
-        more = text.model_copy(update={"nsamples": _pool_of(text, positions, folder, base), "stride": 1})
+        more = text.model_copy(update={"nsamples": _pool_size(text, positions, folder, base), "stride": 1})
         return read_images("calibration", more, folder, base, at_most=True)
 
     def check_disjoint(self, items: Mapping[str, Items]) -> None:
         """UserError if two roles share more than a few images, pixel by pixel: sources have some images twice."""
-        doubles_of(items)
+        duplicate_images(items)
 
     def check_fit(self, checkpoint: Checkpoint, items: Mapping[str, Items], embed: Callable[[Items], Tensor]) -> None:
         """Checks nothing: that the model takes images of this size is seen when its replay is verified."""
@@ -95,13 +95,13 @@ class LabelledImages:
 LABELLED_IMAGES: InputKind = LabelledImages()
 
 
-def _pool_of(text: ImageSet, positions: int, folder: ModelFolder, base: Path) -> int:
+def _pool_size(text: ImageSet, positions: int, folder: ModelFolder, base: Path) -> int:
     """How many images hold `positions` hidden states."""
     one = read_images("calibration", text.model_copy(update={"nsamples": 1, "stride": 1}), folder, base)
     return max(1, positions // one.positions)
 
 
-def doubles_of(items: Mapping[str, Items]) -> dict[str, dict[int, str]]:
+def duplicate_images(items: Mapping[str, Items]) -> dict[str, dict[int, str]]:
     """The images that an earlier role has too, with that role, by role; UserError if they are more than a few."""
     by_role = shared(items)
     for role, doubles in by_role.items():
@@ -127,10 +127,10 @@ def check_classifier(folder: ModelFolder) -> None:
 def read_images(role: str, wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Items:
     """The images of one role, as the model's processor makes them; UserError that names the key."""
     with within(f"images.{role}"):
-        return images_of(wanted, folder, base, at_most)
+        return image_items(wanted, folder, base, at_most)
 
 
-def images_of(wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Items:
+def image_items(wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Items:
     """The images of a set, as the model's processor makes them; UserError that starts with a key of the set.
 
     `at_most`: fewer than `nsamples`, if the part has fewer.

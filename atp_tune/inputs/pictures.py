@@ -24,7 +24,7 @@ from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.files import CODE
 from atp_tune.config.data import ImageSet
 from atp_tune.errors import UserError, did_you_mean
-from atp_tune.utils.cache import cache_dir, file_atomically, key, sha256_of, version_of
+from atp_tune.utils.cache import cache_dir, file_atomically, key, package_version, sha256_of
 from atp_tune.utils.extras import require
 from atp_tune.utils.system import is_special, written
 
@@ -96,7 +96,7 @@ def pictures(wanted: ImageSet, base: Path) -> Pictures:
     return {"folder": _folder, "idx": _idx, "parquet": _parquet}[kind](path, wanted)
 
 
-def pictures_of(files: Sequence[Path], key: str) -> Pictures:
+def pictures_in_files(files: Sequence[Path], key: str) -> Pictures:
     """Pictures in files, without labels; UserError that starts with `key` for a path that holds no file."""
     require("images", key)
     for file in files:
@@ -353,7 +353,7 @@ def class_indices(pictures: Pictures, wanted: ImageSet, config: Any) -> list[int
     for index, label in enumerate(pictures.labels):
         if isinstance(label, int) and numbered and not 0 <= label < len(numbered):
             raise UserError(f"labels: {pictures.name(index)} has class {label}, and there are {len(numbered)} names")
-        own = _class_of(label, numbered, names, by_name)
+        own = _class_id(label, numbered, names, by_name)
         if own is None:
             shown = numbered[label] if isinstance(label, int) and numbered else label
             raise UserError(
@@ -364,7 +364,7 @@ def class_indices(pictures: Pictures, wanted: ImageSet, config: Any) -> list[int
     return result
 
 
-def _class_of(label: str | int, numbered: Sequence[str], names: dict[int, str], by_name: dict[str, int]) -> int | None:
+def _class_id(label: str | int, numbered: Sequence[str], names: dict[int, str], by_name: dict[str, int]) -> int | None:
     """The model's class of a label; None if it has none, or several."""
     if isinstance(label, str):
         return by_name.get(_plain(label))
@@ -461,7 +461,7 @@ def libraries() -> list[str | None]:
     """Versions of all that decodes and resizes pictures."""
     from PIL import features
 
-    return [version_of(name) for name in LIBRARIES] + [features.version(name) for name in DECODERS]
+    return [package_version(name) for name in LIBRARIES] + [features.version(name) for name in DECODERS]
 
 
 def _content(pictures: Pictures) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.config.data import KINDS, MEMORY, Text, short_source
-from atp_tune.config.plugged import parts_of
+from atp_tune.config.plugged import split_source
 from atp_tune.errors import PluginError, UserError, is_text
 from atp_tune.plugins import digest, guarded, short_name
 from atp_tune.utils.cache import sha256_of, sha256_of_json
@@ -327,7 +327,7 @@ def lent(documents: Sequence[str]) -> Iterator[str]:
             _lent.pop(source, None)
 
 
-def documents_of(texts: Any, what: str = "texts") -> list[str]:
+def as_documents(texts: Any, what: str = "texts") -> list[str]:
     """Documents from a list of str, or from the column `text` of a `datasets.Dataset`.
 
     UserError, which names the argument `what`, for anything else.
@@ -426,7 +426,7 @@ def hub_arguments(text: Text) -> dict[str, Any]:
 
 def find_source(text: Text) -> TextSource:
     """The source in `SOURCES` that reads a text; UserError if there is none or the form is wrong."""
-    name, rest = parts_of(text.source)
+    name, rest = split_source(text.source)
     source: TextSource | None = SOURCES.get(short_name(name))
     flags = re.ASCII | re.DOTALL
     if source is None or not (SOURCES.origin(short_name(name)) or _has_form(source, text.source, rest, flags)):
@@ -488,7 +488,7 @@ class PluginSource:
     def read(self, text: Text, base: Path) -> Sequence[str]:
         """The documents."""
         with guarded(self._origin, "it could not be read"):
-            documents = self._function(parts_of(text.source)[1], base)
+            documents = self._function(split_source(text.source)[1], base)
         if not isinstance(documents, list | tuple) or not all(
             isinstance(each, str) and is_text(each) for each in documents
         ):

@@ -34,7 +34,7 @@ from atp_tune.inputs.items import IDS, Items, shared
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.sources import documents, source_content
 from atp_tune.storage.fingerprint import BOS
-from atp_tune.utils.cache import cache_dir, keep, key, sha256_of, version_of
+from atp_tune.utils.cache import cache_dir, keep, key, package_version, sha256_of
 from atp_tune.utils.extras import require
 from atp_tune.utils.system import written
 
@@ -155,7 +155,7 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool, draws: 
         text=text.model_dump(exclude={"draws"}),
         content=source_content(text, base),
         tokenizer=files,
-        libraries=[version_of("transformers"), version_of("tokenizers")],
+        libraries=[package_version("transformers"), package_version("tokenizers")],
         bos=bos,
         draws=draws,
     )
@@ -174,7 +174,7 @@ def load_tokenizer(folder: Path, trusted: bool) -> Any:
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
 
 
-def bos_of(tokenizer: Any) -> int | None:
+def bos_id(tokenizer: Any) -> int | None:
     """The id of a tokenizer's BOS, or None.
 
     The config of the model is not used: that of Qwen has an id, although it was trained without BOS.
@@ -189,7 +189,7 @@ def _encoder(folder: Path, trusted: bool, bos: bool) -> tuple[Encode, list[int]]
     With BOS, the tokenizer adds no BOS of its own, and any BOS in the text is removed, so that BOS only starts windows.
     """
     tokenizer = load_tokenizer(folder, trusted)
-    first = bos_of(tokenizer) if bos else None
+    first = bos_id(tokenizer) if bos else None
     if bos and first is None:
         raise UserError(f"texts.bos: the tokenizer in {folder} has no BOS token; leave it out, or set it to false")
 

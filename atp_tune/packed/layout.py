@@ -30,7 +30,7 @@ LARGEST = 127  # code of int8
 LEAST = 0.45  # share of zeros from which a packed matrix is smaller, and no slower
 
 
-def zeros_of(dense: Tensor) -> float:
+def zero_share(dense: Tensor) -> float:
     """The share of zeros; -0.0 is none, so that unpacking restores each bit."""
     return (dense.numel() - int(_kept(dense).sum())) / dense.numel() if dense.numel() else 0.0
 

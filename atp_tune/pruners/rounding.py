@@ -52,7 +52,7 @@ class Grid:
         return q.sub_(self.zero).mul_(self.scale)
 
 
-def parts_of(columns: int, group_size: int) -> list[tuple[slice, int]]:
+def column_groups(columns: int, group_size: int) -> list[tuple[slice, int]]:
     """The groups of that many columns: all whole ones together, then the smaller last one, each with its size.
 
     A group size of -1 is one group for all columns.
@@ -83,7 +83,7 @@ class RTN:
     def quantize(self, weight: Tensor, bits: int, statistics: Statistics | None, zeros: Tensor | None = None) -> Tensor:
         """A copy of weight [out, in] with at most 2^bits values in each group; 0 stays 0."""
         rounded = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
-        for columns, size in parts_of(weight.shape[1], self.group_size):
+        for columns, size in column_groups(weight.shape[1], self.group_size):
             groups = weight[:, columns].float().reshape(len(weight), -1, size)
             rounded[:, columns] = Grid.of(groups, bits, self.symmetric).nearest(groups).flatten(1)
         return rounded.to(weight.dtype)
@@ -92,7 +92,7 @@ class RTN:
         """The scale and zero point [out, groups] of each group of weight [out, in]; GPTQ's are the same."""
         grids = [
             Grid.of(weight[:, columns].float().reshape(len(weight), -1, size), bits, self.symmetric)
-            for columns, size in parts_of(weight.shape[1], self.group_size)
+            for columns, size in column_groups(weight.shape[1], self.group_size)
         ]
         scale, zero = torch.cat([one.scale for one in grids], 1), torch.cat([one.zero for one in grids], 1)
         return Grid(scale.squeeze(-1), zero.squeeze(-1), grids[0].top)
@@ -142,7 +142,7 @@ class GPTQ(RTN):
         W = torch.empty_like(weight.T, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight.T)
         # The grid of each column of W [in, out], with scales and zero points [out].
         by_column: list[Grid] = []
-        for columns, size in parts_of(len(W), self.group_size):
+        for columns, size in column_groups(len(W), self.group_size):
             for group in torch.split(W[columns], size):
                 grid = Grid.of(group.T, bits, self.symmetric)
                 by_column += [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * size

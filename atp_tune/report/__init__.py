@@ -99,7 +99,7 @@ def check(kind: str, out: Path) -> None:
         check_installed()
 
 
-def name_of(studies: Sequence[str], kind: str) -> str:
+def report_name(studies: Sequence[str], kind: str) -> str:
     """The default name of a report of these studies."""
     more = f"+{len(studies) - 2}-more" if len(studies) > 2 else ""
     return f"{'+'.join(studies[:2])}{more}.report{FORMATS[kind][0]}"

@@ -30,16 +30,16 @@ from atp_tune.report.style import (
     Points,
     axis,
     bars,
-    colour_of,
     faint,
     level,
     log_axis,
     new_figure,
+    pruner_colour,
     role,
     rounded,
 )
 from atp_tune.results.formatting import spent
-from atp_tune.results.results import is_uniform, levels_of
+from atp_tune.results.results import block_levels, is_uniform
 from atp_tune.results.summary import Summary
 
 # --- Figures over trials: scores against β, or of each allocation, in their order, against sparsity; times; the front.
@@ -78,7 +78,7 @@ def draw_perplexity(summary: Summary) -> go.Figure | None:
     panels = [Panel("x", over), Panel("x2", [trial for trial in points.trials if trial not in over])]
     name = main.title[0].upper() + main.title[1:]
     figure = new_figure(f"{name} against β" if over else f"{name} of each allocation", "", points.axis)
-    _set_axes(figure, panels[0], panels[1], bounds_of(summary))
+    _set_axes(figure, panels[0], panels[1], beta_bounds(summary))
     if over:
         add_gp_posterior(figure, summary.gp_posterior, points)
     # A trace for each pruner (and allocation, if several have β) in each panel; trials above the axis are arrows.
@@ -87,7 +87,7 @@ def draw_perplexity(summary: Summary) -> go.Figure | None:
     for panel in panels:
         for (pruner, allocation), group in _grouped(panel.trials, several and panel.axis == "x"):
             shown = [trial for trial in group if points.value(trial) <= seen.top]
-            title, colour = f"{pruner}, {allocation}" if allocation else pruner, colour_of(pruner)
+            title, colour = f"{pruner}, {allocation}" if allocation else pruner, pruner_colour(pruner)
             points.add(
                 figure, shown, list(map(panel.at, shown)), escape(title), colour, xaxis=panel.axis, legendgroup=title,
                 showlegend=panel.axis == "x" or pruner not in pruners,
@@ -117,7 +117,7 @@ def draw_perplexity(summary: Summary) -> go.Figure | None:
     return figure
 
 
-def bounds_of(summary: Summary) -> tuple[float, float] | None:
+def beta_bounds(summary: Summary) -> tuple[float, float] | None:
     """The admissible interval of β, if the study stores what it depends on."""
     study = summary.made_from.study if summary.made_from else None
     if study is None or not summary.sizes:
@@ -188,7 +188,7 @@ def add_gp_posterior(figure: go.Figure, posterior: Any, points: Points) -> None:
             continue
         beta, *losses = (rounded(values, 4) for values in lists)
         mean, low, high = (rounded(points.main.of_loss(value, images) for value in values) for values in losses)
-        colour, group = colour_of(str(pruner)), f"belief {pruner}"
+        colour, group = pruner_colour(str(pruner)), f"belief {pruner}"
         note = f" after {posterior['before']} trials" if isinstance(posterior.get("before"), int) else ""
         figure.add_scatter(
             x=beta + beta[::-1], y=high + low[::-1], fill="toself", fillcolor=faint(colour, 0.14), name="band",
@@ -331,7 +331,7 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
     points, amount = Points(summary), summary.amount
 
     def levels(trial: FrozenTrial) -> list[float]:
-        return rounded(levels_of(trial) or [], 4)
+        return rounded(block_levels(trial) or [], 4)
 
     plans = [("best", points.best, BEST, "solid"), ("second best", points.second, SECOND, "dot"), _uniform(points)]
     figure = _along_blocks(points, new_figure(amount.title, "", amount.axis), levels, plans, {"shape": "hvh"})
@@ -411,7 +411,7 @@ def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
     """Sparsities of each study's best plan; None if fewer than two studies have one."""
     figure = new_figure("Sparsity of each block, best plans", "block", "sparsity (share of zeros)")
     for k, points in enumerate(map(Points, summaries)):
-        if points.best is not None and points.summary.bits is None and (levels := levels_of(points.best)):
+        if points.best is not None and points.summary.bits is None and (levels := block_levels(points.best)):
             figure.add_scatter(
                 y=rounded(levels, 4), name=label(points.summary.name), mode="lines",
                 line={"color": CYCLE[k % len(CYCLE)], "dash": DASHES[k // len(CYCLE) % 4], "width": 2, "shape": "hvh"},

@@ -35,18 +35,18 @@ from atp_tune.report.figures import draw_history, perplexities, sparsities
 from atp_tune.results.formatting import (
     continuations_note,
     duration,
-    errors_of,
     in_one_line,
+    meaning_of_errors,
     spent,
     study_remarks,
     texts_note,
 )
 from atp_tune.results.results import DENSE, NOTHING, Model
-from atp_tune.results.status import status_of
+from atp_tune.results.status import make_status
 from atp_tune.results.summary import Summary, Table, front, kinds, overview, summarise, trials
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import facts_in
-from atp_tune.storage.progress import given_up, is_lost, ranked, values_of
+from atp_tune.storage.progress import given_up, is_lost, objective_values, ranked
 from atp_tune.utils.extras import as_typed
 
 # --- The contents of a report on one study, read from its storage.
@@ -112,7 +112,7 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
         (sum("stopped_after" in t.user_attrs for t in trials), "stopped early"),
     )  # fmt: skip
     of = f" of {summary.total}" if summary.total is not None else ""
-    notes = (f"± is the {errors_of(summary)}", summary.goal.draws(summary), texts_note(summary))
+    notes = (f"± is the {meaning_of_errors(summary)}", summary.goal.draws(summary), texts_note(summary))
     versions = [trial.user_attrs.get("versions") or {} for trial in trials]
     names = dict.fromkeys(name for each in versions for name in each)
     return Contents(
@@ -150,7 +150,9 @@ def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, flo
         warnings.simplefilter("ignore")  # experimental, and complains of conditional parameters
         try:
             evaluator = PedAnovaImportanceEvaluator()
-            importances = get_param_importances(study, evaluator=evaluator, target=lambda trial: values_of(trial)[0])
+            importances = get_param_importances(
+                study, evaluator=evaluator, target=lambda trial: objective_values(trial)[0]
+            )
         except (ValueError, RuntimeError):
             return {}
     shares = [(name, share) for name, share in importances.items() if name in varied and isfinite(share)]
@@ -358,7 +360,7 @@ def latex(studies: Sequence[Contents]) -> bytes:
         studies=studies, tables=list(zip(studies, rows, strict=True)), nothing=NOTHING,
         head=[*dict.fromkeys(name for table in tables for name in table.head)],
         measures=[*dict.fromkeys(by.title for contents in studies for by in contents.summary.results.measures)],
-        errors=errors_of(studies[0].summary) if len(studies) == 1 else f"standard error over {units}",
+        errors=meaning_of_errors(studies[0].summary) if len(studies) == 1 else f"standard error over {units}",
     )  # fmt: skip
     return (page + "\n").encode()
 
@@ -427,7 +429,7 @@ def machine(studies: Sequence[Contents]) -> bytes:
 
 def _document(contents: Contents) -> dict[str, Any]:
     summary = contents.summary
-    status = status_of(summary, contents.made).without_clock().model_dump(exclude={"format"})
+    status = make_status(summary, contents.made).without_clock().model_dump(exclude={"format"})
     for trial, row in zip(summary.trials, status["trials"], strict=True):
         attrs = trial.user_attrs
         stored = json.dumps(attrs.get("plan", {}).get("levels"))

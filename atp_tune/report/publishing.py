@@ -18,7 +18,15 @@ from atp_tune.measures import MEASURES
 from atp_tune.plan import Plan
 from atp_tune.report.figures import draw
 from atp_tune.report.formats import rendered
-from atp_tune.results.formatting import command_of, errors_of, limit_of, plan_of, remark_of, study_remarks, wanted
+from atp_tune.results.formatting import (
+    limit_words,
+    meaning_of_errors,
+    plan_words,
+    resume_command,
+    study_remarks,
+    trial_remark,
+    wanted,
+)
 from atp_tune.results.results import is_uniform
 from atp_tune.results.status import best_config, measured_columns
 from atp_tune.results.summary import Summary, front, overview, summarise
@@ -63,8 +71,8 @@ def trial_note(trial: FrozenTrial, summary: Summary) -> str:
 
 def _note(name: str, summary: Summary, **given: Any) -> str:
     helpers = (
-        as_typed, command_of, errors_of, front, is_lost, is_uniform, limit_of, overview, permission, plan_of, remark_of,
-        short_source, study_remarks, wanted,
+        as_typed, front, is_lost, is_uniform, limit_words, meaning_of_errors, overview, permission, plan_words,
+        resume_command, short_source, study_remarks, trial_remark, wanted,
     )  # fmt: skip
     functions = {each.__name__: each for each in helpers}
     return rendered(f"{name}.md.jinja", summary=summary, gap=GAP, measures=MEASURES, code=_code, **functions, **given)
@@ -79,7 +87,7 @@ def columns(trial: FrozenTrial) -> dict[str, Any]:
     """A trial's attributes for the dashboard's table: numbers, which sort, and no long lists."""
     attrs = trial.user_attrs
     setup: dict[str, Any] = {name: attrs[name] for name in ("device", "dtype", "host") if name in attrs}
-    remark = remark_of(trial)
+    remark = trial_remark(trial)
     return {**measured_columns(attrs), **setup, **({"remark": remark} if remark else {})}
 
 
@@ -135,16 +143,16 @@ def publish(study: Study, address: str, folder: Path | None) -> None:
     study = StudySnapshot(study)
     stored, summary = db.get_study_system_attrs(study._study_id), summarise(study)
     note = study_note(summary, without_password(address), files=() if folder is None else (database.CONFIG,))
-    attributes = figures_of(summary) | note_of(note, stored)
+    attributes = dashboard_figures(summary) | dashboard_note(note, stored)
     db.set_study_system_attrs(study._study_id, without_rests(attributes, stored))
-    if folder is not None and (config := config_of(study, summary)) is not None:
+    if folder is not None and (config := best_as_json(study, summary)) is not None:
         # Makes the folder of a study's files; UserError for a link, which a stranger may have made.
         database.refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
         attach(study, folder, database.CONFIG, config)
 
 
-def figures_of(summary: Summary) -> dict[str, Any]:
+def dashboard_figures(summary: Summary) -> dict[str, Any]:
     """The figures of a study, as system attributes in the dashboard's format."""
     attributes: dict[str, Any] = {}
     for name, figure in draw(summary).items():
@@ -153,7 +161,7 @@ def figures_of(summary: Summary) -> dict[str, Any]:
     return attributes
 
 
-def note_of(text: str, stored: Mapping[str, Any], trial: int | None = None, step: int = 1) -> dict[str, Any]:
+def dashboard_note(text: str, stored: Mapping[str, Any], trial: int | None = None, step: int = 1) -> dict[str, Any]:
     """The note of a study or trial with people's own text below, as system attributes.
 
     `trial`: the trial's id in the storage, None for the study's note. Its version is `step` above the stored one. A
@@ -169,7 +177,7 @@ def without_rests(attributes: Mapping[str, Any], stored: Mapping[str, Any]) -> d
     return {**attributes, **rests}
 
 
-def config_of(study: Study, summary: Summary) -> bytes | None:
+def best_as_json(study: Study, summary: Summary) -> bytes | None:
     """The best configuration, for downloads to any folder; None without a best trial or its study file."""
     if summary.made_from is None or summary.best_trial is None:
         return None

@@ -34,21 +34,21 @@ from atp_tune.report.formats import gather
 from atp_tune.report.publishing import (
     PREFIX,
     attach,
+    best_as_json,
     columns,
-    config_of,
-    figures_of,
-    note_of,
+    dashboard_figures,
+    dashboard_note,
     study_note,
     trial_note,
     without_rests,
 )
-from atp_tune.results.goals import best_trial, front_of
-from atp_tune.results.status import facts_of
+from atp_tune.results.goals import best_trial, pareto_front
+from atp_tune.results.status import study_columns
 from atp_tune.results.summary import final_numbers, summarise
 from atp_tune.storage import database, opening, progress
 from atp_tune.storage.attributes import ValidatedStudy
-from atp_tune.storage.database import Database, Store, is_away, may_pass, reason_of, refuse_link, without_password
-from atp_tune.storage.opening import artifacts_of, is_remote, names_in, network_warning, open_database
+from atp_tune.storage.database import Database, Store, error_reason, is_away, may_pass, refuse_link, without_password
+from atp_tune.storage.opening import artifact_folder, is_remote, names_in, network_warning, open_database
 from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
 from atp_tune.utils.compat import FrozenStudy, serve_storage
 
@@ -78,7 +78,7 @@ class DashboardView(Database):
         """All studies; notes and figures are made when they are read."""
         studies = super().get_all_studies()
         for study in studies:
-            study.user_attrs = facts_of(study.user_attrs)
+            study.user_attrs = study_columns(study.user_attrs)
             study.system_attrs = cast(dict[str, Any], self._with_additions(study._study_id, study.system_attrs))
         return studies
 
@@ -154,10 +154,10 @@ class Additions:
             if study_id not in self._made or self._made[study_id][0] != state:
                 self._changes += 1
                 summary = summarise(study)
-                notes = note_of(study_note(summary, self._address, self._join), stored, step=self._changes)
+                notes = dashboard_note(study_note(summary, self._address, self._join), stored, step=self._changes)
                 for trial in summary.trials:
-                    notes |= note_of(trial_note(trial, summary), stored, trial._trial_id, self._changes)
-                self._made[study_id] = state, without_rests(figures_of(summary) | notes, stored)
+                    notes |= dashboard_note(trial_note(trial, summary), stored, trial._trial_id, self._changes)
+                self._made[study_id] = state, without_rests(dashboard_figures(summary) | notes, stored)
             return self._made[study_id][1]
 
 
@@ -181,7 +181,7 @@ class Maintenance:
             self._look()
             trouble = ""
         except (OSError, StorageInternalError, UserError) as error:
-            trouble = f"warning: {reason_of(error)}"
+            trouble = f"warning: {error_reason(error)}"
         if trouble and trouble != self._trouble:
             self._tell(trouble)
         self._trouble = trouble
@@ -208,12 +208,12 @@ class Maintenance:
     def _attach(self, study: optuna.Study) -> bool:
         """Attaches best configuration and report if best trial, front or final numbers changed; whether it did."""
         best = best_trial(study)
-        front = [trial.number for trial in front_of(study)]
+        front = [trial.number for trial in pareto_front(study)]
         state = best and (best.number, final_numbers(study), front)
         if best is None or self._seen.get(study._study_id) == state:
             return False
         attach(study, self._folder, database.REPORT, formats.html([gather(study, datetime.now())]))
-        if (config := config_of(study, summarise(study))) is not None:
+        if (config := best_as_json(study, summarise(study))) is not None:
             attach(study, self._folder, database.CONFIG, config)
         self._seen[study._study_id] = state
         return True
@@ -382,7 +382,7 @@ class Relay(grpc.ServerInterceptor):
         except StorageInternalError as error:
             if not is_away(error):
                 raise
-            context.abort(grpc.StatusCode.UNAVAILABLE, f"{DATABASE}{reason_of(error)}")
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"{DATABASE}{error_reason(error)}")
         except UserError as error:
             code = grpc.StatusCode.UNAVAILABLE if may_pass(error) else BROKEN
             context.abort(code, f"{DATABASE}{error}")
@@ -404,7 +404,7 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def host_of(listen: str) -> str:
+def reachable_host(listen: str) -> str:
     """The host by which others reach a listening address, as in URLs."""
     host = listen if listen not in ("0.0.0.0", "::") else socket.gethostname()
     return f"[{host}]" if ":" in host else host
@@ -467,7 +467,7 @@ def serve(
     store = Store(service.artifacts)
     maintenance = Maintenance(storage, service.artifacts, tell)
     with proxy(storage, service.listen, service.grpc_port) as grpc_port:
-        view = make_view(service.address, storage, f"grpc://{host_of(service.listen)}:{grpc_port}")
+        view = make_view(service.address, storage, f"grpc://{reachable_host(service.listen)}:{grpc_port}")
         with dashboard(view, store, service.listen, service.port) as port:
             ready(Served(names_in(storage), port, grpc_port))
             turn = 0.0
@@ -502,5 +502,5 @@ def choose(
         newest, *older = sorted(databases, key=lambda database: database.stat().st_mtime, reverse=True)
         address, others = f"sqlite:///{newest}", tuple(file.stem for file in older)
     if artifacts is None:  # beside the database; a link is refused, which a stranger may have made
-        refuse_link(artifacts := artifacts_of(address))
+        refuse_link(artifacts := artifact_folder(address))
     return Service(address, listen, port, grpc_port, artifacts, others)

@@ -15,11 +15,11 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
 from atp_tune.measures import PERPLEXITY, Estimate, Measure
-from atp_tune.results.formatting import plan_of
+from atp_tune.results.formatting import plan_words
 from atp_tune.results.results import DENSE as DENSE_MODEL
-from atp_tune.results.results import is_uniform, levels_of, uniform_among
+from atp_tune.results.results import block_levels, is_uniform, uniform_among
 from atp_tune.results.summary import Summary
-from atp_tune.storage.progress import ranked, sparsity_of, values_of
+from atp_tune.storage.progress import objective_values, ranked, target_sparsity
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 # Contrast at least 3:1 against white and #14171c; distinguishable by colour-blind readers.
@@ -85,7 +85,7 @@ def level(figure: go.Figure, y: float, name: str, colour: str, dash: str = "dash
     )  # fmt: skip
 
 
-def colour_of(pruner: str) -> str:
+def pruner_colour(pruner: str) -> str:
     """The colour of a pruner, the same in all figures; of a plug-in, one of three by its name."""
     return PRUNERS.get(pruner) or PLUGINS[zlib.crc32(pruner.encode()) % len(PLUGINS)]
 
@@ -139,7 +139,7 @@ class Points:
 
     def __init__(self, summary: Summary) -> None:
         self.summary, self.results, self.main = summary, summary.results, summary.results.main
-        measured = ((trial, values_of(trial)[:1]) for trial in ranked(summary.trials))
+        measured = ((trial, objective_values(trial)[:1]) for trial in ranked(summary.trials))
         self.trials = [trial for trial, values in measured if values and isfinite(values[0]) and values[0] > 0]
         self.on = f"validation {self.results.data}"
         self.axis = f"{self.main.title}, {self.on}"
@@ -148,10 +148,10 @@ class Points:
         self.best = best = next(shown, next(iter(self.trials), None))
         in_order = sorted(self.trials, key=lambda trial: trial.number)
         self.uniform = uniform_among(in_order, best) if best else None
-        beside = [trial for trial in self.trials if best and sparsity_of(trial) == sparsity_of(best)]
-        own = (None, levels_of(best))
+        beside = [trial for trial in self.trials if best and target_sparsity(trial) == target_sparsity(best)]
+        own = (None, block_levels(best))
         others = (trial for trial in beside if trial != best and not is_uniform(trial))
-        self.second = next((trial for trial in others if levels_of(trial) not in own), None)
+        self.second = next((trial for trial in others if block_levels(trial) not in own), None)
         self.worst = beside[-1] if len(beside) > 1 else None
 
     def score(self, trial: FrozenTrial, measure: Measure | None = None) -> Estimate:
@@ -171,7 +171,7 @@ class Points:
         """Number, plan and scores of a trial in two lines, for its hover text."""
         scores = ((by, self.results.score(trial, "validation", by)) for by in self.results.measures)
         text = ", ".join(f"{by.column} {score}" for by, score in scores if score or by is PERPLEXITY)
-        return f"trial {trial.number}: {escape(plan_of(trial))}<br>{text}"
+        return f"trial {trial.number}: {escape(plan_words(trial))}<br>{text}"
 
     def view(self, reach: Estimate | None = None) -> AxisRange:
         """The range of all trials with their errors, and of a score that it is to reach if that is near.

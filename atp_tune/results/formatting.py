@@ -18,11 +18,11 @@ from atp_tune.config.prune import Loss, RecoverConfig
 from atp_tune.config.study import Study
 from atp_tune.errors import printable
 from atp_tune.events import TrialEnded
-from atp_tune.measures import ACCURACY, MEASURES, PERPLEXITY, Limit, error_over, reach_of
+from atp_tune.measures import ACCURACY, MEASURES, PERPLEXITY, Limit, error_over, interval_factor
 from atp_tune.metrics import Continuations, OverDraws
 from atp_tune.plan import METHODS, Plan, method_in, percent, shown
-from atp_tune.results.results import NOTHING, allocation_of, is_uniform, parameters_of
-from atp_tune.storage.progress import CutOff, cut_offs_of, given_up, ranked, sparsity_of
+from atp_tune.results.results import NOTHING, allocation_name, allocation_parameters, is_uniform
+from atp_tune.storage.progress import CutOff, all_cut_offs, given_up, ranked, target_sparsity
 from atp_tune.utils.extras import as_typed
 
 if TYPE_CHECKING:
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 DENSE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
-def plan_of(trial: FrozenTrial) -> str:
+def plan_words(trial: FrozenTrial) -> str:
     """A trial's plan, `wanda atp β=0.00569`, as far as it is drawn yet; first its sparsity, where that is searched."""
-    pruner, sparsity = method_in(trial.params), sparsity_of(trial)
+    pruner, sparsity = method_in(trial.params), target_sparsity(trial)
     if sparsity is not None:
         pruner = f"{percent(sparsity)} {pruner}"
     if "allocation" not in trial.params:
         return pruner
     if is_uniform(trial):
         return f"{pruner} uniform"
-    return f"{pruner} {trial.params['allocation']} {shown(parameters_of(trial))}".rstrip()
+    return f"{pruner} {trial.params['allocation']} {shown(allocation_parameters(trial))}".rstrip()
 
 
-def method_of(trial: FrozenTrial) -> str:
+def method_words(trial: FrozenTrial) -> str:
     """A trial's plan in a paper's notation: `wanda + atp (β = 0.00569)`."""
-    allocation = allocation_of(trial)
-    parameters = "" if allocation == "uniform" else shown(parameters_of(trial))
+    allocation = allocation_name(trial)
+    parameters = "" if allocation == "uniform" else shown(allocation_parameters(trial))
     listed = ", ".join(part.replace("=", " = ") for part in parameters.split())
     return f"{method_in(trial.params)} + {allocation}" + (f" ({listed})" if listed else "")
 
@@ -82,7 +82,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def remark_of(trial: FrozenTrial, summary: Summary | None = None) -> str:
+def trial_remark(trial: FrozenTrial, summary: Summary | None = None) -> str:
     """Why a trial has no value of its own, its cut-offs, and (with a summary) a device or dtype unlike the study's.
 
     "" for the usual trial.
@@ -91,9 +91,9 @@ def remark_of(trial: FrozenTrial, summary: Summary | None = None) -> str:
     return "; ".join(part for part in (_reason(trial), _before(trial), unlike) if part)
 
 
-def loss_of(trial: FrozenTrial) -> str:
+def why_lost(trial: FrozenTrial) -> str:
     """The message for a lost trial."""
-    why, times = given_up(trial), len(cut_offs_of(trial))
+    why, times = given_up(trial), len(all_cut_offs(trial))
     so_far = f", cut off {times} times by now" if times > 1 else ""
     end = f"cut off {why}, it is given up" if why else f"it is run again{so_far}"
     return f"trial {trial.number} was lost with its process: {end}"
@@ -109,13 +109,13 @@ def continuations_note(result: Continuations) -> str:
     return f"greedy, without a chat template, at most {result.tokens} tokens, in {result.dtype}; ↵: a line break"
 
 
-def errors_of(summary: Summary) -> str:
+def meaning_of_errors(summary: Summary) -> str:
     """The meaning of ±: the standard error, its number of windows, and the factor of a 95 % interval."""
     by_role = {role: count for role, count in summary.results.counts.items() if count > 1}
     if len(set(by_role.values())) < 2:
         return error_over(next(iter(by_role.values()), None), summary.results.unit)
     counts = " and ".join(f"{count} {role}" for role, count in by_role.items())
-    factors = " and ".join(f"{reach_of(count):.2f}" for count in by_role.values())
+    factors = " and ".join(f"{interval_factor(count):.2f}" for count in by_role.values())
     return f"standard error over {counts} {summary.results.unit} (× {factors} for 95 %)"
 
 
@@ -188,11 +188,11 @@ def _reason(trial: FrozenTrial) -> str:
 
 def _before(trial: FrozenTrial) -> str:
     """How often the trials that this one repeats were cut off."""
-    times = 0 if trial.state == TrialState.FAIL else len(cut_offs_of(trial))
+    times = 0 if trial.state == TrialState.FAIL else len(all_cut_offs(trial))
     return f"cut off {times} time{'s' * (times > 1)} before" if times else ""
 
 
-def command_of(summary: Summary, *more: str, here: bool = True) -> str:
+def resume_command(summary: Summary, *more: str, here: bool = True) -> str:
     """The command that resumes a study with its last options; the summary must have `made_from`.
 
     A study file that its name does not find is named by its path `here`, and elsewhere by its file name.
@@ -298,7 +298,7 @@ LOSSES: dict[Loss, str] = {
 METHOD = (*METHODS, "allocation")  # parameters of a trial
 
 
-def limit_of(limit: Limit) -> str:
+def limit_words(limit: Limit) -> str:
     """A limit in words: `20% more perplexity than dense`, `perplexity 25`, `KL 0.1`, `accuracy 60% on piqa`.
 
     Of image classifiers `1 point of accuracy less than dense`.

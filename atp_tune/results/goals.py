@@ -21,11 +21,11 @@ from atp_tune.errors import UserError
 from atp_tune.measures import ACCURACY, PERPLEXITY, Limit, Role, excess, knee
 from atp_tune.metrics import Speed
 from atp_tune.plan import percent
-from atp_tune.results.formatting import against_uniform, drawn, limit_of, method_of
-from atp_tune.results.results import DENSE, NOTHING, Model, allocation_of, attached, is_uniform, uniform_of
+from atp_tune.results.formatting import against_uniform, drawn, limit_words, method_words
+from atp_tune.results.results import DENSE, NOTHING, Model, allocation_name, attached, is_uniform, uniform_beside
 from atp_tune.storage.attributes import readable
-from atp_tune.storage.fingerprint import facts_in, objectives_of
-from atp_tune.storage.progress import measured, order, ranked, sparsity_of, values_of
+from atp_tune.storage.fingerprint import facts_in, stored_objectives
+from atp_tune.storage.progress import measured, objective_values, order, ranked, target_sparsity
 
 if TYPE_CHECKING:
     from atp_tune.results.summary import Summary
@@ -58,9 +58,9 @@ class Point:
         return self.excess is not None and self.excess <= 0
 
 
-def name_of(trial: FrozenTrial) -> str:
+def trial_name(trial: FrozenTrial) -> str:
     """A trial of a study over an interval, with its sparsity and method."""
-    return f"trial {trial.number}, {percent(trial.params['sparsity'])} {method_of(trial)}"
+    return f"trial {trial.number}, {percent(trial.params['sparsity'])} {method_words(trial)}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Choice:
     why: str
 
     def __str__(self) -> str:
-        return f"{name_of(self.trial)}: {self.why}"
+        return f"{trial_name(self.trial)}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class AtSparsity:
         """The best trial of each allocation, the best first; a trial with equal sparsities counts as uniform."""
         best: dict[str, FrozenTrial] = {}
         for trial in measured(self.study):
-            best.setdefault(allocation_of(trial), trial)
+            best.setdefault(allocation_name(trial), trial)
         return list(best.values())
 
     def leaders(self) -> list[FrozenTrial]:
@@ -117,7 +117,7 @@ class AtSparsity:
         return self.compared()
 
     def _with_uniform(self, trials: Iterable[FrozenTrial]) -> list[str]:
-        both = [trial for best in trials for trial in (uniform_of(self.study, best), best) if trial is not None]
+        both = [trial for best in trials for trial in (uniform_beside(self.study, best), best) if trial is not None]
         return list(dict.fromkeys(str(trial.number) for trial in both))
 
     def points(self) -> list[Point]:
@@ -163,7 +163,7 @@ class AtSparsity:
         if summary.best_trial is None:
             return ""
         lowest = ", the lowest perplexity of the front; `export --trial N` takes another" if summary.front else ""
-        return f"best: trial {summary.best_trial.number}, {method_of(summary.best_trial)}{lowest}"
+        return f"best: trial {summary.best_trial.number}, {method_words(summary.best_trial)}{lowest}"
 
     def said(self, summary: "Summary") -> str:
         """How it went, in sentences."""
@@ -196,25 +196,27 @@ class OverInterval(AtSparsity):
     @property
     def _of_logs(self) -> bool:
         """Whether first values are perplexities, whose logs count, in nats as KL does."""
-        return objectives_of(facts_in(self.study))[0] == PERPLEXITY.name
+        return stored_objectives(facts_in(self.study))[0] == PERPLEXITY.name
 
     def _knee(self, done: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The knee of the front of ranked trials over sparsity; None without one."""
         front, lowest = list[FrozenTrial](), math.inf
-        for trial in sorted(done, key=lambda trial: sparsity_of(trial) or 0.0, reverse=True):
-            value = values_of(trial)[0]
+        for trial in sorted(done, key=lambda trial: target_sparsity(trial) or 0.0, reverse=True):
+            value = objective_values(trial)[0]
             if value < lowest and (value > 0 or not self._of_logs):
                 front, lowest = [trial, *front], value
-        values = (values_of(trial)[0] for trial in front)
+        values = (objective_values(trial)[0] for trial in front)
         heights = [math.log(value) if self._of_logs else value for value in values]
-        index = knee([(sparsity_of(trial) or 0.0, height) for trial, height in zip(front, heights, strict=True)])
+        index = knee([(target_sparsity(trial) or 0.0, height) for trial, height in zip(front, heights, strict=True)])
         return None if index is None else front[index]
 
     def _within(self, done: Sequence[FrozenTrial], limit: Limit) -> FrozenTrial | None:
         """The sparsest of ranked trials within a limit; if none is, the one with the smallest excess."""
-        excesses = {trial.number: excess_of(self.study, trial, limit) for trial in done}
+        excesses = {trial.number: limit_excess(self.study, trial, limit) for trial in done}
         if inside := [trial for trial in done if excesses[trial.number] <= 0]:
-            return max(inside, key=lambda trial: (sparsity_of(trial) or 0.0, -values_of(trial)[0], -trial.number))
+            return max(
+                inside, key=lambda trial: (target_sparsity(trial) or 0.0, -objective_values(trial)[0], -trial.number)
+            )
         return min(done, key=lambda trial: excesses[trial.number], default=None)
 
     def rivals(self) -> list[FrozenTrial]:
@@ -227,7 +229,7 @@ class OverInterval(AtSparsity):
         return [best, *(trial for trial in self._others() if trial.number != best.number)] if best else []
 
     def _others(self) -> list[FrozenTrial]:
-        return front_of(self.study)
+        return pareto_front(self.study)
 
     def compared(self) -> list[str]:
         """Each leader, also a uniform one, and its uniform trial."""
@@ -239,11 +241,11 @@ class OverInterval(AtSparsity):
 
     def points(self) -> list[Point]:
         """The front, and where none of its trials is, the best at each sparsity where uniform is measured."""
-        best, front = best_trial(self.study), front_of(self.study)
+        best, front = best_trial(self.study), pareto_front(self.study)
         shown = [
             trial
             for trial in self._shown(front)
-            if sparsity_of(trial) is not None and "repeats" not in trial.user_attrs
+            if target_sparsity(trial) is not None and "repeats" not in trial.user_attrs
         ]
         shown.sort(key=lambda trial: (trial.params["sparsity"], not is_uniform(trial), trial.number))
         numbers = {trial.number for trial in front}
@@ -251,7 +253,7 @@ class OverInterval(AtSparsity):
             Point(
                 trial=trial,
                 sparsity=float(trial.params["sparsity"]),
-                excess=excess_of(self.study, trial) if self.study.user_attrs.get("limit") else None,
+                excess=limit_excess(self.study, trial) if self.study.user_attrs.get("limit") else None,
                 is_best=best is not None and trial.number == best.number,
                 on_front=trial.number in numbers,
                 packed_bytes=trial.user_attrs.get("packed_bytes"),
@@ -281,8 +283,8 @@ class OverInterval(AtSparsity):
             raise UserError(f"--sparsity: {text} is outside the study's interval, {percent((low, high))}")
         distances = {
             (round(abs(sparsity - wanted), 6), sparsity): trial
-            for trial in reversed(front_of(self.study))
-            if (sparsity := sparsity_of(trial)) is not None
+            for trial in reversed(pareto_front(self.study))
+            if (sparsity := target_sparsity(trial)) is not None
         }
         if not distances:
             raise UserError(f"study {self.study.study_name}: no trial has a value yet")
@@ -295,14 +297,16 @@ class OverInterval(AtSparsity):
         trial, name = self._within(measured(self.study), limit), f"study {self.study.study_name}"
         if trial is None:
             raise UserError(f"{name}: no trial has a value yet")
-        over = excess_of(self.study, trial, limit)
+        over = limit_excess(self.study, trial, limit)
         if over == math.inf:
             lacking = {
                 "max_kl": "KL divergence; its search.objective has none",
                 "max_drop": "accuracy beside dense; --max-drop is of image classifiers",
             }.get(next(iter(limit)), "perplexity beside dense")
             raise UserError(f"{name}: no trial has a finite {lacking}")
-        words = f"{limit_of(limit)} on the validation {'images' if 'dense_ranks' in self.study.user_attrs else 'text'}"
+        words = (
+            f"{limit_words(limit)} on the validation {'images' if 'dense_ranks' in self.study.user_attrs else 'text'}"
+        )
         if over > 0:
             nearest = Choice(trial, "it is exported by its number")
             raise UserError(f"{name}: no trial is within {words}; the nearest is {nearest}")
@@ -364,16 +368,16 @@ class OverInterval(AtSparsity):
         if not self._knee(ranked(summary.trials)):
             against = results.change(DENSE, best.trial, on="validation")
             is_within = against is not None and against.change.value + against.change.stderr <= INCREASE
-            why = f"the {'sparsest within' if is_within else 'nearest to'} {limit_of(self.limit)}"
+            why = f"the {'sparsest within' if is_within else 'nearest to'} {limit_words(self.limit)}"
         front = f"Pareto front: {len(points)} points, from {ends[0]} to {ends[1]}; {gained}{self._missing(summary)}"
-        return f"{front}; best: {name_of(best.trial)}, {why}"
+        return f"{front}; best: {trial_name(best.trial)}, {why}"
 
     def _missing(self, summary: "Summary") -> str:
         """A sentence where the total leaves out sparsities that the screening was to confirm; "" elsewhere."""
         screen, (low, high) = summary.made_from.study.search.screen if summary.made_from else None, self.interval
         if screen is None or summary.total is None or summary.done < summary.total:
             return ""
-        count = len({sparsity_of(trial) for trial in summary.trials if trial.values} - {None})
+        count = len({target_sparsity(trial) for trial in summary.trials if trial.values} - {None})
         wanted = min(screen.confirm, 1 + round((high - low) / STEP))
         note = f"; {count} of {wanted} sparsities are measured, --trials {2 * wanted} measures all"
         return note if count < wanted else ""
@@ -406,15 +410,15 @@ class WithinLimit(OverInterval):
 
     def _outcome(self, summary: "Summary", best: Point) -> str:
         """The best point with its distance from dense and the limit."""
-        key, words, data = next(iter(self.limit)), limit_of(self.limit), summary.results.data
+        key, words, data = next(iter(self.limit)), limit_words(self.limit), summary.results.data
         search, test = self._bounded(summary, best, key, "validation"), self._bounded(summary, best, key, "test")
         on_test = f"; on the test {data} {test}" if test else ""
         on_search = f": {search}" + f" on the validation {data}" * (key != "min_accuracy") if search else ""
         at_end = abs(best.sparsity - self.interval[best.is_within]) < STEP / 2
         further = f"; the search ends at {percent(best.sparsity)}, unless --sparsity takes it further" * at_end
         if best.is_within:
-            return f"best: {name_of(best.trial)}{on_search}, within the limit of {words}{on_test}{further}"
-        nearest = f"the nearest is {name_of(best.trial)}{on_search}{on_test}{further}"
+            return f"best: {trial_name(best.trial)}{on_search}, within the limit of {words}{on_test}{further}"
+        nearest = f"the nearest is {trial_name(best.trial)}{on_search}{on_test}{further}"
         return f"no trial is within the limit of {words}: {nearest}"
 
     def _bounded(self, summary: "Summary", point: Point, key: str, text: Role) -> str:
@@ -464,7 +468,7 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
     return goal_in(study).best(study.get_trials(deepcopy=False))
 
 
-def excess_of(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = None) -> float:
+def limit_excess(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = None) -> float:
     """How far a trial is beyond the study's limit, or this one: see `measures.excess`; infinite if not known."""
     own, attrs = trial.user_attrs, study.user_attrs
     ranks = attrs.get("dense_ranks"), own.get("ranks")
@@ -473,7 +477,7 @@ def excess_of(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = Non
     return math.inf if value is None else value
 
 
-def front_of(study: optuna.Study) -> list[FrozenTrial]:
+def pareto_front(study: optuna.Study) -> list[FrozenTrial]:
     """The Pareto front of a study of several objectives, the lowest perplexity first; [] for one objective."""
     if len(study.directions) == 1:
         return []

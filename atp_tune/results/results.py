@@ -42,18 +42,18 @@ def is_uniform(trial: FrozenTrial) -> bool:
     return not has_linears and all(level == levels[0] for level in levels)
 
 
-def levels_of(trial: FrozenTrial | None) -> list[float] | None:
+def block_levels(trial: FrozenTrial | None) -> list[float] | None:
     """A trial's bits of each block, or means of its linears, else sparsities of each block; None without a plan."""
     plan = Plan.stored_in(trial.user_attrs) if trial else None
     return None if plan is None else list(plan.amounts)
 
 
-def allocation_of(trial: FrozenTrial) -> str:
+def allocation_name(trial: FrozenTrial) -> str:
     """Name of a trial's allocation."""
     return "uniform" if is_uniform(trial) else str(trial.params.get("allocation", "atp"))
 
 
-def parameters_of(trial: FrozenTrial) -> dict[str, float]:
+def allocation_parameters(trial: FrozenTrial) -> dict[str, float]:
     """The parameters of a trial's allocation.
 
     Over an interval of sparsities a trial draws shares of their bounds, and stores the values when it has its plan.
@@ -63,7 +63,7 @@ def parameters_of(trial: FrozenTrial) -> dict[str, float]:
     return {name: value for name, value in trial.params.items() if name not in NO_PARAMETERS}
 
 
-def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
+def uniform_beside(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
     """The uniform trial with the best trial's pruner and sparsity."""
     return None if best is None else uniform_among(study.get_trials(deepcopy=False), best)
 
@@ -74,7 +74,7 @@ def uniform_among(trials: Iterable[FrozenTrial], best: FrozenTrial) -> FrozenTri
     return next((trial for trial in done if _kind(trial) == kind and is_uniform(trial)), None)
 
 
-def uniforms_of(study: optuna.Study) -> list[FrozenTrial]:
+def uniform_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The uniform trial of each pruner, in the order of trials."""
     uniforms: dict[str, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
@@ -84,7 +84,7 @@ def uniforms_of(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _kind(trial: FrozenTrial) -> tuple[Any, ...]:
-    return method_in(trial.params), progress.sparsity_of(trial)
+    return method_in(trial.params), progress.target_sparsity(trial)
 
 
 Model: TypeAlias = FrozenTrial | Literal["dense", "trained"]  # `trained`: the best plan after training
@@ -287,7 +287,7 @@ def attach(
     that holds another trial by now is not changed. UserError if the study is not in the storage of `address`.
     """
     fields = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
-    study = study_of(path, config, address)
+    study = config_study(path, config, address)
     if study is not None:  # first: a run that writes the file takes what the study has
         store(study, key, config.trial, fields)
     names = [str(path)] if path.exists() and _write(path, config, {key: fields}) else []
@@ -299,7 +299,7 @@ def check(path: Path, config: Config, address: str | None = None) -> None:
     if path.exists():
         check_writable(path, instead="copy it to where you can write")
     if address is not None:
-        study_of(path, config, address)
+        config_study(path, config, address)
 
 
 def store(study: optuna.Study, key: str, trial: int | None, fields: Mapping[str, Any]) -> None:
@@ -331,7 +331,7 @@ def is_same(one: Config, other: Config) -> bool:
     )
 
 
-def study_of(path: Path, config: Config, address: str | None = None) -> optuna.Study | None:
+def config_study(path: Path, config: Config, address: str | None = None) -> optuna.Study | None:
     """A configuration's study; None if not found, UserError if not in the storage of `address`."""
     if config.trial is None:  # not from a search
         return None
@@ -380,7 +380,7 @@ def attached(study: optuna.Study, trial: int | None) -> dict[Key, Any]:
     return measurements
 
 
-def answers_of(study: optuna.Study, trial: FrozenTrial) -> Answers | None:
+def stored_answers(study: optuna.Study, trial: FrozenTrial) -> Answers | None:
     """The answers of a trial's model on test images, beside dense's and uniform's, if this version can read them."""
     try:
         return Answers.model_validate(study.user_attrs.get("answers", {}).get(str(trial.number)))

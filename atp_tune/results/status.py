@@ -32,16 +32,16 @@ from atp_tune.errors import UserError
 from atp_tune.measures import MEASURES, Accuracy
 from atp_tune.metrics import OverDraws
 from atp_tune.plan import Plan, method_in
-from atp_tune.results.formatting import dense_speed, method_of, plan_of, remark_of, sign_of_beta
+from atp_tune.results.formatting import dense_speed, method_words, plan_words, sign_of_beta, trial_remark
 from atp_tune.results.goals import Point, best_trial
-from atp_tune.results.results import DENSE, Model, allocation_of, parameters_of, with_attached
+from atp_tune.results.results import DENSE, Model, allocation_name, allocation_parameters, with_attached
 from atp_tune.results.results import Against as Change
 from atp_tune.results.summary import ScreeningProgress, Summary, made_from, summarise
 from atp_tune.storage import fingerprint, progress
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import PERPLEXITY, check_facts, facts
 from atp_tune.storage.opening import find_study, open_storage
-from atp_tune.storage.progress import counts, cut_offs_of, is_dead, sparsity_of
+from atp_tune.storage.progress import all_cut_offs, counts, is_dead, target_sparsity
 from atp_tune.utils.registry import FrozenModel
 
 # --- The stored study of a study file, and the settings that it was run with.
@@ -89,7 +89,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         conv1d=study.user_attrs.get("conv1d", False),
         sparsity=Sparsity(target=best.params.get("sparsity", spec.sparsity or 0.0), realised=attrs["realised"]),
         scores={"dense": results.scores(DENSE), "uniform": results.scores(uniform), "best": results.scores(best)},
-        batches=fingerprint.batches_of(best),
+        batches=fingerprint.stored_batches(best),
         draws=draws,
         plugins=study.user_attrs.get("plugins", {}),
         bos=summary.bos,
@@ -147,7 +147,7 @@ def measured_columns(attrs: Mapping[str, Any]) -> dict[str, Any]:
     return columns
 
 
-def facts_of(attrs: Mapping[str, Any]) -> dict[str, Any]:
+def study_columns(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """A study's attributes for the dashboard: its main settings, and no long lists."""
     facts = attrs.get("fingerprint", {})
     sources = [f"{table}.{role}.source" for table in ("texts", "images") for role in ("validation", "test")]
@@ -326,7 +326,7 @@ def to_json(what: FrozenModel | Sequence[FrozenModel], indent: int | None = 2) -
     return dumps([part.model_dump(mode="json") for part in what], indent)
 
 
-def status_of(summary: Summary, now: datetime) -> Status:
+def make_status(summary: Summary, now: datetime) -> Status:
     """A study's status at a local time."""
     running = tuple(_running(trial, now) for trial in summary.trials if trial.state.name == "RUNNING")
     ranks = tuple(_best(trial, summary) for trial in summary.ranks)
@@ -387,7 +387,7 @@ def _running(trial: FrozenTrial, now: datetime) -> Running:
     began = trial.datetime_start or now
     return Running(
         trial=trial.number,
-        plan=plan_of(trial),
+        plan=plan_words(trial),
         seconds=round(max(0.0, (now - began).total_seconds()), 1),
         host=trial.user_attrs.get("host"),
         lost=is_dead(trial.user_attrs),
@@ -405,7 +405,7 @@ def _point(summary: Summary, point: Point) -> PointStatus:
     return PointStatus(
         trial=trial.number,
         sparsity=point.sparsity,
-        method=method_of(trial),
+        method=method_words(trial),
         scores=results.scores(trial),
         against_dense=Against.of(results.change(DENSE, trial)),
         against_uniform=_against(summary, trial),
@@ -421,12 +421,12 @@ def _best(trial: FrozenTrial, summary: Summary) -> Best:
     return Best(
         trial=trial.number,
         pruner=method_in(trial.params),
-        allocation=allocation_of(trial),
-        parameters=parameters_of(trial),
+        allocation=allocation_name(trial),
+        parameters=allocation_parameters(trial),
         scores=summary.results.scores(trial),
         against_uniform=_against(summary, trial),
         draws=summary.over_draws.get(trial.number),
-        sparsity=sparsity_of(trial),
+        sparsity=target_sparsity(trial),
     )
 
 
@@ -437,13 +437,13 @@ def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
         number=trial.number,
         state=trial.state.name.lower(),
         params=trial.params,
-        parameters=parameters_of(trial),
-        plan=plan_of(trial),
+        parameters=allocation_parameters(trial),
+        plan=plan_words(trial),
         scores=summary.results.scores(trial),
         seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,
-        remark=remark_of(trial, summary) or None,
-        cut_off=len(cut_offs_of(trial)),
-        sparsity=sparsity_of(trial),
+        remark=trial_remark(trial, summary) or None,
+        cut_off=len(all_cut_offs(trial)),
+        sparsity=target_sparsity(trial),
         bits=plan.amounts if plan and plan.by_bits else None,
         **{key: attrs.get(key) for key in ("realised", "packed_bytes", "effective_bits", "quantized_bytes")},
     )

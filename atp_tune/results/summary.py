@@ -23,30 +23,30 @@ from atp_tune.results.formatting import (
     dense_speed,
     has_bytes,
     megabytes,
-    method_of,
-    plan_of,
-    remark_of,
+    method_words,
+    plan_words,
     spent,
     stored_as,
+    trial_remark,
 )
-from atp_tune.results.goals import AtSparsity, Column, Point, best_trial, front_of, goal_in
+from atp_tune.results.goals import AtSparsity, Column, Point, best_trial, goal_in, pareto_front
 from atp_tune.results.results import (
     DENSE,
     NOTHING,
     TRAINED,
     Model,
     Results,
-    allocation_of,
-    answers_of,
+    allocation_name,
     attached,
     is_uniform,
-    uniform_of,
-    uniforms_of,
+    stored_answers,
+    uniform_beside,
+    uniform_trials,
 )
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
-from atp_tune.storage.progress import is_dead, sparsity_of
+from atp_tune.storage.progress import is_dead, target_sparsity
 from atp_tune.utils.registry import FrozenModel
 
 BATCHED = ("calibration", "validation")  # texts whose batch sizes affect a trial's value
@@ -144,7 +144,7 @@ def summarise(study: optuna.Study) -> Summary:
     goal, best = goal_in(study), best_trial(study)
     facts, trials = fingerprint.facts_in(study), study.get_trials(deepcopy=False)
     measurements, target = attached(study, best.number) if best else {}, facts.get("sparsity")
-    results = Results(study.user_attrs, trials, fingerprint.objectives_of(facts), measurements.get("recovered"))
+    results = Results(study.user_attrs, trials, fingerprint.stored_objectives(facts), measurements.get("recovered"))
     uniform, points, shared = results.uniform(best), goal.points(), None if "sparsity" in facts else facts.get("bits")
     tested = [bool(results.items(model, "test")) for model in (DENSE, uniform, best) if model]
     return Summary(
@@ -161,13 +161,13 @@ def summarise(study: optuna.Study) -> Summary:
         made_from=made_from(study),
         sizes=tuple(study.user_attrs.get("sizes", ())),
         in_tower=in_tower(study.user_attrs.get("blocks")),
-        uniforms=uniforms_of(study),
+        uniforms=uniform_trials(study),
         complete=_is_complete(study),
         requested=progress.requested(study),
         gp_posterior=study.user_attrs.get("gp_posterior"),
         unlike=_unlike(study),
         screening=_screening(study),
-        front=front_of(study),
+        front=pareto_front(study),
         zero_shot=measurements.get("zero_shot"),
         speed=measurements.get("speed"),
         continuations=measurements.get("continuations"),
@@ -186,7 +186,7 @@ def summarise(study: optuna.Study) -> Summary:
         of_channels=facts.get("prune.pattern") == "channels",
         bits=shared,
         rounded=_rounded(facts) if "bits" in facts and not shared else "",
-        answers=answers_of(study, best) if best else None,
+        answers=stored_answers(study, best) if best else None,
         kinds=_kinds(results),
         training="" if is_dead(process := study.user_attrs.get("training", {})) else str(process.get("host", "")),
     )
@@ -224,14 +224,14 @@ def made_from(study: optuna.Study) -> StudyFile | None:
 
 def _unlike(study: optuna.Study) -> dict[int, str]:
     facts = fingerprint.facts_in(study)
-    began, batches = fingerprint.device_of(study), fingerprint.batches_of(study)
+    began, batches = fingerprint.first_device(study), fingerprint.stored_batches(study)
     remarks = {}
     for trial in study.get_trials(deepcopy=False):
         device = fingerprint.device_kind(trial.user_attrs.get("device", began or ""))
         own = trial.user_attrs.get("dtype")
         parts = [f"on {device}"] * (began not in (None, device))
         parts += [f"in {own}"] * (own not in (None, facts.get(fingerprint.DTYPE)))
-        for role, windows in fingerprint.batches_of(trial).items():
+        for role, windows in fingerprint.stored_batches(trial).items():
             if role in BATCHED and windows != batches.get(role, windows):
                 parts.append(f"in batches of {windows} {role} windows")
         if parts:
@@ -244,7 +244,7 @@ def _is_complete(study: optuna.Study) -> bool:
     total = study.user_attrs.get("total")
     if total is None or progress.counted(study) < total or progress.running(study):
         return False
-    return is_reported(study, _draws_of(study))
+    return is_reported(study, _asked_draws(study))
 
 
 def is_reported(study: optuna.Study, draws: int) -> bool:
@@ -252,7 +252,7 @@ def is_reported(study: optuna.Study, draws: int) -> bool:
     return best_trial(study) is None or not (unreported(study) or undrawn(study, draws))
 
 
-def _draws_of(study: optuna.Study) -> int:
+def _asked_draws(study: optuna.Study) -> int:
     """`texts.calibration.draws` of the study's last run."""
     file = made_from(study)
     return file.study.data.calibration.draws if file else 1
@@ -299,7 +299,7 @@ def final_numbers(study: optuna.Study) -> int:
 
 def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     """The reported trials over the draws of the calibration text with which all of them are measured."""
-    names, count = goal_in(study).redrawn(), _draws_of(study)
+    names, count = goal_in(study).redrawn(), _asked_draws(study)
     draws = _drawn(study, count)
     measured = {name: draws[name] for name in names if name in draws}
     if not measured or len(measured) < len(names):
@@ -310,8 +310,8 @@ def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     result = {}
     for name in names:
         trial = study.trials[int(name)]
-        uniform = None if is_uniform(trial) else uniform_of(study, trial)
-        fitted = fitted_to.get(allocation_of(trial))
+        uniform = None if is_uniform(trial) else uniform_beside(study, trial)
+        fitted = fitted_to.get(allocation_name(trial))
         spread = over_draws(nlls[name], nlls[str(uniform.number)] if uniform else None, fitted)
         if spread is not None:
             result[trial.number] = spread
@@ -345,7 +345,7 @@ class Table:
     best: int | None = None
 
 
-def table_of(columns: Sequence[Column], models: Sequence[Model], best: Model | None, *words: str) -> Table:
+def make_table(columns: Sequence[Column], models: Sequence[Model], best: Model | None, *words: str) -> Table:
     """A table with one row for each model; `words`: heads of the columns of text."""
     head = [name for name, _ in columns]
     cells = [[cell(model) for _, cell in columns] for model in models]
@@ -358,7 +358,7 @@ def overview(summary: Summary, hidden: str = "") -> Table:
     """Dense, uniform and the best of each allocation; over an interval dense and the points. `hidden`: a column."""
     trained: list[Model] = [TRAINED] * (summary.results.trained is not None)
     columns = [each for each in (*_plan(summary), *_measured(summary), *_sizes(summary)) if each[0] != hidden]
-    return table_of(columns, [DENSE, *summary.goal.rows(summary), *trained], summary.best_trial, "method", "limit")
+    return make_table(columns, [DENSE, *summary.goal.rows(summary), *trained], summary.best_trial, "method", "limit")
 
 
 def _plan(summary: Summary) -> Iterator[Column]:
@@ -367,13 +367,13 @@ def _plan(summary: Summary) -> Iterator[Column]:
 
     def method(model: Model) -> str:
         trial = trial_of(model)
-        return DENSE if trial is None else method_of(trial) + ", trained" * (model == TRAINED)
+        return DENSE if trial is None else method_words(trial) + ", trained" * (model == TRAINED)
 
     def amount(model: Model) -> str | None:
         trial = trial_of(model)
         if trial is None:
             return summary.amount.of_dense(summary)
-        target = sparsity_of(trial)
+        target = target_sparsity(trial)
         return summary.amount.of(trial, summary) or None if target is None else percent(target)
 
     yield "method", method
@@ -424,13 +424,13 @@ def trials(summary: Summary, shown: Sequence[FrozenTrial] | None = None) -> Tabl
     columns: list[Column] = [
         ("trial", of(lambda trial: trial.number)),
         ("state", of(lambda trial: trial.state.name.lower())),
-        ("plan", of(plan_of)),
+        ("plan", of(plan_words)),
         *((by.column, of(partial(results.score, text="validation", measure=by))) for by in results.measures),
         (summary.amount.counted, of(partial(summary.amount.of, summary=summary))),
         ("s", of(lambda trial: f"{sum(spent(trial).values()):.1f}" if spent(trial) else "")),
-        ("remark", of(lambda trial: "; ".join(filter(None, ("best" * (trial == best), remark_of(trial, summary)))))),
+        ("remark", of(lambda trial: "; ".join(filter(None, ("best" * (trial == best), trial_remark(trial, summary)))))),
     ]
-    return table_of(columns, summary.trials if shown is None else shown, best, "state", "plan", "remark")
+    return make_table(columns, summary.trials if shown is None else shown, best, "state", "plan", "remark")
 
 
 def front(summary: Summary) -> Table | None:
@@ -440,19 +440,19 @@ def front(summary: Summary) -> Table | None:
         return None
     columns: list[Column] = [
         ("trial", lambda m: None if isinstance(m, str) else m.number),
-        ("method", lambda m: None if isinstance(m, str) else method_of(m)),
+        ("method", lambda m: None if isinstance(m, str) else method_words(m)),
         *(
             (f"validation {by.column}", partial(results.score, text="validation", measure=by))
             for by in results.measures
         ),
     ]
-    return table_of(columns, summary.front, next(iter(summary.front), None), "method")
+    return make_table(columns, summary.front, next(iter(summary.front), None), "method")
 
 
 def kinds(summary: Summary) -> Table | None:
     """Test perplexity by kind of a mixed text, and how many times dense's; None for other texts."""
     dense, shown = summary.kinds.get(DENSE, {}), [point.trial for point in summary.points] or summary.trials
-    names = {DENSE: DENSE, **{str(trial.number): plan_of(trial) for trial in shown}, TRAINED: "best, trained"}
+    names = {DENSE: DENSE, **{str(trial.number): plan_words(trial) for trial in shown}, TRAINED: "best, trained"}
 
     def cell(row: str, kind: str) -> str:
         score, before = summary.kinds[row].get(kind), dense[kind]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atp_tune.allocations import LinearSparsities, Shape
-from atp_tune.allocations.bits import bits_of, cheapest, share_of
+from atp_tune.allocations.bits import bits_at, cheapest, share_at
 from atp_tune.allocations.budget import Score
 from atp_tune.allocations.gradient import (
     AT_LOWEST,
@@ -65,7 +65,7 @@ from atp_tune.config.prune import NLL_SHARES, Loss, QuantizeConfig
 from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.inputs import Batch, InputKind
 from atp_tune.inputs.items import Items
-from atp_tune.plugins import code_of
+from atp_tune.plugins import code_digest
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.rounding import RTN
 from atp_tune.pruners.selection import order_in_rows
@@ -154,7 +154,7 @@ class DenseMeasurements:
         """Statistics of every linear's inputs in the dense model, measured once for each kind and cached on disk."""
         kind = pruner.measures
         assert kind is not None
-        name = self.key_of(pruner, kind)
+        name = self.statistics_key(pruner, kind)
         if name not in self._statistics:
             self._statistics[name] = self._read_or_measure(cache_dir("statistics") / name, pruner, kind)
         return self._statistics[name]
@@ -164,12 +164,12 @@ class DenseMeasurements:
         statistics, kind, checkpoint = self.statistics(pruner), pruner.measures, self._replay.checkpoint
         assert kind is not None
         group = getattr(pruner, "group", None)
-        name = self.key_of(pruner, kind), group
+        name = self.statistics_key(pruner, kind), group
         if name not in self._ranked and can_rank(pruner, checkpoint):
             self._ranked[name] = ranked(statistics, checkpoint, group)
         return self._ranked.get(name, statistics)
 
-    def key_of(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> str:
+    def statistics_key(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> str:
         """SHA-256 of everything that determines a pruner's statistics."""
         checkpoint = self._replay.checkpoint
         is_own = kind.__module__.startswith("atp_tune.")
@@ -179,7 +179,7 @@ class DenseMeasurements:
             model=self._model,
             tower=str(checkpoint.in_tower),
             items=self._items.content,
-            kind=[kind.__name__, None if is_own else code_of(kind)],
+            kind=[kind.__name__, None if is_own else code_digest(kind)],
             pruner=repr(getattr(pruner, "prepares", pruner)) if prepares else None,
             batch=min(self._batch.windows, len(self._items)),
             arithmetic=arithmetic(checkpoint.device, checkpoint.dtype),
@@ -519,5 +519,5 @@ def priced_shares(
     `costs`: by block, linear and width, see `BitPricing`.
     """
     sizes = [shape.size for row in linears for shape in row]
-    bits = iter(cheapest(list(chain.from_iterable(costs)), sizes, widths, bits_of(target, widths)))
-    return tuple(tuple(share_of(next(bits), widths) for _ in row) for row in costs)
+    bits = iter(cheapest(list(chain.from_iterable(costs)), sizes, widths, bits_at(target, widths)))
+    return tuple(tuple(share_at(next(bits), widths) for _ in row) for row in costs)

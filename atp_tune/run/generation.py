@@ -20,7 +20,7 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.blocks import check_known
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.errors import UserError
-from atp_tune.inputs.windows import bos_of
+from atp_tune.inputs.windows import bos_id
 
 OnToken = Callable[[int], bool]  # takes the number of tokens so far; True ends the text
 
@@ -137,7 +137,7 @@ def encode(prompt: str, tokenizer: Any, ends: Sequence[int], bos: bool) -> list[
     ids = list(tokenizer(prompt, verbose=False).input_ids)
     while len(ids) > 1 and ids[-1] in ends:  # some tokenizers end each text
         ids.pop()
-    first = bos_of(tokenizer) if bos else None
+    first = bos_id(tokenizer) if bos else None
     ids = ids if first is None or ids[:1] == [first] else [first, *ids]
     if not ids:
         raise UserError(f'prompt "{prompt}": has no tokens; give another text')

@@ -92,7 +92,7 @@ class RoleScores(Observer[Scores]):
     def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
         """Embeds the items."""
         super().begin(session, name, plan)
-        self._parts = parts_of(session.items(self._role), session.batch(self._role).windows)
+        self._parts = equal_parts(session.items(self._role), session.batch(self._role).windows)
         self._dense = session.dense_states(self._role, self._parts) if self._kl else []
         self._kept: list[PrunedBlock] | None = [] if self._one_by_one and can_keep(session.checkpoint) else None
         self._passing = self._embedded(self._parts if self._kept is None else [])
@@ -133,7 +133,7 @@ class RoleScores(Observer[Scores]):
         return joined(scores)
 
 
-def parts_of(items: Batch, least: int) -> list[Batch]:
+def equal_parts(items: Batch, least: int) -> list[Batch]:
     """Items in at most `GROUPS` parts whose lengths differ by at most one, none smaller than a batch of `least`."""
     size, more = divmod(len(items), count := min(GROUPS, -(-len(items) // least)))
     ends = [part * size + min(part, more) for part in range(count + 1)]

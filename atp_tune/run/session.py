@@ -396,7 +396,7 @@ class Session(Released):
         pool, group = self._pool(), self.pattern.group
         self.inputs.check_disjoint({**self.windows, "calibration": pool})
         gradients = CalibrationGradients(self.checkpoint, self.inputs, self.score, pool, self.heads, self.watch)
-        measured = self.measured.key_of(Wanda(), InputNorms)
+        measured = self.measured.statistics_key(Wanda(), InputNorms)
         if self.quantize is not None and self.bits is None:
             costs = bit_costs(gradients, self.quantize, measured)
             shapes, widths = self.checkpoint.shapes, self.quantize.widths

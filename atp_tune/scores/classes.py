@@ -55,7 +55,7 @@ class Classes:
         """Scores of each image, from its final hidden states."""
         logits = replay.logits(batch, hidden)
         labels = batch.tensors[LABELS]
-        scores = {"nlls": token_nlls(logits, labels).tolist(), "ranks": ranks_of(logits, labels).tolist()}
+        scores = {"nlls": token_nlls(logits, labels).tolist(), "ranks": class_ranks(logits, labels).tolist()}
         if dense is not None:
             likely = replay.logits(batch, dense.to(hidden.device))
             same = (likely.argmax(1) == logits.argmax(1)).float()
@@ -77,7 +77,7 @@ class Classes:
 CLASSES: Score = Classes()
 
 
-def ranks_of(logits: Tensor, classes: Tensor) -> Tensor:
+def class_ranks(logits: Tensor, classes: Tensor) -> Tensor:
     """Rank [images] of the right class among logits [images, classes]: 0 is the highest; of equals the first."""
     own = logits.gather(1, classes[:, None])
     is_before = torch.arange(logits.shape[1], device=logits.device)[None, :] < classes[:, None]

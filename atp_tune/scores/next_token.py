@@ -24,7 +24,7 @@ from atp_tune.config.data import Text
 from atp_tune.config.prune import NLL_SHARES
 from atp_tune.inputs import Batch
 from atp_tune.inputs.items import IDS, Items
-from atp_tune.inputs.windows import bos_of, first_windows, has_embedding, load_tokenizer, token_windows, vocabulary
+from atp_tune.inputs.windows import bos_id, first_windows, has_embedding, load_tokenizer, token_windows, vocabulary
 from atp_tune.measures import MEASURES
 from atp_tune.metrics import BOS_TOKENS, BOS_WINDOWS, BosEffect
 from atp_tune.plugins import Checked, guarded
@@ -279,7 +279,7 @@ def compare_bos(
     go through the dense blocks together, so that streamed weights are copied once.
     """
     tokenizer = load_tokenizer(folder.path, folder.trusted)
-    bos = bos_of(tokenizer)
+    bos = bos_id(tokenizer)
     if bos is None or not has_embedding(replay.checkpoint, bos):
         return None
     ids = _few_windows(text, folder, base).tensors[IDS].to(replay.checkpoint.device)

@@ -30,8 +30,8 @@ from atp_tune.config.studyfile import StudyFile, overridden
 from atp_tune.events import Event, EventHandler, Message, TrialEnded, TrialStarted
 from atp_tune.measures import Limit, perplexity
 from atp_tune.plan import method_in
-from atp_tune.results.goals import best_trial, excess_of
-from atp_tune.results.results import is_uniform, uniform_of
+from atp_tune.results.goals import best_trial, limit_excess
+from atp_tune.results.results import is_uniform, uniform_beside
 from atp_tune.search import samplers
 from atp_tune.search.samplers import (
     Distributions,
@@ -244,7 +244,7 @@ class Screened:
     dense: Sequence[float] = ()
 
 
-def goal_of(spec: Study, budget: Budget) -> "AtSparsity":
+def make_goal(spec: Study, budget: Budget) -> "AtSparsity":
     """The goal of a study with this budget."""
     space, limit = make_space(spec, budget), spec.limit.given if spec.limit else None
     if isinstance(space, SpaceOverInterval):
@@ -388,11 +388,11 @@ class WithinLimit(OverInterval):
 
     def _leader(self, study: optuna.Study) -> Params | None:
         """The uniform point that beats the model's at the highest sparsity where both are measured, if it does."""
-        excesses = {trial.number: excess_of(study, trial) for trial in progress.measured(study)}
+        excesses = {trial.number: limit_excess(study, trial) for trial in progress.measured(study)}
         pairs = [
             (trial, uniform)
             for trial in progress.measured(study)
-            if not is_uniform(trial) and (uniform := uniform_of(study, trial)) is not None
+            if not is_uniform(trial) and (uniform := uniform_beside(study, trial)) is not None
         ]
         trial, uniform = max(pairs, key=lambda pair: pair[0].params["sparsity"], default=(None, None))
         if trial is None or uniform is None or excesses[uniform.number] >= excesses[trial.number]:
@@ -403,9 +403,9 @@ class WithinLimit(OverInterval):
         """The lowest excess at each measured sparsity; a plan that failed is beyond any limit."""
         excesses: dict[float, float] = {}
         for trial in study.get_trials(deepcopy=False):
-            sparsity = progress.sparsity_of(trial)
+            sparsity = progress.target_sparsity(trial)
             if sparsity is not None and progress.counts(trial) and (is_uniform(trial) or not only_uniform):
-                excess = excess_of(study, trial)
+                excess = limit_excess(study, trial)
                 excesses[sparsity] = min(excess, excesses.get(sparsity, math.inf))
         return excesses
 
@@ -414,7 +414,7 @@ class WithinLimit(OverInterval):
         low = max((sparsity for sparsity, excess in self._measured(study).items() if excess <= 0), default=0.0)
         excesses = self._measured(study, only_uniform=self._leader(study) is not None)
         high = min((sparsity for sparsity, excess in excesses.items() if excess > 0 and sparsity > low), default=1.0)
-        busy = [progress.sparsity_of(trial) for trial in progress.running(study)]
+        busy = [progress.target_sparsity(trial) for trial in progress.running(study)]
         return [
             level
             for level in self._levels()
@@ -484,9 +484,9 @@ class WithinLimit(OverInterval):
     def _missing_uniform(self, study: optuna.Study) -> Params | None:
         """The uniform point at the best trial's sparsity, unless it is measured, has failed, or is being measured."""
         best = best_trial(study)
-        if best is None or is_uniform(best) or uniform_of(study, best) is not None:
+        if best is None or is_uniform(best) or uniform_beside(study, best) is not None:
             return None
-        points = self.space.uniform(progress.sparsity_of(best))
+        points = self.space.uniform(progress.target_sparsity(best))
         point = next(point for point in points if method_in(point) == method_in(best.params))
         states = (TrialState.RUNNING, TrialState.FAIL)
         others = study.get_trials(deepcopy=False, states=states)
@@ -505,4 +505,4 @@ class LimitSampler(Proposer):
         space = self._goal.space
         wait_for_earlier(study, trial, space)
         point = self._goal.next_point(study, trial)
-        return space.kinds_of(point["allocation"]), point
+        return space.branch_distributions(point["allocation"]), point

@@ -38,7 +38,7 @@ from atp_tune.scores import Scores
 from atp_tune.search.runner import store_test_scores
 from atp_tune.search.space import Space
 from atp_tune.storage.database import set_attributes
-from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
+from atp_tune.storage.fingerprint import PERPLEXITY, stored_batches
 from atp_tune.storage.progress import INTERRUPTED, CutOff, counts, given_up, identity
 from atp_tune.utils.cache import versions
 
@@ -66,7 +66,7 @@ class Objective:
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
     def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
-        session, batches, kl = self.session, batches_of(trial.study), "kl" in self.objectives
+        session, batches, kl = self.session, stored_batches(trial.study), "kl" in self.objectives
         session.begin(batches)
         record = Record(session, self.objectives)
         # Uniform is never stopped: the others are compared with it.

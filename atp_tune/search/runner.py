@@ -23,16 +23,16 @@ from atp_tune.events import EventHandler, Message, Opened, TrialStarted
 from atp_tune.measures import MEASURES, perplexity
 from atp_tune.metrics import NAMES, PROMPTS
 from atp_tune.results.goals import best_trial, goal_in
-from atp_tune.results.results import allocation_of, answers_of, attached, is_uniform, store, uniform_of
-from atp_tune.results.status import best_config, facts_of
+from atp_tune.results.results import allocation_name, attached, is_uniform, store, stored_answers, uniform_beside
+from atp_tune.results.status import best_config, study_columns
 from atp_tune.results.summary import fits_anew, is_reported, made_from, undrawn, unreported
-from atp_tune.search.goals import Screened, goal_of, renamed, screening_file
+from atp_tune.search.goals import Screened, make_goal, renamed, screening_file
 from atp_tune.search.samplers import make_stopper
 from atp_tune.search.space import Space
 from atp_tune.search.trial_loop import POLL, recover_lost, run_trials
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.attributes import TRIAL, checked
-from atp_tune.storage.database import reason_of
+from atp_tune.storage.database import error_reason
 from atp_tune.storage.fingerprint import SUFFIX, facts, is_screening
 from atp_tune.storage.progress import Trace, identity, is_alive
 from atp_tune.utils.cache import alone_with, cache_dir, check_room, versions
@@ -111,13 +111,13 @@ class FinalScores:
 
         study, session, spec = self.study, self.session, self.run.file.study
         options, best = spec.continuations, best_trial(study)
-        uniform = uniform_of(study, best)
+        uniform = uniform_beside(study, best)
         if best is None or uniform is None or not options.tokens:
             return {}, None
-        if "continuations" in attached(study, best.number) or answers_of(study, best) is not None:
+        if "continuations" in attached(study, best.number) or stored_answers(study, best) is not None:
             return {}, None
         ranked = goal_in(study).rivals()
-        others = {str(trial.number): allocation_of(trial) for trial in ranked if not is_uniform(trial)}
+        others = {str(trial.number): allocation_name(trial) for trial in ranked if not is_uniform(trial)}
         names = {"dense": "dense", **{row: name for row, name in others.items() if name not in NAMES}}
         names |= {str(best.number): "best", str(uniform.number): "uniform"}
         if spec.images is not None:
@@ -170,7 +170,7 @@ class FinalScores:
         from atp_tune.run.observers import RoleScores
 
         spec = self.run.file.study.data
-        is_refitted = anew and is_fitted(allocation_of(self.study.trials[int(row)]))
+        is_refitted = anew and is_fitted(allocation_name(self.study.trials[int(row)]))
         if not (draw or (is_refitted and self.session.is_short)):
             return list(self.study.user_attrs["test_nlls"][row])
         scores = RoleScores("validation" if spec.test is None else "test")
@@ -194,10 +194,10 @@ class FinalScores:
         from atp_tune.checkpoints.devices import oom_as_user_error
 
         trial = None if row == "dense" else self.study.trials[int(row)]
-        plan = self.space.plan_of(trial) if trial else None
+        plan = self.space.stored_plan(trial) if trial else None
         self.run.watch(TrialStarted(title, plan))
-        own = fingerprint.batches_of(trial) if trial else {}
-        self.session.begin({**fingerprint.batches_of(self.study), **own})
+        own = fingerprint.stored_batches(trial) if trial else {}
+        self.session.begin({**fingerprint.stored_batches(self.study), **own})
         session = drawn or self.session
         with oom_as_user_error(title):
             if is_refitted and trial:
@@ -229,7 +229,7 @@ def write_best(run: "StudyRun", study: optuna.Study) -> None:
     """Writes the best configuration unless the file has it: the last run may have been killed before it wrote."""
     if not run.writes or best_trial(study) is None:
         return
-    out = run.file.best_of(run.name)
+    out = run.file.best_path(run.name)
     with alone_with(out):
         config = best_config(run.file, study, out)
         if not out.exists() or out.read_bytes() != config.to_json().encode():
@@ -283,7 +283,7 @@ class StudyRun:
         try:
             self.publisher(study, self.file.storage_url, self.file.artifacts)
         except (OSError, StorageInternalError, UserError) as error:
-            self.note(f"warning: the dashboard's note and figures could not be written: {reason_of(error)}")
+            self.note(f"warning: the dashboard's note and figures could not be written: {error_reason(error)}")
 
 
 def tune(run: StudyRun) -> optuna.Study:
@@ -310,7 +310,7 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
         )
     opening.check_writable(run.file.storage_url)
     if run.writes:
-        check_writable(run.file.best_of(run.name))
+        check_writable(run.file.best_path(run.name))
     if warning := opening.network_warning(run.file.storage_url):
         run.note(warning)
     _check_screening(run)
@@ -368,8 +368,8 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
     sizes = study.user_attrs.get("sizes")
     if sizes is None or progress.running(study) or _has_other_limit(study, file):
         return False
-    total = goal_of(file.study, Budget(file.study.highest, tuple(sizes))).total
-    done = progress.counted(study) >= progress.total_of(study, total, file.goes_on)
+    total = make_goal(file.study, Budget(file.study.highest, tuple(sizes))).total
+    done = progress.counted(study) >= progress.effective_total(study, total, file.goes_on)
     return done and is_reported(study, file.study.data.calibration.draws)
 
 
@@ -398,10 +398,10 @@ def _drive(run: StudyRun) -> optuna.Study:
     opened: AbstractContextManager[Session] = nullcontext(run.session) if run.session else open_context(run, before)
     with opened as session:
         # The part of the run that needs a session; `before`: the study found in `db`.
-        batches = {**session.batches, **(fingerprint.batches_of(before) if before else {})}
+        batches = {**session.batches, **(fingerprint.stored_batches(before) if before else {})}
         session.begin(batches)
         search = run.file.study.search
-        goal = goal_of(run.file.study, session.budget(run.file.study.highest))
+        goal = make_goal(run.file.study, session.budget(run.file.study.highest))
         if goal.is_from_dense and len(session.windows["validation"]) == 1:
             raise UserError(
                 "limit: holds within the standard error, which one validation window has not; give two or more"
@@ -417,9 +417,9 @@ def _drive(run: StudyRun) -> optuna.Study:
             run.note(f"{study.study_name}: goes on, {done} of {study.user_attrs['total']} trials are stored")
         if run.reports:
             items = {role: (len(each), each.positions) for role, each in session.windows.items()}
-            total_now = progress.total_of(study, total, run.file.goes_on)
+            total_now = progress.effective_total(study, total, run.file.goes_on)
             run.watch(Opened(run.file.study, total_now, progress.counted(study), items, session.is_short))
-            if run.opened is not None and not progress.points_of(study):
+            if run.opened is not None and not progress.stored_points(study):
                 run.opened(session)
         study.pruner = make_stopper(search)
         screened = Screened()
@@ -467,7 +467,7 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "Session":
     if note := spec.without_effect:
         run.note(note)
     run.note(f"loading the model and the {spec.data.table}")
-    setup = Setup.of_study(spec, run.file.folder, fingerprint.bos_of(spec, study), run.watch)
+    setup = Setup.of_study(spec, run.file.folder, fingerprint.stored_bos(spec, study), run.watch)
     if spec.recover is not None and run.reports:  # at the end: two folders as large as the model
         setup = replace(setup, ask=lambda folder, size: check_room(cache_dir("recovered"), 2 * size))
     with oom_as_user_error("loading"):
@@ -476,7 +476,7 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "Session":
 
 def _describe(run: StudyRun, study: optuna.Study, session: "Session", total: int, batches: dict[str, int]) -> None:
     spec, model, attrs = run.file.study, session.checkpoint, study.user_attrs
-    total = progress.total_of(study, total, run.file.goes_on or _has_other_limit(study, run.file))
+    total = progress.effective_total(study, total, run.file.goes_on or _has_other_limit(study, run.file))
     attributes = {
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
         "conv1d": (spec.by_bits and model.has_conv1d) or None,
@@ -485,7 +485,7 @@ def _describe(run: StudyRun, study: optuna.Study, session: "Session", total: int
         "kinds": [*getattr(spec.test_text, "turns", ())] or None, "model.source": spec.model.source,
         "plugins": records(spec, run.file.folder) or None,
         "bos": attrs.get("bos") if session.bos_effect is None else session.bos_effect.model_dump(),
-        **facts_of({"total": total, "fingerprint": attrs["fingerprint"]}),
+        **study_columns({"total": total, "fingerprint": attrs["fingerprint"]}),
     }  # fmt: skip
     for name, value in attributes.items():
         if attrs.get(name) != value:
@@ -511,7 +511,7 @@ def _measure_dense(run: StudyRun, study: optuna.Study, session: "Session") -> No
     if "dense" in study.user_attrs:
         return
     run.watch(TrialStarted("dense model", None))
-    session.begin(fingerprint.batches_of(study))
+    session.begin(fingerprint.stored_batches(study))
     with oom_as_user_error("dense model"):
         scores = session.measure(None, [RoleScores("validation")])[0]
     if not math.isfinite(perplexity(scores["nlls"]).value):

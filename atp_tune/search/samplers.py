@@ -25,7 +25,7 @@ from atp_tune.errors import PluginError, UserError
 from atp_tune.plan import METHODS
 from atp_tune.plugins import guarded, short_name
 from atp_tune.search.space import Params, Space
-from atp_tune.storage.progress import counts, order, position_of, running
+from atp_tune.storage.progress import counts, order, queue_position, running
 from atp_tune.utils.registry import Origin
 
 # --- The trials of one allocation as a sampler is fitted to them, and where the points that it proposes may lie.
@@ -206,9 +206,9 @@ def tpe(seed: int) -> TPESampler:
         return TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True, constant_liar=True)
 
 
-def seed_of(seed: int, study: Study, trial: FrozenTrial, name: str = "") -> int:
+def trial_seed(seed: int, study: Study, trial: FrozenTrial, name: str = "") -> int:
     """A seed for one trial or one of its parameters, from the trial's place: its number if no trial had been lost."""
-    return zlib.crc32(f"{seed} {position_of(study, trial)} {name}".encode())
+    return zlib.crc32(f"{seed} {queue_position(study, trial)} {name}".encode())
 
 
 class Proposer(BaseSampler):
@@ -242,7 +242,7 @@ class Proposer(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """A new sampler's draw."""
-        inner = self._make(seed_of(self._seed, study, trial, param_name))
+        inner = self._make(trial_seed(self._seed, study, trial, param_name))
         return inner.sample_independent(study, trial, param_name, param_distribution)
 
 
@@ -274,7 +274,7 @@ class BranchSampler(Proposer):
         """The allocation whose turn it is, and the inner sampler's proposal in an in-memory study of its trials."""
         wait_for_earlier(study, trial, self._space)
         branch = whose_turn(_others(study, trial), self._space)
-        return self._space.kinds_of(branch), self._drawn(study, trial, branch, self._space.kinds(branch))
+        return self._space.branch_distributions(branch), self._drawn(study, trial, branch, self._space.kinds(branch))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -292,7 +292,7 @@ class BranchSampler(Proposer):
         shadow = branch_study(trials, space, branch, own, count)
         open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
         shadow.ask()  # stands in for the trial: the inner sampler writes attributes to it
-        inner = self._make(seed_of(self._seed, study, trial))
+        inner = self._make(trial_seed(self._seed, study, trial))
         params = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
         if branch == "atp" and params and isinstance(inner, GPSampler) and len(study.directions) == 1:
             study.set_user_attr("gp_posterior", gp_posterior(inner, shadow, open_ones, space.pruners))
@@ -303,7 +303,7 @@ class BranchSampler(Proposer):
         lost = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))  # else the inner sampler proposes them again
         lost = [trial for trial in lost if counts(trial) and "allocation" in trial.params]
         failed = branch_study(lost, space, branch, own, count).trials
-        seed = seed_of(self._seed, study, trial, "apart")
+        seed = trial_seed(self._seed, study, trial, "apart")
         point = {"allocation": branch, **nudge_from_known(params, [*shadow.trials[:-1], *failed], open_ones, seed)}
         return space.at(point, point.get("sparsity"))
 

@@ -17,7 +17,7 @@ from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
 
-from atp_tune.allocations import ALLOCATIONS, Budget, contains_uniform, contents_of
+from atp_tune.allocations import ALLOCATIONS, Budget, contained_in, contains_uniform
 from atp_tune.config.prune import Pattern, make_plan, parse
 from atp_tune.config.search import STEP
 from atp_tune.config.study import Study
@@ -64,7 +64,7 @@ class Space:
         own = {name: FloatDistribution(*ends) for name, ends in self.intervals[allocation].items()}
         return {self.method: CategoricalDistribution(self.pruners), **own}
 
-    def kinds_of(self, allocation: str) -> dict[str, BaseDistribution]:
+    def branch_distributions(self, allocation: str) -> dict[str, BaseDistribution]:
         """Distributions of a point of an allocation, with that of the allocation itself."""
         return {"allocation": CategoricalDistribution(tuple(self.intervals)), **self.kinds(allocation)}
 
@@ -74,7 +74,7 @@ class Space:
         values = {name: float(params[name]) for name in self.intervals[allocation]}
         return make_plan(method_in(params), allocation, self.budget, values, self.pattern)
 
-    def plan_of(self, trial: FrozenTrial) -> Plan:
+    def stored_plan(self, trial: FrozenTrial) -> Plan:
         """The plan by which a trial was measured, as it stored it: another version or machine may allocate otherwise.
 
         UserError if what is stored does not fit the model.
@@ -89,7 +89,7 @@ class Space:
 
     def uniform(self, sparsity: float | None = None) -> list[Params]:
         """The uniform point of each pruner, which every study measures; `sparsity`: where it is a parameter."""
-        allocation = min(baselines(self.intervals), key=lambda name: len(contents_of(name)))
+        allocation = min(baselines(self.intervals), key=lambda name: len(contained_in(name)))
         zeros = dict.fromkeys(self.intervals[allocation], 0.0)
         points = [{self.method: pruner, "allocation": allocation, **zeros} for pruner in self.pruners]
         return [self.at(point, sparsity) for point in points]
@@ -127,7 +127,7 @@ class Space:
             return params
         if own in self.intervals and contains_uniform(own) and not any(map(params.get, self.intervals[own])):
             own = "uniform"  # all its parameters are 0
-        if own not in contents_of(allocation):
+        if own not in contained_in(allocation):
             return None
         moved = {name: params.get(name, 0.0) for name in self.intervals[allocation]}
         if not all(low <= moved[name] <= high for name, (low, high) in self.intervals[allocation].items()):

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import TrialEnded
 from atp_tune.plan import method_in
-from atp_tune.results.formatting import loss_of
+from atp_tune.results.formatting import why_lost
 from atp_tune.results.goals import goal_in
 from atp_tune.results.results import Results
 from atp_tune.search.goals import AtSparsity
@@ -25,7 +25,7 @@ from atp_tune.search.samplers import branch_study
 from atp_tune.search.space import Space
 from atp_tune.storage import progress
 from atp_tune.storage.attributes import ValidatedStudy
-from atp_tune.storage.fingerprint import facts_in, objectives_of
+from atp_tune.storage.fingerprint import facts_in, stored_objectives
 from atp_tune.storage.progress import GRACE, Trace, ranked
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ def should_terminate(study: optuna.Study, space: Space) -> bool:
     """
     trials, branches = _in_order(study), [branch for branch in space.intervals if space.is_open(branch)]
     parts = [trials[: len(trials) - back] for back in range(RUN)]
-    if not branches or len({_best_of(part) for part in parts}) > 1:
+    if not branches or len({_best_number(part) for part in parts}) > 1:
         return False
     limit = -math.log1p(-GAIN)
-    return all(regret_of(part, space, branch) < limit for part in parts for branch in branches)
+    return all(regret_bound(part, space, branch) < limit for part in parts for branch in branches)
 
 
 def _in_order(study: optuna.Study) -> list[FrozenTrial]:
@@ -78,11 +78,11 @@ def _in_order(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(own, key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
 
 
-def _best_of(trials: Sequence[FrozenTrial]) -> int | None:
+def _best_number(trials: Sequence[FrozenTrial]) -> int | None:
     return next((trial.number for trial in ranked(trials)), None)
 
 
-def regret_of(trials: Sequence[FrozenTrial], space: Space, branch: str) -> float:
+def regret_bound(trials: Sequence[FrozenTrial], space: Space, branch: str) -> float:
     """Bound of the regret in one allocation, as a difference of logs; infinite with too few points or a gap."""
     from optuna.terminator import RegretBoundEvaluator
 
@@ -171,7 +171,7 @@ def recover_lost(run: "StudyRun", study: optuna.Study) -> list[FrozenTrial]:
     if lost := progress.requeue_lost(study, trials):
         trials = study.get_trials(deepcopy=False)
         for number in lost:
-            run.note(loss_of(trials[number]))
+            run.note(why_lost(trials[number]))
     return trials
 
 
@@ -192,7 +192,7 @@ def _optimise(
         best, done = goal_in(study).best(trials), sum(map(progress.counts, trials))
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.values is not None or reason:
-            objectives = objectives_of(facts_in(study))
+            objectives = stored_objectives(facts_in(study))
             # The event of a trial's end, with its values and the best.
             results = Results({}, trials, objectives)
             scores = {
@@ -207,7 +207,7 @@ def _optimise(
                     {results.main.name: lowest.value} if lowest else {},
                     done,
                     total,
-                    best_sparsity=progress.sparsity_of(best) if best else None,
+                    best_sparsity=progress.target_sparsity(best) if best else None,
                 )
             )
         publish.after_trial(study, best)

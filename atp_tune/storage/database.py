@@ -226,7 +226,7 @@ def engine_options(url: URL) -> dict[str, Any]:
     return {**POOL, "connect_args": {key: value for key, value in LIBPQ.items() if key not in url.query}}
 
 
-def reason_of(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """A database error in one line, with what to do, if known."""
     words = str(_cause(error)).strip().splitlines()[0]
     return next((f"{words}; {as_typed(hint)}" for part, hint in HINTS.items() if part in words), words)
@@ -298,7 +298,7 @@ class Database(AttributeStorage):
             except (StorageInternalError, SQLAlchemyError) as error:
                 if not is_away(error):
                     raise
-                return None, reason_of(error)
+                return None, error_reason(error)
 
         return self._retrying.ask(attempt)
 
@@ -342,7 +342,7 @@ class Database(AttributeStorage):
         try:
             super().record_heartbeat(trial_id)
         except (UserError, StorageInternalError, SQLAlchemyError) as error:
-            log.debug("no heartbeat for trial id %d: %s", trial_id, reason_of(error))
+            log.debug("no heartbeat for trial id %d: %s", trial_id, error_reason(error))
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         """Trials without a heartbeat for the grace period whose process is not alive, as far as this host knows.

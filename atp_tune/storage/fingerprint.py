@@ -14,7 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from atp_tune.config.data import KINDS, is_local_text
-from atp_tune.config.plugged import contents, parts_of
+from atp_tune.config.plugged import contents, split_source
 from atp_tune.config.search import ACCURACY, DENSITY
 from atp_tune.config.study import Study
 from atp_tune.errors import UserError
@@ -41,7 +41,7 @@ def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool 
 
     `any_dtype`: accept another number format.
     """
-    objectives = objectives_of(facts)
+    objectives = stored_objectives(facts)
     minimise = [StudyDirection.MINIMIZE] * len(objectives)
     study = optuna.create_study(study_name=name, storage=storage, directions=minimise, load_if_exists=True)
     if is_new(study):
@@ -56,7 +56,7 @@ def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool 
     return study
 
 
-def bos_of(spec: Study, study: optuna.Study | None) -> bool | None:
+def stored_bos(spec: Study, study: optuna.Study | None) -> bool | None:
     """Whether windows begin with BOS, by the study file, else the stored study; None (to be measured) without one."""
     if spec.bos is not None or study is None or is_new(study):
         return spec.bos
@@ -73,7 +73,7 @@ def has_bos(study: optuna.Study) -> bool:
     return bool(facts_in(study).get(BOS))
 
 
-def objectives_of(facts: Facts) -> tuple[str, ...]:
+def stored_objectives(facts: Facts) -> tuple[str, ...]:
     """The objectives in a study's facts, in the order of its trials' values."""
     names, choices = facts.get(OBJECTIVE), (["kl"], ["perplexity", "kl"], ["accuracy"])
     objectives = tuple(names) if names in choices else PERPLEXITY
@@ -128,7 +128,7 @@ def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tup
 
 def check_device(study: optuna.Study, here: str) -> None:
     """UserError if this device (a trial's `device`) is of another kind than the study's first."""
-    began, kind = device_of(study), device_kind(here)
+    began, kind = first_device(study), device_kind(here)
     if began is not None and began != kind:
         raise UserError(
             f"study {study.study_name}: its trials ran on {began}, here is {kind}. Go on there, start another study "
@@ -136,7 +136,7 @@ def check_device(study: optuna.Study, here: str) -> None:
         )
 
 
-def device_of(study: optuna.Study) -> str | None:
+def first_device(study: optuna.Study) -> str | None:
     """The kind of device of a study's first measured trial."""
     trials = [trial for trial in measured(study) if "device" in trial.user_attrs]
     first = min(trials, key=lambda trial: trial.number, default=None)
@@ -148,7 +148,7 @@ def device_kind(name: str) -> str:
     return re.sub(r" \(\d+ threads\)$", "", name)
 
 
-def batches_of(owner: optuna.Study | FrozenTrial) -> dict[str, int]:
+def stored_batches(owner: optuna.Study | FrozenTrial) -> dict[str, int]:
     """The batch sizes, in windows per text, with which a study's trials begin, or those at a trial's end."""
     return dict(owner.user_attrs.get("batches", {}))
 
@@ -207,7 +207,7 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
 
 def _short(study: Study) -> dict[str, Any]:
     """The names of plug-ins, without their places, which differ between machines."""
-    texts = [(key, parts_of(data.source)) for key, data in study.data.sources.items() if data.data == "text"]
+    texts = [(key, split_source(data.source)) for key, data in study.data.sources.items() if data.data == "text"]
     return {
         "prune.pruners": list(study.prune.short_names),
         "allocation.names": list(study.allocation.short_names),

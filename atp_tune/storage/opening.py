@@ -21,7 +21,7 @@ from atp_tune.storage.database import (
     Database,
     check_whole,
     engine_options,
-    reason_of,
+    error_reason,
     way_out,
     with_driver,
     without_password,
@@ -98,7 +98,7 @@ def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
         return _opened_after_retries(address, url, kind)
     except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError, OSError) as error:
         way = way_out(error, address)
-        reason = reason_of(error) + (f"; {way}" if way else "")
+        reason = error_reason(error) + (f"; {way}" if way else "")
         raise UserError(f"storage {without_password(address)}: {reason}") from None
 
 
@@ -161,7 +161,7 @@ def _rdb(address: str, url: URL, kind: type[Kind]) -> Kind:
         )
 
 
-def artifacts_of(address: str) -> Path:
+def artifact_folder(address: str) -> Path:
     """The folder of artifacts: NAME.artifacts beside NAME.db; ./artifacts unless the database is a SQLite file."""
     scheme, _, path = address.partition(":///")
     return Path(path.partition("?")[0]).with_suffix(".artifacts") if scheme.startswith("sqlite") else Path("artifacts")
@@ -181,7 +181,7 @@ def names_in(storage: BaseStorage) -> list[str]:
         return [study.study_name for study in sorted(storage.get_all_studies(), key=lambda study: study._study_id)]
 
 
-def kind_of(file: Path) -> str:
+def file_system(file: Path) -> str:
     """The type of a file's file system (the file need not exist); "" if unknown."""
     path = file.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
@@ -196,7 +196,7 @@ def is_network(kind: str) -> bool:
 def network_warning(address: str) -> str | None:
     """A warning for a SQLite file on a network file system; None for any other storage."""
     file = make_url(address).database if address.startswith("sqlite") else None
-    kind = kind_of(Path(file)) if file else ""
+    kind = file_system(Path(file)) if file else ""
     if not is_network(kind):
         return None
     return (

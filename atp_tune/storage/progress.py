@@ -137,7 +137,7 @@ class Trace:
             self._file.write(text.encode()[:WIDTH].ljust(WIDTH))
 
 
-def left_of(study: str, trial: int, pid: int) -> tuple[str | None, str | None]:
+def trace_left(study: str, trial: int, pid: int) -> tuple[str | None, str | None]:
     """The step and the crash in the trace of a process of this host; None where unknown."""
     try:
         left = _file(study, trial, pid).read_bytes()
@@ -195,15 +195,15 @@ def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 def order(trial: FrozenTrial) -> list[float]:
     """The key that orders trials: the values, then, of accuracies, the cross-entropy."""
     nlls = trial.user_attrs.get("nlls") if "misses" in trial.user_attrs else None
-    return [*values_of(trial), *([statistics.fmean(nlls)] if nlls else [])]
+    return [*objective_values(trial), *([statistics.fmean(nlls)] if nlls else [])]
 
 
-def values_of(trial: FrozenTrial) -> list[float]:
+def objective_values(trial: FrozenTrial) -> list[float]:
     """A trial's values, [] if it has none: Optuna's `value` fails where there are two."""
     return trial.values or []
 
 
-def sparsity_of(trial: FrozenTrial) -> float | None:
+def target_sparsity(trial: FrozenTrial) -> float | None:
     """The target sparsity that a trial drew; None in a study at one sparsity."""
     return trial.params.get("sparsity")
 
@@ -225,7 +225,7 @@ def running(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
-def points_of(study: optuna.Study) -> list[dict[str, Any]]:
+def stored_points(study: optuna.Study) -> list[dict[str, Any]]:
     """The parameters of all trials, of a queued one those that it is to have."""
     trials = study.get_trials(deepcopy=False)
     return [{**trial.system_attrs.get("fixed_params", {}), **trial.params} for trial in trials]
@@ -238,7 +238,7 @@ def terminate_early(study: optuna.Study, total: int) -> None:
     study.set_user_attr("total", have)
 
 
-def total_of(study: optuna.Study, total: int, goes_on: bool = False) -> int:
+def effective_total(study: optuna.Study, total: int, goes_on: bool = False) -> int:
     """The study's total where this one is requested: lower if the study terminated early before that total.
 
     `goes_on`: the request overrides the early termination.
@@ -348,7 +348,7 @@ def requeue_lost(study: optuna.Study, trials: Sequence[FrozenTrial] | None = Non
         is_silent = trial._trial_id in silent and not is_dead(trial.user_attrs)
         _fail(study, trial, "sent no heartbeat" if is_silent else "its process died", dead)
     trials = study.get_trials(deepcopy=False) if dead else trials
-    queued = {number for trial in trials for number in history_of(trial)}
+    queued = {number for trial in trials for number in retry_history(trial)}
     orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
     for trial in orphans:
         queue_again(study, trial)
@@ -397,7 +397,7 @@ def _cut_off(study: str, trial: FrozenTrial, dead: Sequence[FrozenTrial]) -> Cut
     if not is_dead(attrs):
         return CutOff()
     others = {_process(other) for other in dead if is_dead(other.user_attrs)} - {_process(trial)}
-    step, crash = left_of(study, trial.number, attrs["pid"])
+    step, crash = trace_left(study, trial.number, attrs["pid"])
     return CutOff(step, crash, alone=not (others or has_rebooted(attrs)))
 
 
@@ -421,7 +421,7 @@ def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
 
 def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
     """Queues a lost trial with the same parameters."""
-    history, cut_offs = [*history_of(trial), trial.number], [one.stored() for one in cut_offs_of(trial)]
+    history, cut_offs = [*retry_history(trial), trial.number], [one.stored() for one in all_cut_offs(trial)]
     attributes = {**trial.system_attrs, "failed_trial": history[0], "retry_history": history, "cut_offs": cut_offs}
     again = optuna.create_trial(
         state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, system_attrs=attributes
@@ -429,19 +429,19 @@ def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
     study.add_trial(again)
 
 
-def history_of(trial: FrozenTrial) -> list[int]:
+def retry_history(trial: FrozenTrial) -> list[int]:
     """Numbers of the lost trials that this one repeats, from Optuna's own attribute."""
     return list(trial.system_attrs.get("retry_history", []))
 
 
-def position_of(study: optuna.Study, trial: FrozenTrial) -> int:
+def queue_position(study: optuna.Study, trial: FrozenTrial) -> int:
     """The number that a trial would have if none had been lost; a repeated trial keeps the place of the first."""
     trials = study.get_trials(deepcopy=False)
-    first = next(iter(history_of(trials[trial.number])), trial.number)
-    return sum(not history_of(other) for other in trials[:first])
+    first = next(iter(retry_history(trials[trial.number])), trial.number)
+    return sum(not retry_history(other) for other in trials[:first])
 
 
-def cut_offs_of(trial: FrozenTrial) -> list[CutOff]:
+def all_cut_offs(trial: FrozenTrial) -> list[CutOff]:
     """The cut-offs of a trial and the trials that it repeats, the earliest first."""
     before = list(map(CutOff.read, trial.system_attrs.get("cut_offs", [])))
     return [*before, CutOff.read(trial.user_attrs.get("cut_off", {}))] if _is_cut_off(trial) else before
@@ -455,7 +455,7 @@ def _is_cut_off(trial: FrozenTrial) -> bool:
 
 def given_up(trial: FrozenTrial) -> str:
     """Why a trial that was cut off is given up, to follow the words `cut off`; "" for any other trial."""
-    return why_given_up(cut_offs_of(trial)) if _is_cut_off(trial) else ""
+    return why_given_up(all_cut_offs(trial)) if _is_cut_off(trial) else ""
 
 
 def is_lost(trial: FrozenTrial) -> bool:
@@ -466,5 +466,5 @@ def is_lost(trial: FrozenTrial) -> bool:
 
 def is_double(trials: Sequence[FrozenTrial], number: int) -> bool:
     """Whether an earlier trial repeats the same lost trials."""
-    history = history_of(trials[number])
-    return bool(history) and any(history == history_of(trial) for trial in trials[:number])
+    history = retry_history(trials[number])
+    return bool(history) and any(history == retry_history(trial) for trial in trials[:number])

@@ -379,11 +379,11 @@ FOLDERS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 def versions() -> dict[str, str]:
     """Versions of the packages that affect a value's last digits."""
-    return {"atp_tune": __version__, **{name: version_of(name) for name in PACKAGES}}
+    return {"atp_tune": __version__, **{name: package_version(name) for name in PACKAGES}}
 
 
 @cache
-def version_of(package: str) -> str:
+def package_version(package: str) -> str:
     """The version of an installed package, read once: each reading parses all its metadata."""
     return version(package)
 

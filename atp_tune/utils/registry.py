@@ -137,7 +137,7 @@ class Registry(UserDict[str, T]):
 
     def entry_points(self) -> Mapping[str, EntryPoint]:
         """Entry points by name; UserError if two have one name, or one has a name of the package."""
-        by_name = points_of(self._group, tuple(sys.path)) if self._group else {}
+        by_name = entry_points_by_name(self._group, tuple(sys.path)) if self._group else {}
         for name, points in by_name.items():
             if len(points) > 1 or name in self.data:
                 other = "is built in" if name in self.data else f"is one of {_package(points[1])} too"
@@ -206,7 +206,7 @@ def resolved(row: Any) -> Any:
 
 
 @cache
-def points_of(group: str, path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
+def entry_points_by_name(group: str, path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
     """The entry points of a group by name; `path`: where Python looks for packages, which may change."""
     by_name: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=group):

@@ -304,7 +304,7 @@ def check_writable(path: Path, size: float = 0, named: str = "", instead: str = 
         raise UserError(f"{named}{path}: {needs}; make room, or {instead}")
 
 
-def format_of(given: str | None, out: Path | None, formats: Mapping[str, tuple[str, object]]) -> str:
+def chosen_format(given: str | None, out: Path | None, formats: Mapping[str, tuple[str, object]]) -> str:
     """The name of a format: as given, else by the ending of `out`, else the first; UserError if it is unknown.
 
     `formats`: an ending, and what else belongs to it, by name.

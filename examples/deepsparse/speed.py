@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.evaluate import rates_table, summary_of
+from atp_tune.cli.evaluate import rates_table, speed_lines
 from atp_tune.cli.terminal import quiet
 from atp_tune.config.best import read_config
 from atp_tune.errors import UserError
@@ -71,7 +71,7 @@ def main() -> None:
             found = measure(options.folder, Workload(tokens=options.tokens, runs=options.runs), display)
         except UserError as error:
             sys.exit(f"error: {error}")
-    print(rates_table(found), *summary_of(found), sep="\n")
+    print(rates_table(found), *speed_lines(found), sep="\n")
 
 
 def measure(folder: Path, task: Workload, watch: EventHandler) -> Speed:
