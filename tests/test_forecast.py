@@ -1,10 +1,17 @@
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 from expect import parametrize
+from families import few
+from goldens import STUDIES, Golden, inside, prepare, told, words
 from tinystudy import study_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from atp_tune.allocations import gradient
 from atp_tune.checkpoints.files import Free, ModelSizes
@@ -72,6 +79,38 @@ def test_the_whole_is_the_sum_of_its_parts(tiny_place: Path) -> None:
     assert sums(list(parts(known(spec), Done(10), UNKNOWN))) == (tokens, None, None)
 
 
+RUNS = {
+    **{name: STUDIES[name] for name in ("kl", "front", "zeros-bits", "draws", "recover", "allocations")},
+    "dense": Golden(settings=("prune.statistics=dense", "texts.calibration.draws=2")),
+    "sequential": Golden(settings=("prune.statistics=sequential",)),
+    "screening": Golden(settings=("search={screen={trials=6,stride=2,confirm=2}}", "search.objective=kl")),
+}
+
+
+@parametrize("name", few(RUNS, {"kl"}))
+def test_a_run_sends_what_is_foretold(name: str, tmp_path: Path) -> None:
+    """Tokens through all blocks, counted where a block runs; what goes back too takes as long as three."""
+    sent = 0
+
+    def count(block: Any, arguments: Any) -> None:
+        nonlocal sent
+        if type(block).__name__ == "LlamaDecoderLayer" and "forward" not in vars(block):  # else the model passes it by
+            hidden = arguments[0]
+            is_kept = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *block.parameters()))
+            sent += hidden[..., 0].numel() * (3 if is_kept else 1)
+
+    prepare(RUNS[name], tmp_path)
+    study = words("--study", "tiny.toml", *RUNS[name].settings)
+    with patch.dict(os.environ, ATP_TUNE_CACHE=str(tmp_path / "cache")), inside(tmp_path):
+        plan = json.loads(told("plan", *study, "--json"))
+        hook = register_module_forward_pre_hook(count)
+        try:
+            told(*study)
+        finally:
+            hook.remove()
+    assert sent == plan["whole"]["tokens"] * plan["weights"]["blocks"]
+
+
 def test_a_screening_comes_on_top(tiny_place: Path) -> None:
     spec = study(tiny_place, "search.screen={trials=6, stride=4, confirm=2}", "search.sampler=gp")
     found = by_name(spec, Done(3, 0, 6))
@@ -79,8 +118,7 @@ def test_a_screening_comes_on_top(tiny_place: Path) -> None:
     alone = {name: 4 * RATES.pruners[name].prune + 75 * (4 * 0.002 + 0.01) for name in RATES.pruners}
     assert (screening.number, screening.left, screening.tokens) == (6, 6, 75)
     assert screening.seconds == pytest.approx(sum(alone.values()) / 2)
-    assert dense.tokens == 75 + 2 * 1000 * len(["wanda"])
-    assert dense.seconds == pytest.approx(4 * 1000 * 0.004 + RATES.dense_on(75, "validation"))
+    assert dense.seconds == pytest.approx(4 * 1000 * 0.004 / 2 + RATES.dense_on(75, "validation"))
     late = by_name(spec, Done(3, 0, 6, 4))
     assert (late["screening"][0].left, late["dense"][1].left) == (2, 0)
 
@@ -91,7 +129,6 @@ def test_draws_are_pruned_and_fitted_anew(tiny_place: Path) -> None:
     found = by_name(study(tiny_place, *keys), Done(3))
     [descent], [draw] = found["gradient"], found["draw"]
     assert (draw.number, draw.left) == (4, 4)
-    assert draw.tokens == pytest.approx(2000 + 200 + (2 * 2 * 1000 + 2 * descent.tokens) / 4)  # norms of each draw
     assert draw.prices == pytest.approx(2 * descent.seconds / 4)
 
 

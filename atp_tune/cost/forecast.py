@@ -4,8 +4,8 @@ With N calibration tokens, E validation tokens and C tokens of the error curve, 
 
     block         N to measure statistics, N through the pruned block, E to evaluate
     sequential    N to measure statistics and through the pruned block at once, E to evaluate
-    dense         C through the pruned block, E to evaluate; once for all trials 2 N through the dense block
-    screening     a part of E to evaluate; once for all trials 2 N through the dense block
+    dense         C through the pruned block, E to evaluate; once for all trials N for each kind of statistics
+    screening     a part of E to evaluate; once for all trials N for each kind of statistics
 
 The document (`atp_tune.plan/2`) is published: keys are added under the same number, never renamed or removed.
 """
@@ -13,7 +13,7 @@ The document (`atp_tune.plan/2`) is published: keys are added under the same num
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
@@ -214,7 +214,7 @@ class ProbeRates:
         """Seconds of the dense model on a text."""
         return self.blocks * max(self.fetch, tokens * self.run[role]) + tokens * self.ends
 
-    def statistics(self, tokens: int) -> float:
+    def statistics(self, tokens: float) -> float:
         """Seconds to measure statistics of the dense model."""
         return self.blocks * tokens * self.dense
 
@@ -312,6 +312,11 @@ class Amounts:
         return {name: passes(study.prune.statistics, study.methods.measures(name), tokens, evaluated) for name in names}
 
     @property
+    def pruning(self) -> float:
+        """Tokens that are sent to prune by one plan, the mean over pruners."""
+        return fmean(cost.total - cost.evaluate for cost in self.costs.values())
+
+    @property
     def screened(self) -> int:
         """Tokens that a trial of the screening is evaluated on; 0 without a screening."""
         screen = self.study.search.screen
@@ -352,9 +357,10 @@ class Done:
 
 def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
     """Yields the parts of a study, in the order in which it runs them."""
-    study, tokens, costs, dense = amounts.study, amounts.tokens, amounts.costs, amounts.tokens.validation
+    study, tokens, costs, pruning = amounts.study, amounts.tokens, amounts.costs, amounts.pruning
+    passed = 1 + ("kl" in study.search.objective)  # of the dense model: for its scores, and for its states
+    dense, tested = passed * tokens.validation, passed * tokens.test
     is_open = done.trials < done.total
-    pruning = fmean(cost.total - cost.evaluate for cost in costs.values())
 
     def plan(evaluated: int, role: str) -> float:
         """Seconds to prune by one plan and evaluate it on so many tokens of a text, the mean over pruners."""
@@ -362,48 +368,44 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
         return fmean(rates.trial(name, cost, role).total for name, cost in one.items())
 
     # The model, and the statistics of the dense model that several trials share.
-    shared = statistics_kinds(study) * tokens.calibration
+    shared = statistics_kinds(study) * tokens.calibration / 2  # one pass, where `rates.statistics` are of two
     curve = rates.blocks * tokens.curve * rates.run["calibration"]
     yield Part("loading", 1, is_open, tokens.curve + 2 * shared, rates.load + curve + rates.statistics(shared))
     yield Part("dense", 1, is_open and not done.trials, dense, rates.dense_on(dense, "validation"), dense)
     if screened := amounts.screened:
-        ranked = dense_kinds(study) * tokens.calibration
-        seconds = rates.statistics(ranked) + rates.dense_on(screened, "validation")
-        yield Part("dense", 1, not done.screening, screened + 2 * ranked, seconds, dense)
+        ranked = dense_kinds(study) * tokens.calibration / 2
+        seconds = rates.statistics(ranked) + rates.dense_on(passed * screened, "validation")
+        yield Part("dense", 1, not done.screening, passed * screened + 2 * ranked, seconds, dense)
         alone = Passes(listen=0, run=0, evaluate=screened)
         seconds = fmean(rates.trial(name, alone, "validation").total for name in costs)
         left = max(0, done.screening_total - done.screening)
         yield Part("screening", done.screening_total, left, screened, seconds, screened)
     # Descents by prices, then the trials.
     descended, number = descent_tokens(amounts), len(study.descents)
-    by_prices = rates.statistics(descended) + _own_weights(amounts, rates) + _waiting(amounts, rates)
+    # Each step copies streamed blocks upwards and on the way back; pruners make the weights of descents by their own.
+    copied = rates.blocks * 2 * _steps(amounts) * rates.fetch
+    made = LEVELS * len(_path(amounts)) * rates.blocks * sum(rates.pruners[name].prune for name in study.own_prices)
+    by_prices = max(copied, rates.statistics(descended)) + made
     if descended:
         each, seconds = 2 * descended / number, by_prices / number
         yield Part("gradient", number, 0 if done.trials or not is_open else number, each, seconds, each, seconds)
     sent = fmean(cost.total for cost in costs.values())
-    seconds = fmean(rates.trial(name, cost, "validation").total for name, cost in costs.items())
+    seconds = plan(round(sent - pruning), "validation")
     yield Part("trial", done.total, max(0, done.total - done.trials), sent, seconds, sent)
     # The test text, and the other draws of the calibration text.
     if study.data.test is not None:
-        yield Part("test", 1, is_open, tokens.test, rates.dense_on(tokens.test, "test"), tokens.test)
+        yield Part("test", 1, is_open, tested, rates.dense_on(tested, "test"), tested)
         again, each = pruned_again(study, done.total), pruning + tokens.test
         yield Part("test", again, again * is_open, each, plan(tokens.test, "test"), each)
     more = study.data.calibration.draws - 1
     if plans := more * compared(study) + (amounts.is_short and plans_anew(amounts)):
-        role = "validation" if study.data.test is None else "test"
-        evaluated = tokens.validation if study.data.test is None else tokens.test
-        anew, drawn = share_anew(amounts), more * statistics_kinds(study) * tokens.calibration
-        each = pruning + evaluated + 2 * (drawn + round(anew * descended)) / plans
+        role, evaluated = ("test", tokens.test) if study.data.test is not None else ("validation", tokens.validation)
+        anew, drawn = share_anew(amounts), more * shared
+        pruned = replace(amounts, tokens=replace(tokens, curve=0)).pruning
+        each = pruned + evaluated + 2 * (drawn + round(anew * descended)) / plans
         own = anew * by_prices / plans
-        yield Part(
-            "draw",
-            plans,
-            plans * is_open,
-            each,
-            plan(evaluated, role) + rates.statistics(drawn) / plans + own,
-            each,
-            own,
-        )
+        seconds = plan(evaluated, role) + rates.statistics(drawn) / plans
+        yield Part("draw", plans, plans * is_open, each, seconds + own, each, own)
     # What is done with the best plan.
     models, read = continued(study)
     yield Part("generate", models, models * is_open, 0, rates.read(read), read)
@@ -495,17 +497,6 @@ def rows_descents(amounts: Amounts) -> int:
     return sum(rows for _, rows in amounts.study.descents)
 
 
-def _waiting(amounts: Amounts, rates: ProbeRates) -> float:
-    """Seconds in which descents wait for streamed blocks, which each step copies upwards and on the way back."""
-    return max(0.0, rates.blocks * 2 * _steps(amounts) * rates.fetch - rates.statistics(descent_tokens(amounts)))
-
-
-def _own_weights(amounts: Amounts, rates: ProbeRates) -> float:
-    """Seconds in which pruners make the weights of descents by their own."""
-    pruned = sum(rates.pruners[name].prune for name in amounts.study.own_prices)
-    return LEVELS * len(_path(amounts)) * rates.blocks * pruned if pruned else 0.0
-
-
 def continued(study: Study) -> tuple[int, int]:
     """How many models continue prompts at the end, and tokens of each that take as long to read."""
     tokens = study.continuations.tokens
@@ -514,19 +505,18 @@ def continued(study: Study) -> tuple[int, int]:
     return 2 + max(1, study.leaders), (len(PROMPTS) + len(study.continuations.prompts)) * tokens * GENERATED
 
 
-def speed_tokens(amounts: Amounts) -> int:
+def speed_tokens(amounts: Amounts) -> float:
     """Tokens that take as long to read as the best plan is pruned once more, and measured beside the dense model."""
     if not amounts.study.speed:
         return 0
-    pruned = min(cost.total - cost.evaluate for cost in amounts.costs.values())
-    return pruned + 2 * (1 + RUNS) * (TOKENS + STEPS * ALONE)
+    return amounts.pruning + 2 * (1 + RUNS) * (TOKENS + STEPS * ALONE)
 
 
-def training(amounts: Amounts) -> tuple[int, int]:
+def training(amounts: Amounts) -> tuple[float, int]:
     """Tokens of the training of the best plan's kept weights, at most, and how often a model is loaded for it.
 
-    A token goes back through all blocks in the time of two forward passes. The plan is measured before and after; the
-    dense model sees the held-out windows once.
+    A token goes back through all blocks in the time of two forward passes. The plan is pruned again, and measured
+    before and after; the dense model sees the held-out windows once.
     """
     recover = amounts.study.recover
     assert recover is not None
@@ -534,7 +524,8 @@ def training(amounts: Amounts) -> tuple[int, int]:
     trained, models = recover.steps * recover.batch * length, 1 + recover.has_teacher
     held_out, times = FEWEST * length, 1 + recover.steps // recover.eval_every
     forward = models * trained + held_out * (times + models - 1)
-    return forward + 2 * trained + 2 * (amounts.tokens.validation + amounts.tokens.test), 3 + models
+    texts = amounts.tokens.curve + amounts.pruning + 2 * (amounts.tokens.validation + amounts.tokens.test)
+    return forward + 2 * trained + texts, 3 + models
 
 
 def sums(parts: list[Part]) -> tuple[int, float | None, float | None]:
