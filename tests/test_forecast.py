@@ -71,7 +71,6 @@ def test_the_whole_is_the_sum_of_its_parts(tiny_place: Path) -> None:
     dense, tested, curve = RATES.dense_on(300, "validation"), RATES.dense_on(200, "test"), 4 * 100 * 0.001
     tokens, seconds, left = sums(list(parts(known(spec), Done(10), RATES)))
     assert seconds == left == pytest.approx(5 + curve + dense + tested + 5 * sum(trials) + sum(report))
-    assert tokens == 5 * (2300 + 400) + 300 + 100 + 200 + 2 * (1050 + 200)
     _, half, left = sums(list(parts(known(spec), Done(10, 6), RATES)))
     assert half == seconds
     assert left == pytest.approx(5 + curve + tested + 2 * sum(trials) + sum(report))
@@ -95,9 +94,7 @@ def test_a_run_sends_what_is_foretold(name: str, tmp_path: Path) -> None:
     def count(block: Any, arguments: Any) -> None:
         nonlocal sent
         if type(block).__name__ == "LlamaDecoderLayer" and "forward" not in vars(block):  # else the model passes it by
-            hidden = arguments[0]
-            is_kept = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *block.parameters()))
-            sent += hidden[..., 0].numel() * (3 if is_kept else 1)
+            sent += arguments[0][..., 0].numel() * (3 if torch.is_grad_enabled() else 1)
 
     prepare(RUNS[name], tmp_path)
     study = words("--study", "tiny.toml", *RUNS[name].settings)
@@ -111,25 +108,11 @@ def test_a_run_sends_what_is_foretold(name: str, tmp_path: Path) -> None:
     assert sent == plan["whole"]["tokens"] * plan["weights"]["blocks"]
 
 
-def test_a_screening_comes_on_top(tiny_place: Path) -> None:
+def test_what_is_left_of_a_screening(tiny_place: Path) -> None:
     spec = study(tiny_place, "search.screen={trials=6, stride=4, confirm=2}", "search.sampler=gp")
-    found = by_name(spec, Done(3, 0, 6))
-    [screening], [_, dense] = found["screening"], found["dense"]
-    alone = {name: 4 * RATES.pruners[name].prune + 75 * (4 * 0.002 + 0.01) for name in RATES.pruners}
-    assert (screening.number, screening.left, screening.tokens) == (6, 6, 75)
-    assert screening.seconds == pytest.approx(sum(alone.values()) / 2)
-    assert dense.seconds == pytest.approx(4 * 1000 * 0.004 / 2 + RATES.dense_on(75, "validation"))
-    late = by_name(spec, Done(3, 0, 6, 4))
-    assert (late["screening"][0].left, late["dense"][1].left) == (2, 0)
-
-
-def test_draws_are_pruned_and_fitted_anew(tiny_place: Path) -> None:
-    """Each of two more draws measures uniform and the best; the best's plan is a descent of its own."""
-    keys = ("allocation=gradient", "prune.pruners=['wanda']", "texts.calibration.draws=3")
-    found = by_name(study(tiny_place, *keys), Done(3))
-    [descent], [draw] = found["gradient"], found["draw"]
-    assert (draw.number, draw.left) == (4, 4)
-    assert draw.prices == pytest.approx(2 * descent.seconds / 4)
+    for done, left, dense in ((0, 6, 1), (4, 2, 0)):
+        found = by_name(spec, Done(3, 0, 6, done))
+        assert (found["screening"][0].number, found["screening"][0].left, found["dense"][1].left) == (6, left, dense)
 
 
 def test_descents_wait_for_what_copies_take_beyond_the_products(tiny_place: Path) -> None:
