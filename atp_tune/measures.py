@@ -249,6 +249,11 @@ class Measure:
     each: Callable[[Items], list[float]] = list
     loss: Callable[[Items, int | None], Estimate] = lambda nlls, items: perplexity(nlls)
 
+    @property
+    def dense_items(self) -> str:
+        """The key of the dense model's items on the validation text, in a study's attributes."""
+        return "dense" if self.items == "nlls" else f"dense_{self.items}"
+
     def written(self, value: float) -> str:
         """A score without its error."""
         return self.kind(value=value, stderr=0.0).alone

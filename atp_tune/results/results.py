@@ -191,7 +191,7 @@ class Results:
             return self.attrs.get(f"test_{key}", {}).get(name) or ()
         if not isinstance(model, str):
             return () if "stopped_after" in model.user_attrs else model.user_attrs.get(key) or ()
-        return self.attrs.get("dense" if measure is PERPLEXITY else f"dense_{key}") or () if model == DENSE else ()
+        return self.attrs.get(measure.dense_items) or () if model == DENSE else ()
 
     def score(self, model: Model | None, text: Role, measure: Measure = PERPLEXITY) -> Estimate | None:
         """The score of a model on a text; None if it is not known. Of a stopped trial its estimate."""

@@ -151,12 +151,11 @@ class FinalScores:
         spec, is_dense = self.run.file.study, row == "dense"
         if spec.data.test is None:
             attrs = self.study.user_attrs if is_dense else self.study.trials[int(row)].user_attrs
-            names = (
-                {"dense": "nlls", "dense_ranks": "ranks"}
-                if is_dense
-                else {by.items: by.items for by in MEASURES.values()}
-            )
-            return {items: list(attrs[key]) for key, items in names.items() if key in attrs}
+            return {
+                by.items: list(attrs[key])
+                for by in MEASURES.values()
+                if (key := by.dense_items if is_dense else by.items) in attrs
+            }
         title = f"test {spec.data.validation.data}: {'dense model' if is_dense else f'trial {row}'}"
         scores = RoleScores("test", "kl" in spec.search.objective and not is_dense)
         self._pass(row, title, [scores, *([shown] if shown else [])], name)
@@ -519,6 +518,6 @@ def _measure_dense(run: StudyRun, study: optuna.Study, session: "Session") -> No
             f"model.source: the perplexity of the dense model {run.file.study.model.source} is not finite: its weights "
             "hold NaN, or overflow in this number format; give another model, or set model.dtype, and --study-name NAME"
         )
-    if "ranks" in scores:  # before the NLLs, which mark the dense model as measured
-        study.set_user_attr("dense_ranks", scores["ranks"])
-    study.set_user_attr("dense", scores["nlls"])
+    for by in reversed(MEASURES.values()):  # at last the NLLs, which mark the dense model as measured
+        if by.items in scores:
+            study.set_user_attr(by.dense_items, scores[by.items])

@@ -131,10 +131,9 @@ STUDY = _kinds(
         "conv1d": bool,
         "total": Total,
         "terminated_early": Annotated[list[Total], Field(min_length=2, max_length=2)],
-        "dense": Nlls,
+        **{by.dense_items: ITEMS[by.items] for by in MEASURES.values()},
         **dict.fromkeys(FOUND, dict[Role, Found]),
         "training": dict[Words, Words | int | float],
-        "dense_ranks": Ranks,
         **{f"test_{key}": dict[Role, kind] for key, kind in ITEMS.items()},  # type: ignore[valid-type]
         "bos": Annotated[dict[Words, Any], AfterValidator(_effect)],
         "draws": dict[Number, dict[Number, Nlls]],
