@@ -342,12 +342,10 @@ def normal(text: str, place: Path) -> str:
 
 def difference(name: str, found: Mapping[str, str], is_exact: bool) -> str:
     """A readable difference between the golden files of a study and these; nothing if there is none."""
-    folder, said = HOME / name, list[str]()
-    files = {file.name: file.read_text() for file in sorted(folder.glob("*"))}
+    files, said = golden_lines(name), list[str]()
     for file in sorted({*files, *found}):
-        before, after = files.get(file, "").splitlines(), found.get(file, "").splitlines()
-        if not is_exact and len(before) == len(after):
-            after = [old if is_close(old, new) else new for old, new in zip(before, after, strict=True)]
+        before, after = files.get(file, []), found.get(file, "").split("\n")
+        after = after if is_exact else as_before(before, after)
         lines = difflib.unified_diff(before, after, f"golden/{name}/{file}", "now", "", "", 1, "")
         said += [line if len(line) < 400 else f"{line[:400]} …" for line in lines]
     return "\n".join(said)
@@ -358,9 +356,27 @@ OPAQUE = re.compile(r"(?<![\w.])[0-9a-f]{12,}\b|[\w+/=]{40,}")  # digests, rows 
 SPACE = re.compile(r"[ ─-]{2,}")
 
 
+def golden_lines(name: str) -> dict[str, list[str]]:
+    return {file.name: file.read_text().split("\n") for file in (HOME / name).glob("*")}
+
+
+def as_before(before: Sequence[str], after: list[str]) -> list[str]:
+    """Lines with those of before in the place of those that are close to them."""
+    shapes = ([NUMBER.sub("#", shape(line)) for line in lines] for lines in (before, after))
+    for start, now, count in difflib.SequenceMatcher(None, *shapes, autojunk=False).get_matching_blocks():
+        for k in range(count):
+            if is_close(before[start + k], after[now + k]):
+                after[now + k] = before[start + k]
+    return after
+
+
+def shape(text: str) -> str:
+    return SPACE.sub(" ", OPAQUE.sub("OPAQUE", text))
+
+
 def is_close(before: str, after: str) -> bool:
     """Whether words are the same and numbers close: by 3 of the last printed digit, 0.001 or a five-hundredth."""
-    first, second = (SPACE.sub(" ", OPAQUE.sub("OPAQUE", text)) for text in (before, after))
+    first, second = map(shape, (before, after))
     if NUMBER.sub("#", first) != NUMBER.sub("#", second):
         return False
     return all(near(*both) for both in zip(NUMBER.findall(first), NUMBER.findall(second), strict=True))
@@ -381,15 +397,23 @@ def near(before: str, after: str) -> bool:
 # Writing
 
 
-def write(names: Sequence[str], place: Path) -> None:
-    """Writes the golden files of these studies, run in folders within `place`, and the signature."""
+def write(names: Sequence[str], place: Path, anew: bool = False) -> None:
+    """Writes the golden files of these studies, run in folders within `place`, and the signature.
+
+    On another machine than the signature's, lines whose numbers are close stay, and the signature, unless `anew`.
+    """
+    home = HOME / "signature.json"
+    anew = anew or signature() == json.loads(home.read_text())
     for name in names:
         (place / name).mkdir()
+        before, after = golden_lines(name), made(name, place / name)
         shutil.rmtree(HOME / name, ignore_errors=True)
-        for file, text in made(name, place / name).items():
-            (HOME / name).mkdir(exist_ok=True)
-            (HOME / name / file).write_text(text)
-    (HOME / "signature.json").write_text(json.dumps(signature(), indent=1) + "\n")
+        (HOME / name).mkdir()
+        for file, text in after.items():
+            lines = text.split("\n")
+            (HOME / name / file).write_text("\n".join(lines if anew else as_before(before.get(file, []), lines)))
+    if anew:
+        home.write_text(json.dumps(signature(), indent=1) + "\n")
 
 
 def write_models(place: Path) -> None:

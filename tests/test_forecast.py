@@ -46,15 +46,8 @@ RATES = ProbeRates(
 )
 
 
-def known(study: Study, **changes: Any) -> Amounts:
-    return replace(Amounts(study, TOKENS, 10, 12, 3.0, False), **changes)
-
-
-def by_name(study: Study, done: Done, rates: ProbeRates = RATES, **changes: Any) -> dict[str, list[Part]]:
-    found: dict[str, list[Part]] = {}
-    for part in parts(known(study, **changes), done, rates):
-        found.setdefault(part.name, []).append(part)
-    return found
+def known(study: Study, done: Done, rates: ProbeRates = RATES) -> list[Part]:
+    return list(parts(Amounts(study, TOKENS, 10, 12, 3.0, False), done, rates))
 
 
 def study(place: Path, *keys: str) -> Study:
@@ -69,13 +62,13 @@ def test_the_whole_is_the_sum_of_its_parts(tiny_place: Path) -> None:
     ]
     spec = study(tiny_place)
     dense, tested, curve = RATES.dense_on(300, "validation"), RATES.dense_on(200, "test"), 4 * 100 * 0.001
-    tokens, seconds, left = sums(list(parts(known(spec), Done(10), RATES)))
+    tokens, seconds, left = sums(known(spec, Done(10)))
     assert seconds == left == pytest.approx(5 + curve + dense + tested + 5 * sum(trials) + sum(report))
-    _, half, left = sums(list(parts(known(spec), Done(10, 6), RATES)))
+    _, half, left = sums(known(spec, Done(10, 6)))
     assert half == seconds
     assert left == pytest.approx(5 + curve + tested + 2 * sum(trials) + sum(report))
-    assert sums(list(parts(known(spec), Done(10, 10), RATES)))[2] == 0
-    assert sums(list(parts(known(spec), Done(10), UNKNOWN))) == (tokens, None, None)
+    assert sums(known(spec, Done(10, 10)))[2] == 0
+    assert sums(known(spec, Done(10), UNKNOWN)) == (tokens, None, None)
 
 
 RUNS = {
@@ -108,17 +101,10 @@ def test_a_run_sends_what_is_foretold(name: str, tmp_path: Path) -> None:
     assert sent == plan["whole"]["tokens"] * plan["weights"]["blocks"]
 
 
-def test_what_is_left_of_a_screening(tiny_place: Path) -> None:
-    spec = study(tiny_place, "search.screen={trials=6, stride=4, confirm=2}", "search.sampler=gp")
-    for done, left, dense in ((0, 6, 1), (4, 2, 0)):
-        found = by_name(spec, Done(3, 0, 6, done))
-        assert (found["screening"][0].number, found["screening"][0].left, found["dense"][1].left) == (6, left, dense)
-
-
 def test_descents_wait_for_what_copies_take_beyond_the_products(tiny_place: Path) -> None:
     """Two copies of each of 4 blocks a step, of 20, against tokens that are counted as those that go through twice."""
     spec = study(tiny_place, "allocation=gradient")
-    [plain], [slow] = (by_name(spec, Done(3), replace(RATES, fetch=fetch))["gradient"] for fetch in (0.0, 1000.0))
+    plain, slow = (known(spec, Done(3), replace(RATES, fetch=fetch))[2] for fetch in (0.0, 1000.0))
     assert plain.seconds == pytest.approx(4 * plain.tokens / 2 * RATES.dense)
     assert slow.seconds == pytest.approx(4 * 2 * gradient.STEPS * 1000)
 
