@@ -34,7 +34,7 @@ if "TMPDIR" not in os.environ and (memory := Path("/dev/shm")).is_dir() and shut
 # Files whose slow tests take longest, each in one process: these first, or one is left over at the end. What computes
 # and what waits for others alternate, so that there is always something to compute.
 LONGEST = (
-    "hostile_inputs", "ray", "smollm2", "workers", "faults", "slurm", "runner", "applying", "kills", "docs_run",
+    "unchanged", "hostile_inputs", "ray", "smollm2", "workers", "faults", "slurm", "runner", "applying", "kills", "docs_run",
     "readme", "network", "termination", "database", "examples", "interval_studies", "site", "model_command", "api",
     "cli", "zeroshot", "finetuning", "example_plugins", "every_family",
 )  # fmt: skip

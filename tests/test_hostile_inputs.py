@@ -41,7 +41,6 @@ from atp_tune.folders import speed
 from atp_tune.report import servers
 
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
-EVERY = 1 if os.environ.get("ATP_TUNE_CASES") == "all" else 10  # inputs of which a command tries one
 LIMIT = 120  # seconds for a command
 NONE = "–"
 OUT = r"work/out(/.*)?"
@@ -333,18 +332,11 @@ def measured_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return begin
 
 
-def inputs_of(name: str, kind: str) -> list[Input]:
-    """What this run has a command try: of each `EVERY` inputs one, another than the command before it."""
-    commands = [command for command, other in CELLS if other == kind]
-    step = 1 if WRITES else min(EVERY, len(commands))
-    return KINDS[kind][commands.index(name) % step :: step]
-
-
 def check(name: str, kind: str, sandbox: Sandbox, measured_once: Callable[[], None]) -> None:
     only = os.environ.get("ATP_TUNE_HOSTILE", "")
     if kind == "database":
         measured_once()
-    inputs = [one for one in KINDS[kind] if only in one.name] if only else inputs_of(name, kind)
+    inputs = [one for one in KINDS[kind] if only in one.name]
     said = {one.name: sandbox.run(name, kind, one) for one in inputs}
     wrong = {one: words for one, words in said.items() if words not in ("refused", *hostile.SURE)}
     assert not wrong, "\n".join(f"{one}: {words}" for one, words in wrong.items())
@@ -373,12 +365,6 @@ def test_a_command_that_is_quick(name: str, kind: str, sandbox: Sandbox, measure
 @parametrize(("name", "kind"), [cell for cell in CELLS if cell not in FAST])
 def test_a_command(name: str, kind: str, sandbox: Sandbox, measured_once: Callable[[], None]) -> None:
     check(name, kind, sandbox, measured_once)
-
-
-def test_some_command_tries_each_input() -> None:
-    for kind, known in KINDS.items():
-        tried = {one.name for name, other in CELLS if other == kind for one in inputs_of(name, kind)}
-        assert tried == {one.name for one in known}
 
 
 def test_the_table_has_every_command_and_every_input() -> None:

@@ -1,12 +1,10 @@
 """A model in memory is as it was after an error at any step of what was done with it."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
-from zlib import crc32
 
 import pytest
 import torch
@@ -32,9 +30,6 @@ CALLS: dict[str, Callable[[PreTrainedModel], object]] = {
         settings={"texts.calibration.nsamples": 2, "continuations.tokens": 0},
     ),
 }  # fmt: skip
-
-
-ALL = os.environ.get("ATP_TUNE_CASES") == "all"  # else every thirtieth function, in each case others
 
 
 class FaultError(BaseException):
@@ -109,8 +104,8 @@ def test_a_model_is_as_it_was_after_an_error_in_its_arguments(
 class Faults:
     """Raises at the first call of one function of the package that was not hit before, once the model is in use."""
 
-    def __init__(self, case: str, hit: set[CodeType]) -> None:
-        self._case, self._hit, self._is_in_use, self.at = case, hit, False, ""
+    def __init__(self, hit: set[CodeType]) -> None:
+        self._hit, self._is_in_use, self.at = hit, False, ""
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
@@ -118,10 +113,8 @@ class Faults:
         if event != "call" or self.at or not self._is_in_use or code in self._hit or PACKAGE not in code.co_filename:
             return
         self._hit.add(code)
-        name = f"{code.co_filename.removeprefix(PACKAGE)} {code.co_qualname}"
-        if ALL or crc32(f"{self._case} {name}".encode()) % 30 == 0:
-            self.at = name
-            raise FaultError
+        self.at = f"{code.co_filename.removeprefix(PACKAGE)} {code.co_qualname}"
+        raise FaultError
 
 
 @slow
@@ -135,7 +128,7 @@ def test_a_model_is_as_it_was_after_an_error_at_any_call(
     model, hit, count = in_training(make), set[CodeType](), 0
     before = state_of(model)
     while True:
-        faults = Faults(f"{call} {make.__name__}", hit)
+        faults = Faults(hit)
         sys.setprofile(faults)
         try:
             CALLS[call](model)
