@@ -34,9 +34,9 @@ if "TMPDIR" not in os.environ and (memory := Path("/dev/shm")).is_dir() and shut
 # Files whose slow tests take longest, each in one process: these first, or one is left over at the end. What computes
 # and what waits for others alternate, so that there is always something to compute.
 LONGEST = (
-    "unchanged", "hostile_inputs", "ray", "smollm2", "workers", "faults", "slurm", "runner", "applying", "kills", "docs_run",
-    "readme", "network", "termination", "database", "examples", "interval_studies", "site", "model_command", "api",
-    "cli", "zeroshot", "finetuning", "example_plugins", "every_family",
+    "unchanged", "hostile_inputs", "ray", "smollm2", "workers", "faults", "slurm", "runner", "applying", "kills",
+    "docs_run", "readme", "network", "termination", "database", "examples", "interval_studies", "site",
+    "model_command", "api", "cli", "zeroshot", "finetuning", "example_plugins", "every_family",
 )  # fmt: skip
 # The run of the slow tests leaves out files whose text names none, the fast run those that are slow as a whole: to
 # import them takes each process seconds.
