@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from time import sleep
-from typing import TYPE_CHECKING
 
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
@@ -45,9 +44,6 @@ from atp_tune.results.status import Status, TrialStatus, make_status, to_json
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.storage import opening
 from atp_tune.storage.database import without_password
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 MARK = " ←"  # at the best of several points
 WIDE_ENOUGH = 33  # columns for each of the texts side by side

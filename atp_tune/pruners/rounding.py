@@ -141,12 +141,11 @@ class GPTQ(RTN):
         R = statistics.factor(self.damping, self.act_order)
         W = torch.empty_like(weight.T, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight.T)
         # The grid of each column of W [in, out], with scales and zero points [out].
-        by_column: list[Grid] = []
+        grids: list[Grid] = []
         for columns, size in column_groups(len(W), self.group_size):
             for group in torch.split(W[columns], size):
                 grid = Grid.of(group.T, bits, self.symmetric)
-                by_column += [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * size
-        grids = by_column
+                grids += [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * size
         W[statistics.dead()] = 0  # W is [in, out], so that columns are contiguous
         order = statistics.order() if self.act_order else None
         if order is not None:
