@@ -202,9 +202,8 @@ class OverDraws(FrozenModel):
         """The change in a sentence, as that over windows is worded; empty for uniform itself."""
         return Change(value=self.change.mean, stderr=self.change.sd).beside(what) if self.change else ""
 
-    def how(self, data: str, is_fitted: bool) -> str:
-        """Says what the numbers are; `data`: text or images; `is_fitted`: the plan is, to the calibration text."""
-        items, unit = ("images", "images") if data == "images" else ("windows", "tokens")
+    def how(self, items: str, unit: str, is_fitted: bool) -> str:
+        """Says what the numbers are; `unit`: of what plans are fitted to; `is_fitted`: the plan is, to the text."""
         text = f"calibrated with other {items} each time, "
         if self.fitted_to:
             each, own = self.fitted_to

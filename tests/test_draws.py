@@ -99,7 +99,9 @@ def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
     assert over.perplexities == pytest.approx([perplexity(nlls).value for nlls in expected], rel=1e-5)
     assert summary.complete and over.count == 3 and over.fitted_to == (per * TOKENS, pool)
     beside = "" if each else f"where the plan itself is fitted to {pool:,}, "
-    assert f"the plan fitted anew to {per * TOKENS:,} tokens of each draw, {beside}mean ±" in over.how("text", True)
+    assert f"the plan fitted anew to {per * TOKENS:,} tokens of each draw, {beside}mean ±" in over.how(
+        "windows", "tokens", True
+    )
 
 
 @slow

@@ -244,11 +244,10 @@ def test_facts_of_young_keys_are_those_that_differ_from_their_defaults() -> None
 @parametrize("kind", LOCAL)
 def test_folders_of_this_machine_are_in_no_name(kind: str) -> None:
     from atp_tune.config.study import Text
-    from atp_tune.folders.card import words
     from atp_tune.folders.publishing import published
     from atp_tune.results.formatting import _source_name
 
     source = f"{kind}:/home/me/secret/corpus"
     texts = {"atp_tune.json": json.dumps({"model": {"source": "org/m"}, "texts": {"test": {"source": source}}})}
-    said = [text_name(source), _source_name(source), words(Text(source=source)), *published(texts, Path()).values()]
+    said = [text_name(source), _source_name(source), Text(source=source).told, *published(texts, Path()).values()]
     assert all("secret" not in name and "corpus" in name for name in said)

@@ -96,18 +96,18 @@ def ranked(statistics: Sequence[BlockStatistics], checkpoint: Checkpoint, group:
 
     Ranking takes as long as two or three masks, so it is not worthwhile for a single plan.
     """
-    ranks: dict[int, BlockStatistics | None] = {}
+    weight_ranks: dict[int, BlockStatistics | None] = {}
 
     def of(index: int) -> BlockStatistics:
-        plain = statistics[index] if ranks.get(index) is None else {}
-        if index not in ranks:
-            ranks[index] = None
+        plain = statistics[index] if weight_ranks.get(index) is None else {}
+        if index not in weight_ranks:
+            weight_ranks[index] = None
             return plain
-        if ranks[index] is None:
+        if weight_ranks[index] is None:
             weights = checkpoint.weights(index)
             linears = [linear for linear in checkpoint.linears[index] if linear.name in plain]
-            ranks[index] = {x.name: Ranks.of(x.matrix(weights[x.key]), plain[x.name], group) for x in linears}
-        return ranks[index] or {}
+            weight_ranks[index] = {x.name: Ranks.of(x.matrix(weights[x.key]), plain[x.name], group) for x in linears}
+        return weight_ranks[index] or {}
 
     return PerBlock(len(statistics), of)
 

@@ -369,14 +369,14 @@ def finetune(
     from atp_tune.checkpoints.blocks import classifies_images
 
     of_images = classifies_images(model)
-    given = {"--text": text, "--test-text": test_text}, {"--images": images, "--test-images": test_images}
-    for name in (name for name, value in given[not of_images].items() if value is not None):
-        kind = "an image classifier: give --images" if of_images else "a language model: give --text"
+    texts, pictures = {"--text": text, "--test-text": test_text}, {"--images": images, "--test-images": test_images}
+    given, others, kind, seqlen = (
+        (texts, pictures, "a language model: give --text", options.seqlen or SEQLEN),
+        (pictures, texts, "an image classifier: give --images", None),
+    )[of_images]
+    for name in (name for name, value in others.items() if value is not None):
         raise wrong(name, f"the model in {model} is {kind}")
-    data, measured = (
-        value and read_text(name, value, None if of_images else options.seqlen or SEQLEN)
-        for name, value in given[of_images].items()
-    )
+    data, measured = (value and read_text(name, value, seqlen) for name, value in given.items())
     from atp_tune.cli.terminal import interruptible
     from atp_tune.folders.finetuning import finetune as tune
 
@@ -395,19 +395,20 @@ def _show_tuned(done: "Finetuned", out: Path) -> None:
     """Prints perplexities and zeros before and after as a Markdown table, then time and memory."""
     from atp_tune.results.formatting import duration
 
-    hits, other = done.accuracy, done.validation
-    rows: list[tuple[str, ...]] = []
-    if done.dense:
-        rows.append(("dense", "", str(done.dense), "–", *["–", "–"] * bool(other), *[""] * bool(hits)))
-    more = [*([str(other.before), "–"] if other else []), *([str(hits.before)] if hits else [])]
-    rows.append(("pruned", f"{done.zeros.before:,}", str(done.before), "–", *more))
-    tuned = [*([str(other.after), str(other.change)] if other else [])]
-    tuned += [f"{hits.after} ({hits.change})"] if hits else []
-    rows.append(("fine-tuned", f"{done.zeros.after:,}", str(done.after), str(done.change), *tuned))
-    head: tuple[str, ...] = ("model", "zeros", "test perplexity", "against pruned")
-    head += ("validation perplexity", "against pruned") * bool(other) + ("test accuracy",) * bool(hits)
-    echo(markdown(head, rows))
-    items = "windows" if hits is None else "images"
+    columns: list[tuple[str, ...]] = [  # head, dense, before, after
+        ("model", "dense", "pruned", "fine-tuned"),
+        ("zeros", "", f"{done.zeros.before:,}", f"{done.zeros.after:,}"),
+        ("test perplexity", str(done.dense), str(done.before), str(done.after)),
+        ("against pruned", "–", "–", str(done.change)),
+    ]
+    if other := done.validation:
+        columns.append(("validation perplexity", "–", str(other.before), str(other.after)))
+        columns.append(("against pruned", "–", "–", str(other.change)))
+    if own := done.accuracy:
+        columns.append(("test accuracy", "", str(own.before), f"{own.after} ({own.change})"))
+    head, dense, *rows = zip(*columns, strict=True)
+    echo(markdown(head, [dense, *rows] if done.dense else rows))
+    items = done.text.words.unit
     trained = f"{len(done.losses)} steps on {done.windows} {items} of {printable(done.text.source)}"
     echo(f"\n{trained}: {duration(done.seconds)}, {gib(done.memory)} at most on {done.device}")
     if held := done.held_out:

@@ -299,7 +299,7 @@ def speedup(
         show_summary(summarise(stored), file)
         return
     _show(speed)
-    one = "image" if spec.score == CLASSES else "text"
+    one = read.calibration.words.one
     echo(f"stored in {', '.join(stores)}" if stores else f"not stored: only rates of one {one} at a time are")
 
 

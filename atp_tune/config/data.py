@@ -2,7 +2,7 @@
 
 import posixpath
 from pathlib import PureWindowsPath
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, StrictBool, model_serializer, model_validator
 
@@ -26,10 +26,25 @@ LOCAL = ("file", "folder", "idx", "parquet")  # sources of texts and images that
 IMAGES, CLASSES = "images", "classes"  # the kind of input, and the score, of an image classifier
 
 
+class Words(NamedTuple):
+    """The data that plans are measured on, in words: `one` or `several` in `unit`; `rate` counts what runs `how`."""
+
+    data: str = "text"
+    unit: str = "windows"
+    rate: str = "tokens"
+    how: str = "decoded one at a time"
+    one: str = "text"
+    several: str = "texts"
+    task: str = "text-generation"  # as the hub calls it
+    note: str = ""
+
+
 class Source(SettingsTable):
     """The data of one role: a part of a source, and how many items are drawn from it; `data`: text or images."""
 
     data: ClassVar[str]
+    words: ClassVar[Words]
+    items: ClassVar[Any] = "images"
     source: str = Field(min_length=1)
     config: str | None = None
     """configuration of a hub dataset"""
@@ -56,6 +71,14 @@ class Source(SettingsTable):
         """The part after the colon."""
         return self.source.partition(":")[2]
 
+    @property
+    def told(self) -> str:
+        """Source, split, part and items in a few words, without folders; what has no key `shuffle` always is."""
+        split = f" {self.split}" if self.split else ""
+        shuffled = " shuffled" * getattr(self, "shuffle", True)
+        part = "" if self.part == (0, 1) else f", part {self.part[0]:g} to {self.part[1]:g}{shuffled}"
+        return f"{text_name(self.source)}{split}{part}, {self.nsamples or 'all'} {self.items}"
+
     def overlaps(self, other: "Source") -> bool:
         """Whether both have items of the same part of one source."""
         keys = ("data", "config", "split", "revision")
@@ -75,7 +98,7 @@ class Source(SettingsTable):
 class Text(Source):
     """One text and how its windows are drawn."""
 
-    data = "text"
+    data, words = "text", Words()
     source: str = Field(min_length=1)
     """c4, wikitext2, mixed[:KIND], hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in"""
     column: str = "text"
@@ -104,6 +127,11 @@ class Text(Source):
         if self.source == MIXED and self.stride % len(KINDS) == 0:
             raise ValueError(f"stride: every {self.stride}th window is of one kind; take no multiple of {len(KINDS)}")
         return self
+
+    @property
+    def items(self) -> str:
+        """Windows, or pairs, and their length."""
+        return f"{'pairs of image and text' if self.images else 'windows'} of {self.seqlen} tokens"
 
     @property
     def kinds(self) -> tuple[Self, ...]:
@@ -142,7 +170,10 @@ class Text(Source):
 class ImageSet(Source):
     """Labelled images of one role: which, and how many. They are shuffled once, alike for all roles of a source."""
 
-    data = "images"
+    data, words = "images", Words(
+        "images", "images", "images", "one image at a time", "image", "images", "image-classification",
+        "perplexity: over classes, the exponential of the mean cross-entropy; accuracy: top-1",
+    )  # fmt: skip
     source: str = Field(min_length=1, description=f"{KNOWN}; folder: PATH/CLASS/FILE, idx: a file of MNIST's format")
     column: str = "image"
     """column of the images (hub, parquet)"""

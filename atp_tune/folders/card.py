@@ -23,7 +23,7 @@ from atp_tune.allocations import is_fitted
 from atp_tune.checkpoints.convert import ORIGIN, quiet
 from atp_tune.checkpoints.files import Table, config_in, is_slim
 from atp_tune.config.best import Baseline, Config, read_config
-from atp_tune.config.data import ImageSet, Text, is_local_text, short_source, text_name
+from atp_tune.config.data import ImageSet, Text, is_local_text, short_source
 from atp_tune.config.manifest import Manifest, environment, sha256_by_name
 from atp_tune.config.prune import UPDATING, Training, parse
 from atp_tune.config.study import Data
@@ -266,7 +266,6 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
     from atp_tune.checkpoints.blocks import reads_images  # loads torch
 
     plan, text, done, hf_config = config.plan, config.texts.test, finetuned(folder), config_in(folder)
-    of_images = isinstance(text, ImageSet)
     # The name of the dense model, without the folders of the machine that pruned it.
     name = Path(short_source(config.model.id).removeprefix("pypi:")).name.partition("==")[0].removesuffix(".gguf")
     allocation = "uniform" if plan.is_uniform else f"{plan.allocation} {shown(plan.parameters)}".strip()
@@ -288,12 +287,11 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
     on_hub = config.model.id if config.model.revision else None
     base = metadata.get("base_model") if (folder / ORIGIN).is_file() else on_hub
     kinds = ["sparse", "pruned"] * (not config.by_bits) + ["quantized"] * (bits is not None)
-    task = "image-text-to-text" if reads_images(folder) else "text-generation"
     data = ModelCardData(
         base_model=base,
         base_model_relation=base and RELATION,
         library_name="transformers",
-        pipeline_tag="image-classification" if of_images else task,
+        pipeline_tag="image-text-to-text" if reads_images(folder) else text.words.task,
         tags=["atp-tune", *kinds, plan.method, allocation.split()[0]],
         model_name=f"{name} at {amount}",
         eval_results=(result(done.after, done.test, done.bos) if done else list(_results(config))) or None,
@@ -311,11 +309,12 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
         "card_data": data.to_yaml(), "config": config, "plan": plan, "done": done, "packed": packed, "made": hf_config,
         "title": data.model_name, "name": name, "allocation": allocation, "after": SOURCES.get(plan.allocation, ""),
         "fitted": is_fitted(plan.allocation), "quantizer": quantizer, "channels": channels, "updated": updated,
-        "classifies": of_images, "reads_images": reads_images(folder), "own_code": packed or is_slim(folder),
+        "classifies": text.data == "images", "reads_images": reads_images(folder),
+        "own_code": packed or is_slim(folder),
         "this": OLDER if done else THIS, **_scores(config, done, allocation),
-        "test": words(text), "licensed": licensed,
+        "test": text.told, "licensed": licensed,
         "notes": " ".join(by.note for by in MEASURES.values() if by.note and config.scored(measure=by)),
-        "errors": error_over(text.nsamples and -(-text.nsamples // text.stride), "images" if of_images else "windows"),
+        "errors": error_over(text.nsamples and -(-text.nsamples // text.stride), text.words.unit),
         "speed": speed(config.speed).rows if config.speed else (),
         "note": config.continuations and continuations_note(config.continuations),
         "reader": "AutoProcessor" if any((folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
@@ -340,7 +339,7 @@ def _scores(config: Config, done: Finetuned | None, allocation: str) -> Table:
         for model, name in names.items()
         if config.scored(model)
     ]
-    if done and scores and words(done.test) == words(config.texts.test):
+    if done and scores and done.test.told == config.texts.test.told:
         new = {"perplexity": done.after, "accuracy": done.accuracy and done.accuracy.after}
         scores.append([f"{THIS}, fine-tuned", *(str(new.get(by.name) or NOTHING) for by in measures)])
     return {"measures": [by.column for by in measures], "scores": scores, "models": [*names]}
@@ -377,14 +376,10 @@ def result(score: Estimate | None, text: Data, bos: bool) -> list[EvalResult]:
     """A perplexity in the schema of the hub; none if it was not measured, or is not finite."""
     if score is None or not isfinite(score.value):
         return []
-    task, kind = "text-generation", "text"
-    if isinstance(text, ImageSet):
-        task, kind = "image-classification", "images"
-        metric = "perplexity over classes, the exponential of the mean cross-entropy"
-    else:
+    metric = "perplexity over classes, the exponential of the mean cross-entropy"
+    dataset: Table = {"dataset_type": text.data, "dataset_name": text.told}
+    if isinstance(text, Text):
         metric = f"perplexity, {text.seqlen} tokens a window{', the first BOS' if bos else ''}"
-    dataset: Table = {"dataset_type": kind, "dataset_name": words(text)}
-    if not isinstance(text, ImageSet):
         with suppress(KeyError, UserError):  # of a file or a module: no data set of the hub
             arguments = hub_arguments(text)
             dataset = {
@@ -393,19 +388,8 @@ def result(score: Estimate | None, text: Data, bos: bool) -> list[EvalResult]:
                 "dataset_revision": arguments["revision"],
             }  # fmt: skip
     value = round(score.value, 4)
+    task = text.words.task
     return [EvalResult(task_type=task, metric_type="perplexity", metric_name=metric, metric_value=value, **dataset)]
-
-
-def words(text: Data) -> str:
-    """A text, or images, in a few words: source, split, part and windows; without folders."""
-    if isinstance(text, ImageSet):
-        part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g} shuffled"
-        split = f" {text.split}" if text.split else ""
-        return f"{text_name(text.source)}{split}{part}, {text.nsamples or 'all'} images"
-    part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}{' shuffled' * text.shuffle}"
-    split = f" {text.split}" if text.split else ""
-    items = "windows" if text.images is None else "pairs of image and text"
-    return f"{text_name(text.source)}{split}{part}, {text.nsamples or 'all'} {items} of {text.seqlen} tokens"
 
 
 def _listed(settings: Table) -> str:
@@ -416,7 +400,6 @@ def _listed(settings: Table) -> str:
 _ENVIRONMENT = Environment()
 _ENVIRONMENT.filters |= {
     "escaped": escaped, "in_one_line": in_one_line, "listed": _listed, "loops": _repeating, "measure": measure,
-    "words": words,
 }  # fmt: skip
 _ENVIRONMENT.globals["dict"] = dict
 TEMPLATE = _ENVIRONMENT.from_string(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))

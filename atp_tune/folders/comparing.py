@@ -32,7 +32,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Place, TrialStarted
 from atp_tune.folders.applying import check_model, fit_plan
 from atp_tune.folders.card import ABOUT, origin
-from atp_tune.inputs import KINDS
+from atp_tune.inputs import KINDS, InputKind
 from atp_tune.inputs.images import LABELLED_IMAGES
 from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.inputs.pictures import ImageProcessor, class_name, pictures_in_files
@@ -150,7 +150,7 @@ def _work(of_images: bool, options: TaskOptions, place: Place) -> TaskResults | 
     from atp_tune.scores.tasks import find_tasks
 
     place.note("reading the tasks")
-    tasks = find_tasks(options.tasks, place.watch, images=True)
+    tasks = find_tasks(options.tasks, place.watch, multimodal=True)
     return TaskResults({"": tasks}, options.limit, options.num_fewshot, options.batch)
 
 
@@ -212,13 +212,13 @@ def _scores(
     )
 
 
-def _top(name: str, top: int, ranks: Mapping[Any, list[float]]) -> TaskScores:
+def _top(name: str, top: int, by_model: Mapping[Any, list[float]]) -> TaskScores:
     """An accuracy on the test images by the ranks of the right classes, as a score on a task."""
-    accuracies: Any = {model: accuracy(own, top) for model, own in ranks.items()}
-    paired = gain(ranks["uniform"], ranks["best"], top) if "best" in ranks else None
+    accuracies: Any = {model: accuracy(own, top) for model, own in by_model.items()}
+    paired = gain(by_model["uniform"], by_model["best"], top) if "best" in by_model else None
     return TaskScores(
         task=f"test images, {name}",
-        items=len(next(iter(ranks.values()))),
+        items=len(next(iter(by_model.values()))),
         num_fewshot=0,
         version="",
         metric=METRIC,
@@ -293,13 +293,14 @@ OTHER = {
 class Use:
     """The command that loads the models, for error messages, and its form `with_folder` that needs less memory.
 
-    `images`: the inputs of image classifiers, once the folder of a model is known; None: they are language models,
-    whose zeros are left out in memory where that is faster.
+    `inputs` of the models, once the folder of one is known; `of_images`: they are image classifiers, and not language
+    models, whose zeros are left out in memory where that is faster.
     """
 
     command: str
     with_folder: str
-    images: Callable[[ModelFolder], Items] | None = None
+    inputs: Callable[[ModelFolder], InputKind] = lambda folder: KINDS["tokens"]
+    of_images: bool = False
 
 
 CHAT = Use("chat", "chat DIR")
@@ -336,7 +337,7 @@ class BothModels(Released):
         file = path / ABOUT if path.is_dir() else path
         self._about = read_config(file) if file.is_file() else None
         of_images = self._about.score == CLASSES if self._about else classifies_images(path)
-        if of_images == (use.images is None) and (self._about or (path / "config.json").is_file()):
+        if of_images != use.of_images and (self._about or (path / "config.json").is_file()):
             raise UserError(f"{use.command}: {path} {OTHER[of_images]}")
         if dense:
             self._config()
@@ -396,8 +397,7 @@ class BothModels(Released):
             model = config.model.model(self._place.allowed)
             folder = resolve(model, self._place.base / config.folder, self._place.note)
             check_model(config, folder)
-        device, images = find_device(self._place.device), self._use.images
-        inputs = KINDS["tokens"] if images is None else LABELLED_IMAGES.of({"test": images(folder)})
+        device, inputs = find_device(self._place.device), self._use.inputs(folder)
         self._place.note(f"loading {model.source}")
         checkpoint = Checkpoint.load(folder.path, find_dtype(model.dtype, device), device, folder.trusted)
         self._open.append(checkpoint)
@@ -415,7 +415,7 @@ class BothModels(Released):
         return WholeModel(partial(replay.whole, checkpoint.weights), folder, device, bos)
 
     def _packs(self, checkpoint: Checkpoint) -> bool:
-        return self._use.images is None and is_fast(checkpoint.device) and checkpoint.offload == "none"
+        return not self._use.of_images and is_fast(checkpoint.device) and checkpoint.offload == "none"
 
     def _config(self) -> Config:
         """The configuration; UserError for a folder without one."""
@@ -472,8 +472,9 @@ def classify(files: Sequence[Path], folder: Path, both: bool, place: Place) -> t
                 pairs = zip(indices.tolist(), values.tolist(), strict=True)
                 yield tuple(Guess(index=k, name=class_name(names, k), probability=value) for k, value in pairs)
 
+    use = Use("classify", "classify DIR FILE", lambda found: LABELLED_IMAGES.of({"test": images(found)}), True)
     with (
-        BothModels(folder, Use("classify", "classify DIR FILE", images), place, dense=both) as models,
+        BothModels(folder, use, place, dense=both) as models,
         oom_as_user_error("classify"),
     ):
         sparse = list(guesses(models.model("sparse")))

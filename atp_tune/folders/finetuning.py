@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from time import monotonic, time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ from atp_tune.folders.card import (
 )
 from atp_tune.folders.training import find_teacher, windows_held_out, windows_read
 from atp_tune.inputs.images import duplicate_images, image_items
-from atp_tune.inputs.items import IDS, Items
+from atp_tune.inputs.items import Items
 from atp_tune.inputs.windows import first_windows, shared_windows, token_windows
 from atp_tune.measures import Estimate, accuracy, by_kind, change, gain, perplexity
 from atp_tune.results.formatting import duration
@@ -73,15 +73,16 @@ def choose(text: Data | None, test: Data | None, pruning: PrunedWith | None) -> 
     others = {"test": test, **({"validation": pruning.validation, "study's test": pruning.test} if pruning else {})}
     for role, other in others.items():
         if text.overlaps(other):
-            option, shared, kind = ("text", "documents", "text") if isinstance(text, Text) else ("images",) * 3
+            shared = "documents" if isinstance(text, Text) else "images"
             raise UserError(
-                f"--{option}: {text.source} shares {shared} with the {role} {kind}; give another source, split or part"
+                f"--{text.data}: {text.source} shares {shared} with the {role} {text.data}; "
+                "give another source, split or part"
             )
     return text, test
 
 
 def read_items(
-    text: Data, measured: Mapping[str, Data], folder: ModelFolder, settings: Training, base: Path, bos: bool
+    text: Data, measured: Mapping[str, Any], folder: ModelFolder, settings: Training, base: Path, bos: bool
 ) -> Items:
     """The windows, or images, to train on and to hold out; UserError if one that is measured is among them.
 
@@ -94,15 +95,13 @@ def read_items(
             whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
             items = image_items(whole, folder, base, at_most=text.nsamples is None)
         with within("--test-images"):
-            images = {role: other for role, other in measured.items() if isinstance(other, ImageSet)}
-            others = {role: image_items(other, folder, base) for role, other in images.items()}
+            others = {role: image_items(other, folder, base) for role, other in measured.items()}
         doubles = duplicate_images({**others, "training": items})["training"]
         return items.without(doubles) if doubles else items
     with within("--text"):
         whole_text = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
         items = first_windows(whole_text, folder.path, base, needed, bos=bos)
     for role, other in measured.items():
-        assert isinstance(other, Text)
         with within(f"--{role}-text"):
             windows = token_windows(other, folder.path, base, bos=bos)
         if shared := shared_windows(items, windows):
@@ -171,11 +170,6 @@ class FinetuningJob:
         )
         return cache_dir("recovered") / f"{own}.safetensors"
 
-    @property
-    def called(self) -> str:
-        """The name of items, in the plural."""
-        return "windows" if IDS in self.items.tensors else "images"
-
     def run(self) -> Trained:
         """Trains, writes the folder, and measures it."""
         from atp_tune.folders.training import Trainer, stored_format
@@ -193,7 +187,9 @@ class FinetuningJob:
         place.watch(TrialStarted(f"fine-tuning {self.out}", None))
         place.note(f"training needs {trainer.memory}")
         if not count and settings.patience:
-            place.note(f"{len(items)} {self.called} are too few to hold some out: all steps are done, and count")
+            place.note(
+                f"{len(items)} {self.text.words.unit} are too few to hold some out: all steps are done, and count"
+            )
         began = monotonic()
         held = self._train(trainer, count)
         seconds, memory, losses = monotonic() - began, peak_memory(device), tuple(trainer.losses)
@@ -274,9 +270,9 @@ class FinetuningJob:
             self.part.unlink(missing_ok=True)
             last, loss = min(held[1:], key=lambda each: each[1])
             raise NoGainError(
-                f"training: no step lowered the loss on the {held_out} held-out {self.called} ({first:.4f} before, "
-                f"{loss:.4f} after step {last} at best), so nothing was written; lower the learning rate, or give more "
-                f"or other {'text' if self.called == 'windows' else 'images'}"
+                f"training: no step lowered the loss on the {held_out} held-out {self.text.words.unit} "
+                f"({first:.4f} before, {loss:.4f} after step {last} at best), so nothing was written; lower the "
+                f"learning rate, or give more or other {self.text.data}"
             )
         trainer.take_best()
         return HeldOut(windows=held_out, losses=held, best=step)

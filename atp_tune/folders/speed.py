@@ -305,9 +305,8 @@ def opened(
     """
     about = about_torch(name, dtype, device)
     with pair.load("dense", dtype, device) as dense, pair.load("sparse", dtype, device) as sparse:
-        batch = _batch(pair, dense, task)
+        batch, few = _inputs(pair, dense, task)
         if change is not None:
-            few = {"pixel_values": batch[:1]} if pair.of_images else {"input_ids": batch[:1, :FEW], "use_cache": False}
             about = replace(about, logits=_difference(sparse, change, few, limit))
         # The engine alone has the models, or they would outlive its closing.
         with closing(_engine(about, {"dense": dense.model, "sparse": sparse.model}, batch, task)) as engine:
@@ -320,7 +319,7 @@ def opened_in_memory(pair: Pair, dense: Checkpoint, sparse: Any, task: Workload,
     Closing it frees neither.
     """
     about = about_torch(name, dense.dtype, dense.device)
-    return closing(_engine(about, {"dense": dense.model, "sparse": sparse}, _batch(pair, dense, task), task))
+    return closing(_engine(about, {"dense": dense.model, "sparse": sparse}, _inputs(pair, dense, task)[0], task))
 
 
 def about_torch(name: str, dtype: torch.dtype, device: torch.device) -> About:
@@ -333,10 +332,13 @@ def about_torch(name: str, dtype: torch.dtype, device: torch.device) -> About:
     )  # fmt: skip
 
 
-def _batch(pair: Pair, dense: Checkpoint, task: Workload) -> Tensor:
-    """The input of both models, on the device of the dense one."""
-    batch = random_pixels(pair, task).to(dense.dtype) if pair.of_images else random_ids(dense, task)
-    return batch.to(dense.device)
+def _inputs(pair: Pair, dense: Checkpoint, task: Workload) -> tuple[Tensor, dict[str, Any]]:
+    """The input of both models, on the device of the dense one, and arguments with few tokens, or an image, of it."""
+    if pair.of_images:
+        batch = random_pixels(pair, task).to(dense.dtype).to(dense.device)
+        return batch, {"pixel_values": batch[:1]}
+    batch = random_ids(dense, task).to(dense.device)
+    return batch, {"input_ids": batch[:1, :FEW], "use_cache": False}
 
 
 def _engine(about: About, models: Mapping[Side, Any], batch: Tensor, task: Workload) -> Eager:

@@ -167,8 +167,9 @@ def _positions(folder: ModelFolder, pixels: Tensor) -> int:
     """Hidden states of an image in the first block, by the size of the model's patches, if its config says it."""
     config = model_config(folder.path, folder.trusted)
     patch = getattr(getattr(config, "vision_config", config), "patch_size", PATCH)
-    side = patch if isinstance(patch, int) and 0 < patch <= min(pixels.shape[2:]) else PATCH
-    return int(pixels.shape[2] // side * (pixels.shape[3] // side)) + 1
+    height, width = pixels.shape[2:]
+    side = patch if isinstance(patch, int) and 0 < patch <= min(height, width) else PATCH
+    return height // side * (width // side) + 1
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -148,16 +148,16 @@ def _bytes(path: Path, key: str = "source") -> bytes:
 
 def _idx(path: Path, wanted: ImageSet) -> Pictures:
     """An idx file of images, and beside it the one of their labels, which has "labels" and "idx1" in its name."""
-    images = _array(path, IMAGES_MAGIC, 3)
+    greys = _array(path, IMAGES_MAGIC, 3)
     beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
     if beside == path:
         raise UserError(
             f'source: {path}: the name of an idx file of images holds "images", as train-images-idx3-ubyte.gz'
         )
     labels = _array(beside, LABELS_MAGIC, 1)
-    if len(labels) != len(images):
-        raise UserError(f"source: {path} has {len(images)} images, {beside.name} has {len(labels)} labels")
-    return Pictures(labels.tolist(), lambda index: f"image {index} of {path}", lambda index: images[index])
+    if len(labels) != len(greys):
+        raise UserError(f"source: {path} has {len(greys)} images, {beside.name} has {len(labels)} labels")
+    return Pictures(labels.tolist(), lambda index: f"image {index} of {path}", lambda index: greys[index])
 
 
 def _array(path: Path, magic: int, dimensions: int) -> np.ndarray:
@@ -438,12 +438,12 @@ CHECK = 4  # bytes of the CRC-32, after the array in a file
 def cached_pixels(processor: ImageProcessor, pictures: Pictures) -> Tensor:
     """`processor.pixels(pictures)`, from the cache if possible; UserError as there."""
     file = cache_dir("pixels") / f"{_key(processor, pictures)}.npy"
-    pixels = _stored(file)
-    if pixels is None:
-        pixels = processor.pixels(pictures)
-        if pixels.nbytes <= LARGEST_KEPT:
-            _keep(file, pixels.numpy())
-    return pixels
+    processed = _stored(file)
+    if processed is None:
+        processed = processor.pixels(pictures)
+        if processed.nbytes <= LARGEST_KEPT:
+            _keep(file, processed.numpy())
+    return processed
 
 
 def _key(processor: ImageProcessor, pictures: Pictures) -> str:

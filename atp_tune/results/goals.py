@@ -155,8 +155,8 @@ class AtSparsity:
 
     def draws(self, summary: "Summary") -> str:
         """The meaning of the numbers over draws of the calibration text; "" without draws."""
-        over, data = drawn(summary), summary.results.data
-        return f"{over.count} draws: test {data}, {over.how(data, False)}" if over else ""
+        over, words = drawn(summary), summary.results.words
+        return f"{over.count} draws: test {words.data}, {over.how(words.unit, words.rate, False)}" if over else ""
 
     def outcome(self, summary: "Summary") -> str:
         """The best trial in words; "" without one."""
@@ -333,10 +333,11 @@ class OverInterval(AtSparsity):
 
     def draws(self, summary: "Summary") -> str:
         """The best plan over draws of the calibration text."""
-        over = drawn(summary)
+        over, words = drawn(summary), summary.results.words
         if over is None:
             return ""
-        beside, how = f", {over.beside('uniform’s')}" if over.change else "", over.how(summary.results.data, False)
+        beside = f", {over.beside('uniform’s')}" if over.change else ""
+        how = over.how(words.unit, words.rate, False)
         return f"the best over {over.count} draws of the calibration text: {over}{beside} ({how})"
 
     def outcome(self, summary: "Summary") -> str:

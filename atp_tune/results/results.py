@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from atp_tune.config.best import Config, ZeroShot, read_config
+from atp_tune.config.data import ImageSet, Text, Words
 from atp_tune.config.finding import holds
 from atp_tune.config.prune import Recovered
 from atp_tune.config.studyfile import absolute_storage
@@ -94,24 +95,6 @@ NOTHING = "–"  # an empty cell of a table
 
 
 @dataclass(frozen=True)
-class Words:
-    """The data that plans are measured on, in words: text in `unit`; `rate` counts what runs `how`; `several` of it."""
-
-    data: str = "text"
-    unit: str = "windows"
-    rate: str = "tokens"
-    how: str = "decoded one at a time"
-    several: str = "texts"
-    note: str = ""
-
-
-IMAGES = Words(
-    "images", "images", "images", "one image at a time", "images",
-    "perplexity: over classes, the exponential of the mean cross-entropy; accuracy: top-1",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Against:
     """A change from another model, paired by the items of the text `on`; the error is that of the difference."""
 
@@ -164,7 +147,7 @@ class Results:
     @cached_property
     def words(self) -> Words:
         """The words of the data that plans are measured on."""
-        return IMAGES if ACCURACY in self.measures else Words()
+        return (ImageSet if ACCURACY in self.measures else Text).words
 
     @property
     def data(self) -> str:

@@ -341,7 +341,7 @@ def make_status(summary: Summary, now: datetime) -> Status:
         running=running,
         dense=results.scores(DENSE),
         uniform=results.scores(uniform),
-        best=ranks[0] if ranks else None,
+        best=next(iter(ranks), None),
         ranks=ranks,
         trials=tuple(_trial(summary, trial) for trial in summary.trials),
         screening=summary.screening,

@@ -136,7 +136,8 @@ class ImageModel(HFMultimodalLM):  # type: ignore[misc]
             )
         check_known(self.model, int(ids.max()), "evaluate")
         seen = (ids == self.image_token_id).any(1).tolist()
-        if any(bool(own) and not there for own, there in zip(images, seen, strict=True)):
+        lost = [own for own, there in zip(images, seen, strict=True) if own and not there]
+        if lost:
             raise UserError(
                 f"--tasks: a question has an image, and the processor makes no image token ({self.image_token}) of it"
             )

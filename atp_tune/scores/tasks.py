@@ -52,11 +52,11 @@ class Tasks:
     about_images: str = ""  # the first task that asks about images
 
 
-def find_tasks(names: Sequence[str], watch: EventHandler, images: bool = False, base: Path = Path()) -> Tasks:
+def find_tasks(names: Sequence[str], watch: EventHandler, multimodal: bool = False, base: Path = Path()) -> Tasks:
     """Loads tasks with their data; leaves out, with a message, those that cannot run.
 
-    `images`: they may ask about images. Relative paths start at `base`. The code that YAML files name runs. UserError
-    for unknown names, and if no task is left.
+    `multimodal`: they may ask about images. Relative paths start at `base`. The code that YAML files name runs.
+    UserError for unknown names, and if no task is left.
     """
     if not names:
         raise UserError("--tasks: names no task")
@@ -67,7 +67,7 @@ def find_tasks(names: Sequence[str], watch: EventHandler, images: bool = False, 
         manager = TaskManager(include_path=[path for path in paths if path.is_dir()], include_defaults=bool(others))
         _check_names(wanted, manager.all_tasks)
         wanted += [spec for path in paths for spec in (_inside(path, manager) if path.is_dir() else [str(path)])]
-        loaded, missing = _load(manager, wanted, images)
+        loaded, missing = _load(manager, wanted, multimodal)
     if not loaded:
         raise UserError(_none_left(missing))
     _check_apart(loaded)
@@ -107,14 +107,14 @@ def _inside(folder: Path, manager: TaskManager) -> list[str]:
     return names
 
 
-def _load(manager: TaskManager, names: Sequence[str], images: bool) -> tuple[list[Any], dict[str, str]]:
+def _load(manager: TaskManager, names: Sequence[str], multimodal: bool) -> tuple[list[Any], dict[str, str]]:
     loaded: list[Any] = []
     missing: dict[str, str] = {}
     with _hub_or_cache():
         for name in names:
             try:
                 entry = manager.load([name])
-                _check_inputs(entry["tasks"], images)
+                _check_inputs(entry["tasks"], multimodal)
             except Exception as error:  # whatever readers, network and a task's own code raise
                 missing[name] = OUT_OF_REACH if isinstance(error, ConnectionError) else one_line(error)
                 continue
@@ -122,14 +122,14 @@ def _load(manager: TaskManager, names: Sequence[str], images: bool) -> tuple[lis
     return loaded, missing
 
 
-def _check_inputs(tasks: Mapping[str, Any], images: bool) -> None:
+def _check_inputs(tasks: Mapping[str, Any], multimodal: bool) -> None:
     for task in tasks.values():
         if getattr(task, "UNSAFE_CODE", False):
             raise ValueError("it runs code that the model writes")
         if not getattr(task, "MULTIMODAL", False):
             continue
-        if not images or task.config.doc_to_audio:
-            raise ValueError("it needs inputs other than text" + " and images" * images)
+        if not multimodal or task.config.doc_to_audio:
+            raise ValueError("it needs inputs other than text" + " and images" * multimodal)
         if task.OUTPUT_TYPE != "generate_until":
             raise ValueError(f"it is of type {task.OUTPUT_TYPE}, and lm-eval asks about images by generate_until alone")
 

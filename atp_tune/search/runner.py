@@ -106,7 +106,6 @@ class FinalScores:
         These are dense, uniform and the best of each allocation; of an image classifier dense, uniform and the best of
         all answer on images.
         """
-        from atp_tune.inputs import KINDS
         from atp_tune.run.observers import ImageAnswers, LeftOut, Prompts, can_keep
 
         study, session, spec = self.study, self.session, self.run.file.study
@@ -123,8 +122,6 @@ class FinalScores:
         if spec.images is not None:
             work: Any = ImageAnswers("validation" if spec.data.test is None else "test")
             return names, LeftOut(work, NAMES, "answers on images", session.watch)
-        if session.inputs is not KINDS["tokens"]:
-            return {}, None
         work = Prompts((*PROMPTS, *options.prompts), options.tokens, "memory")
         shown = LeftOut(work, tuple(dict.fromkeys((*NAMES, *names.values()))), "continuations", session.watch)
         if not can_keep(session.checkpoint):

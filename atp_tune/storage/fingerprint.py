@@ -190,6 +190,8 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     start at `folder`.
     """
     flat = dict(_flat(study.model_dump(mode="json")))
+    if BOS in flat:
+        flat[BOS] = study.bos
     never = (*NOT_FACTS, *study.methods.unused)
     hidden = {key for key, value in flat.items() if value is None or key.startswith(never)}
     hidden |= {key for key, value in flat.items() if key.startswith(UNLESS_DEFAULT) and value == DEFAULTS[key]}
@@ -199,9 +201,6 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
         hidden.add("model.source")
     hidden |= {f"{key}.source" for key, data in study.data.sources.items() if is_local_text(data.source)}
     flat |= _short(study) | {f"plugins.{name}.content": digest for name, digest in contents(study, folder).items()}
-    flat[BOS] = study.bos
-    if study.bos is None or study.images is not None:
-        hidden.add(BOS)
     return {key: value for key, value in flat.items() if key not in hidden}
 
 
