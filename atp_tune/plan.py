@@ -120,6 +120,11 @@ class Plan(FrozenModel):
         return any(level.linears for level in self.levels)
 
     @property
+    def tells_linears(self) -> bool:
+        """Whether a configuration names the linears: they differ, or have bits, which recipes give to names."""
+        return self.by_linear or self.by_bits
+
+    @property
     def by_row(self) -> bool:
         """Whether the rows of a linear differ."""
         return any(level.rows is not None for level in self.each_linear())

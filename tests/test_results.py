@@ -86,7 +86,7 @@ def test_an_accuracy_is_of_its_ranks_or_of_the_value_that_was_told() -> None:
     found = Results({"dense_ranks": [0, 0, 0, 5]}, [told, ranked], ("accuracy",))
     scores = [found.score(model, "validation", ACCURACY) for model in (told, ranked, "dense")]
     assert [score and score.value for score in scores] == [pytest.approx(0.75), 0.5, 0.75]
-    assert found.data == found.unit == "images"
+    assert found.data == found.words.unit == "images"
     perplexity = found.score(ranked, "validation")
     assert perplexity and perplexity.value == pytest.approx(math.e)
 

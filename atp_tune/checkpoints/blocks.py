@@ -66,8 +66,8 @@ def hidden_width(config: Any, of_images: bool) -> int:
     """Width of the hidden states of the part that is pruned; of a model with stages the largest."""
     part = getattr(config, "vision_config", config) if of_images else config.get_text_config()
     names = ("hidden_sizes", "hidden_size", "embed_dim")
-    widths = next((value for name in names if (value := getattr(part, name, None))), 0)
-    return max(widths) if isinstance(widths, list | tuple) else int(widths)
+    of_stages = next((value for name in names if (value := getattr(part, name, None))), 0)
+    return max(of_stages) if isinstance(of_stages, list | tuple) else int(of_stages)
 
 
 def check_known(model: nn.Module, highest: int, what: str) -> None:

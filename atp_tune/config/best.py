@@ -267,7 +267,7 @@ class Config(FrozenModel, use_attribute_docstrings=True):
             model=ModelRef.model_validate({**identity, **model}),
             plan=plan,
             prune=study.prune,
-            quantize=None if bits is None else study.quantize,
+            quantize=study.methods.quantize,
             bits=bits,
             calibration=study.data.calibration.text,
             texts=EvaluationTexts(validation=study.data.validation, test=study.test_text),

@@ -332,10 +332,14 @@ class QuantizeConfig(SettingsTable):
             raise ValueError("group_size: must be at least 1, or -1 for the whole row, got 0")
         return self
 
-    def told(self, quantizer: str) -> dict[str, Any]:
+    def told(self, method: str) -> dict[str, Any]:
         """The settings that determine what a quantizer does; rtn has no `damping`."""
-        of_gptq = ["damping", *(["act_order"] if self.act_order else [])] if quantizer == "gptq" else []
+        of_gptq = ["damping", *(["act_order"] if self.act_order else [])] if method == "gptq" else []
         return self.model_dump(include={"group_size", "symmetric", *of_gptq})
+
+    def columns_of_group(self, columns: int) -> int:
+        """How many columns, of so many, share a scale."""
+        return columns if self.group_size == -1 else self.group_size
 
     def stored_bits(self, rows: int, columns: int, bits: int, zeros: int = 0) -> int:
         """Bits of a quantized matrix with scales and zero points; without its zeros, if that is less."""

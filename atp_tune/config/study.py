@@ -214,7 +214,7 @@ class Study(SettingsTable):
     @property
     def own_prices(self) -> tuple[str, ...]:
         """The pruners whose descents by prices make weights at many sparsities."""
-        if self.by_bits or not self.allocation.by_prices:
+        if not self.allocation.by_prices:
             return ()
         return tuple(name for name in self.prune.short_names if self.prune.has_own_prices(name))
 

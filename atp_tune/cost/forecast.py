@@ -383,7 +383,7 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
     # Descents by prices, then the trials.
     descended, number = descent_tokens(amounts), len(study.descents)
     # Each step copies streamed blocks upwards and on the way back; pruners make the weights of descents by their own.
-    copied = rates.blocks * 2 * _steps(amounts) * rates.fetch
+    copied = rates.blocks * 2 * number * _steps(amounts)[0] * rates.fetch
     made = LEVELS * len(_path(amounts)) * rates.blocks * sum(rates.pruners[name].prune for name in study.own_prices)
     by_prices = max(copied, rates.statistics(descended)) + made
     if descended:
@@ -446,13 +446,9 @@ def compared(study: Study) -> int:
 
 
 def step_tokens(amounts: Amounts) -> int:
-    """Tokens of a step by prices, of bits the only one; 0 without that allocation."""
-    from atp_tune.run.dense_model import items_of_costs, windows_of_step
-
-    length = amounts.tokens.calibration // amounts.windows
-    if not amounts.study.allocation.by_prices:
-        return 0
-    return length * (items_of_costs(length) if amounts.study.by_bits else windows_of_step(length, _path(amounts)))
+    """Tokens of a step by prices; 0 without that allocation."""
+    by_prices = amounts.study.allocation.by_prices
+    return amounts.tokens.calibration // amounts.windows * _steps(amounts)[1] if by_prices else 0
 
 
 def _path(amounts: Amounts) -> tuple[float, ...]:
@@ -482,14 +478,19 @@ def descent_tokens(amounts: Amounts) -> int:
     """
     from atp_tune.run.dense_model import POOL
 
-    return round(_steps(amounts) * amounts.passes * step_tokens(amounts) + rows_descents(amounts) * POOL) // 2
+    steps = len(amounts.study.descents) * _steps(amounts)[0]
+    return round(steps * amounts.passes * step_tokens(amounts) + rows_descents(amounts) * POOL) // 2
 
 
-def _steps(amounts: Amounts) -> int:
-    """Steps of all descents by prices."""
+def _steps(amounts: Amounts) -> tuple[int, int]:
+    """Steps of a descent by prices, of bits a single one, and windows of each."""
     from atp_tune.allocations.gradient import steps_along
+    from atp_tune.run.dense_model import items_of_costs, windows_of_step
 
-    return len(amounts.study.descents) * (1 if amounts.study.by_bits else steps_along(_path(amounts)))
+    length = amounts.tokens.calibration // amounts.windows
+    if amounts.study.by_bits:
+        return 1, items_of_costs(length)
+    return steps_along(_path(amounts)), windows_of_step(length, _path(amounts))
 
 
 def rows_descents(amounts: Amounts) -> int:

@@ -146,7 +146,7 @@ def write_sparse(
             "model": config.model.model_copy(update={"revision": context.folder.revision}),
             "sparsity": Sparsity(target=config.sparsity.target, realised=sum(zeros) / sum(checkpoint.sizes)),
             "blocks": checkpoint.blocks_name,
-            "linears": checkpoint.linear_names if plan.by_linear or plan.by_bits else None,
+            "linears": checkpoint.linear_names if plan.tells_linears else None,
             "conv1d": plan.by_bits and checkpoint.has_conv1d,
             "batches": {**config.batches, "calibration": context.batches["calibration"]},
             "slim": False,

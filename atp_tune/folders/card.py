@@ -269,10 +269,12 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
     # The name of the dense model, without the folders of the machine that pruned it.
     name = Path(short_source(config.model.id).removeprefix("pypi:")).name.partition("==")[0].removesuffix(".gguf")
     allocation = "uniform" if plan.is_uniform else f"{plan.allocation} {shown(plan.parameters)}".strip()
-    quantizer = config.quantize.quantizers[0] if config.quantize and not config.by_bits else plan.method
-    amount, bits = f"{config.sparsity.realised:.1%} sparsity", config.bits
-    if bits is not None:
-        amount = f"{bits.nominal:.2f} bits" if config.by_bits else f"{amount} and {bits.nominal:g} bits"
+    quantizer, amount, bits = plan.method, f"{config.sparsity.realised:.1%} sparsity", config.bits
+    style, width = "6.1%", WIDTH  # of the bar of a block
+    if config.quantize and bits and not config.by_bits:
+        quantizer, amount = config.quantize.quantizers[0], f"{amount} and {bits.nominal:g} bits"
+    elif bits:
+        amount, style, width = f"{bits.nominal:.2f} bits", "<4.3g", 4
     # The dense model's card says its licence. Other folders' cards name what they were tuned from, often a path.
     own = read_card(folder / CARD)
     metadata = own.data.to_dict() if own else {}
@@ -303,7 +305,6 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
     updated += ["conjugate gradients"] * (bool(config.prune.refine) and not config.by_bits)
     if channels:
         updated = ["least squares"] * config.prune.channels.refit
-    style, width = ("<4.3g", 4) if config.by_bits else ("6.1%", WIDTH)
     bars = (f"block {k:>3}  {s:{style}}  {'█' * round(width * s)}" for k, s in enumerate(plan.amounts))
     values = {
         "card_data": data.to_yaml(), "config": config, "plan": plan, "done": done, "packed": packed, "made": hf_config,

@@ -60,11 +60,10 @@ BOS = "# DATA must be tokenised already, each sample beginning with the BOS toke
 def as_csv(config: Config) -> str:
     """The table as CSV with a header."""
     text = io.StringIO()
-    more = _shares(config)
-    amount = "bits" if config.by_bits else "sparsity"
-    lines = csv.DictWriter(text, ["block", "module", amount, *more], lineterminator="\n")
+    table = [row | _shares(config) for row in rows(config)]
+    lines = csv.DictWriter(text, [*table[0]], lineterminator="\n")
     lines.writeheader()
-    lines.writerows(row | more for row in rows(config))
+    lines.writerows(table)
     return text.getvalue()
 
 
@@ -265,22 +264,22 @@ def quantize(model: torch.nn.Module) -> None:
 
 def modifier(config: Config) -> Table:
     """llm-compressor's modifier by name, with its arguments."""
-    quantize, groups = _rounding(config, "llm-compressor"), Table()
-    is_row = quantize.group_size == -1
+    rounding, groups = _rounding(config, "llm-compressor"), Table()
+    is_row = rounding.group_size == -1
     for index, (bits, linears) in enumerate(_linears(config, "llm-compressor").items()):
-        weights: Table = {"num_bits": bits, "type": "int", "symmetric": quantize.symmetric}
-        weights |= {"strategy": "channel"} if is_row else {"strategy": "group", "group_size": quantize.group_size}
+        weights: Table = {"num_bits": bits, "type": "int", "symmetric": rounding.symmetric}
+        weights |= {"strategy": "channel"} if is_row else {"strategy": "group", "group_size": rounding.group_size}
         weights["observer"] = "memoryless_minmax"
         groups[f"group_{index}"] = {"targets": linears, "weights": weights}
     if config.plan.method == "rtn":
         return {"QuantizationModifier": {"config_groups": groups}}
-    order = "weight" if quantize.act_order else None  # the groups of the dense weights, then the order
-    return {"GPTQModifier": {"config_groups": groups, "actorder": order, "dampening_frac": quantize.damping}}
+    order = "weight" if rounding.act_order else None  # the groups of the dense weights, then the order
+    return {"GPTQModifier": {"config_groups": groups, "actorder": order, "dampening_frac": rounding.damping}}
 
 
 def as_gptqmodel(config: Config) -> str:
     """The arguments of gptqmodel's `QuantizeConfig` as JSON; UserError for what it has not."""
-    quantize = _rounding(config, "gptqmodel")
+    rounding = _rounding(config, "gptqmodel")
     if config.plan.method != "gptq":
         raise _cannot("gptqmodel", "pruner", config.plan.method, "quantizes by gptq alone")
     if config.prune.statistics == "dense":
@@ -291,9 +290,9 @@ def as_gptqmodel(config: Config) -> str:
     arguments = {
         "bits": most,
         "dynamic": {f"+:{_pattern(linears, of_blocks)}": {"bits": bits} for bits, linears in by_bits.items()},
-        "group_size": quantize.group_size, "sym": quantize.symmetric,
-        "desc_act": quantize.act_order, "act_group_aware": False, "static_groups": True,
-        "damp_percent": quantize.damping,
+        "group_size": rounding.group_size, "sym": rounding.symmetric,
+        "desc_act": rounding.act_order, "act_group_aware": False, "static_groups": True,
+        "damp_percent": rounding.damping,
         "true_sequential": config.prune.statistics == "sequential",
         "meta": {"calibration": config.calibration.model_dump(mode="json", exclude_none=True) | {"bos": config.bos}},
     }  # fmt: skip
@@ -317,14 +316,14 @@ def _pattern(linears: list[str], of_blocks: bool) -> str:
 
 def as_torchao(config: Config) -> str:
     """A script that rounds a model by torchao; UserError for GPTQ's weights."""
-    quantize = _rounding(config, "torchao")
+    rounding = _rounding(config, "torchao")
     if config.plan.method != "rtn":
         raise _cannot("torchao", "pruner", config.plan.method, "rounds to nearest alone")
-    if quantize.symmetric:
+    if rounding.symmetric:
         raise _cannot("torchao", "quantize.symmetric", "true", "rounds the largest weight of a group the other way")
     assert config.bits is not None
     study = "a plan" if config.trial is None else f"trial {config.trial} of a study"
-    size = quantize.group_size
+    size = rounding.group_size
     return TORCHAO.format(
         study=study, bits=config.bits.target, linears=pformat(_linears(config, "torchao"), width=100),
         granularity="PerAxis(0)" if size == -1 else f"PerGroup({size})",
@@ -345,8 +344,10 @@ def as_llama_cpp(config: Config) -> str:
             if tensor is None:
                 raise _cannot("llama.cpp", "linears", linear, "is told the tensors of the families of Llama alone")
             blocks_of.setdefault((rf"{tensor}\.weight", int(level.amount)), []).append(index)
-    if wrong := next((bits for _, bits in blocks_of if bits not in K_QUANTS), None):
-        raise _cannot("llama.cpp", "plan.levels", str(wrong), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits")
+    if wrong := [width for _, width in blocks_of if width not in K_QUANTS]:
+        raise _cannot(
+            "llama.cpp", "plan.levels", str(wrong[0]), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits"
+        )
     lines = (
         rf"blk\.({'|'.join(map(str, blocks))})\.{tensor}={K_QUANTS[bits]}"
         for (tensor, bits), blocks in sorted(blocks_of.items(), key=lambda row: row[0][1])

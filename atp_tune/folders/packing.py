@@ -93,7 +93,7 @@ class Codes:
         scales, zeros, bits = (torch.empty(shaped.shape) for _ in range(3))
         for linear in linears:
             grid, columns = block.grids[linear.name], linear.in_features
-            each = columns if self.quantize.group_size == -1 else self.quantize.group_size
+            each = self.quantize.columns_of_group(columns)
             linear.matrix(scales).copy_(spread(grid.scale.cpu(), each, columns))
             linear.matrix(zeros).copy_(spread(grid.zero.cpu(), each, columns))
             linear.matrix(bits).fill_(block.bits[linear.name])
@@ -129,13 +129,13 @@ def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Cod
     """
     weight, scales, zeros, bits = (tensor.mT if turned else tensor for tensor in saved)
     columns = weight.shape[-1]
-    size = columns if quantize.group_size == -1 else quantize.group_size
+    size = quantize.columns_of_group(columns)
     groups = [part[..., ::size].contiguous() for part in (scales, zeros)]
     again = [spread(part, size, columns) for part in groups]
     if not all(torch.equal(*pair) for pair in zip(again, (scales, zeros), strict=True)):
         raise ValueError("its columns lie in another order there")
-    width = int(bits.max())
-    if int(bits.min()) != width:
+    least, width = map(int, bits.aminmax())
+    if least != width:
         raise ValueError("its experts have different numbers of bits")
     grid = Grid(groups[0], groups[1], float(2**width - 1))
     return encode(weight.contiguous(), grid, width, quantize.group_size, quantize.symmetric, turned)

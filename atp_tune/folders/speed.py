@@ -334,11 +334,17 @@ def about_torch(name: str, dtype: torch.dtype, device: torch.device) -> About:
 
 def _inputs(pair: Pair, dense: Checkpoint, task: Workload) -> tuple[Tensor, dict[str, Any]]:
     """The input of both models, on the device of the dense one, and arguments with few tokens, or an image, of it."""
-    if pair.of_images:
-        batch = random_pixels(pair, task).to(dense.dtype).to(dense.device)
-        return batch, {"pixel_values": batch[:1]}
-    batch = random_ids(dense, task).to(dense.device)
-    return batch, {"input_ids": batch[:1, :FEW], "use_cache": False}
+    if not pair.of_images:
+        batch = random_ids(dense, task).to(dense.device)
+        return batch, {"input_ids": batch[:1, :FEW], "use_cache": False}
+    # Pixels [batch, channels, height, width] of the size that the dense model's image processor makes.
+    grey = np.full((PICTURE, PICTURE), 128, np.uint8)
+    with within("speedup"):
+        one = Pictures([""], lambda _: "a grey picture", lambda _: grey)
+        shape = ImageProcessor.of(pair.dense, pair.trusted).pixels(one).shape[1:]
+    noise = torch.randn(task.batch, *shape, generator=torch.Generator().manual_seed(0))
+    batch = noise.to(dense.dtype).to(dense.device)
+    return batch, {"pixel_values": batch[:1]}
 
 
 def _engine(about: About, models: Mapping[Side, Any], batch: Tensor, task: Workload) -> Eager:
@@ -374,15 +380,6 @@ def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:
     """Token ids [batch, tokens + steps], the same for all engines."""
     words = int(checkpoint.config.get_text_config().vocab_size)
     return torch.randint(words, (task.batch, task.tokens + task.steps), generator=torch.Generator().manual_seed(0))
-
-
-def random_pixels(pair: Pair, task: Workload) -> Tensor:
-    """Pixels [batch, channels, height, width] of the size that the dense model's image processor makes."""
-    grey = np.full((PICTURE, PICTURE), 128, np.uint8)
-    with within("speedup"):
-        one = Pictures([""], lambda _: "a grey picture", lambda _: grey)
-        shape = ImageProcessor.of(pair.dense, pair.trusted).pixels(one).shape[1:]
-    return torch.randn(task.batch, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def opened_semi_structured(pair: Pair, task: Workload, device: torch.device) -> AbstractContextManager[SpeedEngine]:

@@ -107,7 +107,7 @@ class Coded:
         return read_packed(self.parts.get, "", self.about)
 
 
-def encode(weight: Tensor, grid: Grid, bits: int, group_size: int, symmetric: bool, transposed: bool) -> Coded:
+def encode(weight: Tensor, grid: Grid, code_bits: int, group_size: int, symmetric: bool, transposed: bool) -> Coded:
     """The codes of rounded weights [..., rows, columns] on a grid with scales and zero points [..., rows, groups].
 
     group_size: consecutive columns of a group, -1: all; transposed: the dense tensor has the last two sides exchanged.
@@ -125,19 +125,19 @@ def encode(weight: Tensor, grid: Grid, bits: int, group_size: int, symmetric: bo
         multiples = multiples.where(~wrong, other) if bool(wrong.any()) else multiples
     if not torch.equal((multiples * scales).to(weight.dtype), weight):
         raise ValueError("a weight is not on the grid of its quantizer")
-    if symmetric and not bool((grid.zero == 2 ** (bits - 1)).all()):
+    if symmetric and not bool((grid.zero == 2 ** (code_bits - 1)).all()):
         raise ValueError("its zero points are not in the middle")
     codes, kept = multiples + zeros, multiples != 0
     nonzeros = int(kept.sum())
-    masked = (weight.numel() - nonzeros) * bits > weight.numel()
+    masked = (weight.numel() - nonzeros) * code_bits > weight.numel()
     used = nn.functional.pad(kept, (0, -weight.shape[-1] % size)).view(*grid.scale.shape, size).any(-1)
     halves, exponent = in_16_bits(grid.scale, used)
-    parts = {CODES: pack_codes(codes[kept] if masked else codes, bits), SCALES: halves}
+    parts = {CODES: pack_codes(codes[kept] if masked else codes, code_bits), SCALES: halves}
     if not symmetric:
-        parts[ZEROS] = pack_codes(grid.zero, bits)
+        parts[ZEROS] = pack_codes(grid.zero, code_bits)
     if masked:
         parts[BITMASK] = bitmask_of(kept)
-    form = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "mask": masked, "exponent": exponent}
+    form = {"bits": code_bits, "group_size": group_size, "symmetric": symmetric, "mask": masked, "exponent": exponent}
     shape = weight.mT.shape if transposed else weight.shape
     about = {"shape": [*shape], **({"transposed": True} if transposed else {}), "nonzeros": nonzeros, "codes": form}
     return Coded(about, parts, fits=int(multiples.min()) in INT8 and int(multiples.max()) in INT8)
@@ -161,18 +161,18 @@ def in_16_bits(scale: Tensor, used: Tensor) -> tuple[Tensor, int]:
     return halves, exponent
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Integers from 0 to 2^bits - 1 one after the other, uint8 [⌈count·bits/8⌉], the lowest bit first."""
+def pack_codes(codes: Tensor, code_bits: int) -> Tensor:
+    """Integers from 0 to 2^code_bits - 1 one after the other, uint8 [⌈count·code_bits/8⌉], the lowest bit first."""
     count, eights = codes.numel(), -(-codes.numel() // 8)
     words = nn.functional.pad(codes.flatten().to(torch.int16), (0, eights * 8 - count)).view(eights, 8)
-    octets = torch.zeros(eights, bits, dtype=torch.int16)
+    octets = torch.zeros(eights, code_bits, dtype=torch.int16)
     for index in range(8):
-        first, shift = divmod(index * bits, 8)
+        first, shift = divmod(index * code_bits, 8)
         word = words[:, index] << shift
         octets[:, first] |= word & 255
-        if shift + bits > 8:
+        if shift + code_bits > 8:
             octets[:, first + 1] |= word >> 8
-    return octets.to(torch.uint8).flatten()[: -(-count * bits // 8)].clone()
+    return octets.to(torch.uint8).flatten()[: -(-count * code_bits // 8)].clone()
 
 
 def fits_kernel(about: dict[str, Any]) -> bool:

@@ -113,20 +113,22 @@ def _powers(device: torch.device) -> Tensor:
     return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
 
 
-def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """`count` codes of `bits` ≤ 8 bits each, int16; packed uint8 [⌈count·bits/8⌉], the lowest bit first.
+def unpack_codes(packed: Tensor, code_bits: int, count: int) -> Tensor:
+    """`count` codes of `code_bits` ≤ 8 bits each, int16; packed uint8 [⌈count·code_bits/8⌉], the lowest bit first.
 
     Errors: ValueError if there are more or fewer.
     """
-    if packed.dtype != torch.uint8 or packed.shape != (-(-count * bits // 8),):
-        raise ValueError(f"packed weight: codes {list(packed.shape)} {packed.dtype} are not {count} of {bits} bits")
-    eights = -(-count // 8)  # 8 codes take `bits` bytes
-    octets = nn.functional.pad(packed, (0, eights * bits - len(packed))).view(eights, bits).short()
+    if packed.dtype != torch.uint8 or packed.shape != (-(-count * code_bits // 8),):
+        raise ValueError(
+            f"packed weight: codes {list(packed.shape)} {packed.dtype} are not {count} of {code_bits} bits"
+        )
+    eights = -(-count // 8)  # 8 codes take `code_bits` bytes
+    octets = nn.functional.pad(packed, (0, eights * code_bits - len(packed))).view(eights, code_bits).short()
     codes = torch.empty(eights, 8, dtype=torch.int16, device=packed.device)
     for index in range(8):
-        first, shift = divmod(index * bits, 8)
-        word = octets[:, first] | octets[:, first + 1] << 8 if shift + bits > 8 else octets[:, first]
-        codes[:, index] = word >> shift & 2**bits - 1
+        first, shift = divmod(index * code_bits, 8)
+        word = octets[:, first] | octets[:, first + 1] << 8 if shift + code_bits > 8 else octets[:, first]
+        codes[:, index] = word >> shift & 2**code_bits - 1
     return codes.flatten()[:count]
 
 

@@ -355,7 +355,7 @@ def latex(studies: Sequence[Contents]) -> bytes:
     r"""One table of all studies, with the columns of each; it needs \usepackage{booktabs}."""
     tables = [overview(contents.summary, "trial") for contents in studies]
     rows = [[dict(zip(table.head, cells, strict=True)) for cells in table.rows] for table in tables]
-    units = " or ".join(dict.fromkeys(contents.summary.results.unit for contents in studies))
+    units = " or ".join(dict.fromkeys(contents.summary.results.words.unit for contents in studies))
     page = PAGES.get_template("table.tex.jinja").render(
         studies=studies, tables=list(zip(studies, rows, strict=True)), nothing=NOTHING,
         head=[*dict.fromkeys(name for table in tables for name in table.head)],

@@ -113,10 +113,10 @@ def meaning_of_errors(summary: Summary) -> str:
     """The meaning of ±: the standard error, its number of windows, and the factor of a 95 % interval."""
     by_role = {role: count for role, count in summary.results.counts.items() if count > 1}
     if len(set(by_role.values())) < 2:
-        return error_over(next(iter(by_role.values()), None), summary.results.unit)
+        return error_over(next(iter(by_role.values()), None), summary.results.words.unit)
     counts = " and ".join(f"{count} {role}" for role, count in by_role.items())
     factors = " and ".join(f"{interval_factor(count):.2f}" for count in by_role.values())
-    return f"standard error over {counts} {summary.results.unit} (× {factors} for 95 %)"
+    return f"standard error over {counts} {summary.results.words.unit} (× {factors} for 95 %)"
 
 
 def has_bytes(summary: Summary) -> bool:
@@ -323,7 +323,7 @@ def against_uniform(summary: Summary) -> str:
     over = summary.over_draws.get(best.number) if main is PERPLEXITY else None
     text = f"The best plan’s {main.title} is {against.change.beside('uniform’s')} on the {against.on} {results.data}"
     if over and over.change:
-        text += f" (± standard error over {results.unit}), and over {over.count} draws of the calibration "
+        text += f" (± standard error over {results.words.unit}), and over {over.count} draws of the calibration "
         text += f"{results.data} {over.beside('it')} (± standard deviation between draws)"
     return f"{text}." + (" That may be chance: zero lies in its 95\u00a0% interval." if against.is_chance else "")
 

@@ -154,11 +154,6 @@ class Results:
         """The data that plans are measured on: text or images."""
         return self.words.data
 
-    @property
-    def unit(self) -> str:
-        """The items that errors are over: windows of a text, or images."""
-        return self.words.unit
-
     @cached_property
     def counts(self) -> dict[str, int]:
         """Number of items of each measured text."""

@@ -100,7 +100,7 @@ class Setup:
             bos=bos,
             score=study.score,
             sparsities=study.interval,
-            quantize=None if study.bits is None else study.quantize,
+            quantize=study.methods.quantize,
             bits=study.fixed_bits,
             by_prices=bool(study.allocation.by_prices),
         )
