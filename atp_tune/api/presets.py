@@ -323,13 +323,10 @@ class StudyRequest:
         by_prices = is_alone and self.pruners in ((), ("wanda",)) and not preset.screens_prices
         stride = STRIDE if windows is None else min(STRIDE, windows // 2)
         screen = {"trials": preset.screened, "confirm": preset.confirmed, "stride": stride}
-        limit = self.limit or {}
-        return {
-            "objective": ["kl"] if "max_kl" in limit else ["perplexity"],
-            "sampler": "tpe",
-            **({} if limit and (self._of_channels or by_prices) else {"screen": screen}),
-            **({"trials": preset.limited} if limit else {}),
-        }
+        more: dict[str, Any] = {"screen": screen}
+        if self.limit:
+            more = ({} if self._of_channels or by_prices else more) | {"trials": preset.limited}
+        return {"objective": ["kl" if "max_kl" in (self.limit or {}) else "perplexity"], "sampler": "tpe", **more}
 
 
 def usual_texts(notify: "Notify") -> str:

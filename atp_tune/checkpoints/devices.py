@@ -125,12 +125,12 @@ def free_memory(device: torch.device) -> int:
 
     Memory that PyTorch's allocator keeps of freed tensors counts as free.
     """
-    limit = device_limit()
+    simulated = device_limit()
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
-        return free if limit is None else max(0, min(free, limit - held))
-    return host_memory() if limit is None else min(host_memory(), limit)
+        return free if simulated is None else max(0, min(free, simulated - held))
+    return host_memory() if simulated is None else min(host_memory(), simulated)
 
 
 def device_limit() -> int | None:
@@ -185,7 +185,7 @@ def cgroup_limit(process: Path = PROCESS) -> int | None:
     for folder, (limit, *_) in _groups(process):
         with suppress(OSError, ValueError):
             limits.append(int((folder / limit).read_text()))
-    return min((limit for limit in limits if limit < NO_LIMIT), default=None)
+    return min((size for size in limits if size < NO_LIMIT), default=None)
 
 
 def _groups(process: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:

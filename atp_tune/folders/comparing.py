@@ -57,10 +57,10 @@ TOPS = {"top-1": 1, "top-5": 5}
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Options of `evaluate`: tasks by name or path, items and few-shot examples of each, batch size."""
+    """Options of `evaluate`: tasks by name or path, `most` items and few-shot examples of each, batch size."""
 
     tasks: tuple[str, ...]
-    limit: int | None
+    most: int | None
     num_fewshot: int | None
     batch: int
 
@@ -151,7 +151,7 @@ def _work(of_images: bool, options: TaskOptions, place: Place) -> TaskResults | 
 
     place.note("reading the tasks")
     tasks = find_tasks(options.tasks, place.watch, multimodal=True)
-    return TaskResults({"": tasks}, options.limit, options.num_fewshot, options.batch)
+    return TaskResults({"": tasks}, options.most, options.num_fewshot, options.batch)
 
 
 def compared(name: str, results: Mapping[Any, Any]) -> TaskScores:
@@ -179,7 +179,7 @@ def _scores(
 ) -> ZeroShot:
     """The scores of models on tasks, with their differences; top-1 and top-5 accuracies on images in the same form."""
     if isinstance(work, RoleScores):
-        session = session if options.limit is None else session.limited("test", options.limit)
+        session = session if options.most is None else session.limited("test", options.most)
         seconds: Any = session.compare(plans, [work])
         ranks = {model: scores["ranks"] for model, scores in work.found.items()}
         tasks, more = tuple(_top(name, top, ranks) for name, top in TOPS.items()), dict[str, Any](mean={})
@@ -204,7 +204,7 @@ def _scores(
     return ZeroShot(
         tasks=tasks,
         **more,
-        limit=options.limit,
+        limit=options.most,
         dtype=session.dtype,
         device=device_name(session.checkpoint.device),
         seconds=seconds,

@@ -297,17 +297,17 @@ def opened(
     dtype: torch.dtype,
     name: str = "torch",
     change: Change | None = None,
-    limit: float | None = None,
+    tolerance: float | None = None,
 ) -> Iterator[SpeedEngine]:
     """Opens both models on the device; `change` modifies the sparse one.
 
-    `limit`: largest difference of its logits that the change may make, over the largest logit; UserError above it.
+    `tolerance`: largest difference of its logits that the change may make, over the largest logit; UserError above it.
     """
     about = about_torch(name, dtype, device)
     with pair.load("dense", dtype, device) as dense, pair.load("sparse", dtype, device) as sparse:
         batch, few = _inputs(pair, dense, task)
         if change is not None:
-            about = replace(about, logits=_difference(sparse, change, few, limit))
+            about = replace(about, logits=_difference(sparse, change, few, tolerance))
         # The engine alone has the models, or they would outlive its closing.
         with closing(_engine(about, {"dense": dense.model, "sparse": sparse.model}, batch, task)) as engine:
             yield engine
@@ -353,11 +353,11 @@ def _engine(about: About, models: Mapping[Side, Any], batch: Tensor, task: Workl
 
 @torch.inference_mode()
 def _difference(
-    checkpoint: Checkpoint, change: Change, arguments: Mapping[str, Any], limit: float | None
+    checkpoint: Checkpoint, change: Change, arguments: Mapping[str, Any], tolerance: float | None
 ) -> float | None:
     """Modifies a model; the largest difference of its logits by it, over the largest logit; None for infinite logits.
 
-    UserError above the limit.
+    UserError above the tolerance.
     """
     model: Any = checkpoint.model
     before = model(**arguments).logits.float()
@@ -366,7 +366,7 @@ def _difference(
     if not before.isfinite().all():
         return None
     difference = relative(after, before)
-    if limit is not None and not difference <= limit:
+    if tolerance is not None and not difference <= tolerance:
         raise UserError(f"speedup: the logits differ by {difference:.1g} of the largest from transformers'; report it")
     return difference
 

@@ -29,7 +29,7 @@ from atp_tune.config.best import (
 from atp_tune.config.finding import known
 from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
-from atp_tune.measures import MEASURES, Accuracy
+from atp_tune.measures import MEASURES, Accuracy, Limit
 from atp_tune.metrics import OverDraws
 from atp_tune.plan import Plan, method_in
 from atp_tune.results.formatting import dense_speed, method_words, plan_words, sign_of_beta, trial_remark
@@ -290,7 +290,7 @@ class Status(FrozenModel):
     bos: bool = False
     uniform_draws: OverDraws | None = None
     windows: dict[str, int] = Field({})
-    limit: dict[str, float | dict[str, float]] | None = None
+    limit: Limit | None = None
     points: tuple[PointStatus, ...] = ()
     dense_bytes: int | None = None
     dense_tokens_per_second: float | None = None
@@ -350,7 +350,7 @@ def make_status(summary: Summary, now: datetime) -> Status:
         bos=summary.bos,
         uniform_draws=summary.over_draws.get(uniform.number) if uniform else None,
         windows=results.counts,
-        limit=None if summary.limit is None else dict(summary.limit),
+        limit=summary.limit,
         points=tuple(_point(summary, point) for point in summary.points),
         dense_bytes=summary.dense_bytes,
         **{f"dense_{summary.results.words.rate}_per_second": dense_speed(summary)},

@@ -246,10 +246,10 @@ class Screened:
 
 def make_goal(spec: Study, budget: Budget) -> "AtSparsity":
     """The goal of a study with this budget."""
-    space, limit = make_space(spec, budget), spec.limit.given if spec.limit else None
-    if isinstance(space, SpaceOverInterval):
-        return (WithinLimit if limit else OverInterval)(spec.search, space, limit)
-    return AtSparsity(spec.search, space)
+    space = make_space(spec, budget)
+    if not isinstance(space, SpaceOverInterval):
+        return AtSparsity(spec.search, space)
+    return WithinLimit(spec.search, space, spec.limit.given) if spec.limit else OverInterval(spec.search, space)
 
 
 @dataclass

@@ -100,12 +100,13 @@ def has_gap(points: Sequence[FrozenTrial], kinds: dict[str, BaseDistribution]) -
 
     `points`: an allocation's trials with the logs of their values; `kinds`: its distributions.
     """
-    limit = min(point.value for point in points if point.value is not None) + NEAR
+    near_best = min(point.value for point in points if point.value is not None) + NEAR
     for pruner in {method_in(point.params) for point in points}:
         own = [point for point in points if method_in(point.params) == pruner]
         for name, kind in kinds.items():
             if isinstance(kind, FloatDistribution) and any(
-                width > GAP * (kind.high - kind.low) and value < limit for width, value in _stretches(own, name, kind)
+                width > GAP * (kind.high - kind.low) and value < near_best
+                for width, value in _stretches(own, name, kind)
             ):
                 return True
     return False

@@ -243,8 +243,8 @@ def effective_total(study: optuna.Study, total: int, goes_on: bool = False) -> i
 
     `goes_on`: the request overrides the early termination.
     """
-    limit, have = study.user_attrs.get("terminated_early", (0, 0))
-    return int(have) if total <= limit and not goes_on else total
+    request, have = study.user_attrs.get("terminated_early", (0, 0))
+    return int(have) if total <= request and not goes_on else total
 
 
 def requested(study: optuna.Study) -> int | None:
