@@ -262,10 +262,6 @@ class Measure:
         """The score that a minimised value of so many items stands for: of an error rate the accuracy."""
         return 1 - ((items + 1) * value - 0.5) / items if self.is_higher_better else value
 
-    def loss_of(self, score: float, items: int) -> float:
-        """The minimised value that a score of so many items has: the inverse of `of_loss`."""
-        return (items * (1 - score) + 0.5) / (items + 1) if self.is_higher_better else score
-
     def is_gain(self, change: Estimate) -> bool:
         """Whether a change is for the better."""
         return change.value > 0 if self.is_higher_better else change.value < 0

@@ -108,8 +108,7 @@ def code_in(study: Study) -> Iterator[tuple[str, str]]:
     """Each key of a study, with its value, by which code runs that no file can allow: docs/security.md lists them."""
     yield from ((plugin.key, plugin.written) for plugin in named_in(study) if is_place(plugin.written))
     yield from _imports({f"{key}.source": data for key, data in study.data.sources.items()})
-    if study.limit is not None:
-        yield from (("limit.min_accuracy", name) for name in study.limit.min_accuracy or () if is_task_path(name))
+    yield from (("limit.min_accuracy", name) for name in study.tasks if is_task_path(name))
 
 
 def _imports(texts: Mapping[str, Source]) -> Iterator[tuple[str, str]]:
@@ -155,9 +154,8 @@ def contents(study: Study, folder: Path) -> dict[str, str]:
                     digests[plugin.short] = sha256
         if source is not None:
             digests[plugin.short] = source.sha256
-    for key, name in code_in(study):
-        if key == "limit.min_accuracy":
-            digests[Path(name).stem] = _of_tasks(written(name, folder, key))
+    for name in filter(is_task_path, study.tasks):
+        digests[Path(name).stem] = _of_tasks(written(name, folder, "limit.min_accuracy"))
     return digests
 
 

@@ -473,6 +473,7 @@ def make_plan(
     flat = [s for row in shared for s in (row if isinstance(row, tuple) else (row,))]
     sizes = [size for row in budget.linear_sizes for size in row] if by_linear else budget.sizes
     rows: Sequence[Sequence[float]] = ()
+    amount_of = "sparsity"
     if pattern.channels:
         if by_linear:
             raise UserError(
@@ -481,14 +482,13 @@ def make_plan(
             )
         rows = channels.rounded(flat, budget.channels, budget.target)
     elif budget.widths:
-        flat = [*bits.rounded([bits.bits_at(s, budget.widths) for s in flat], sizes, budget.widths)]
+        amount_of, flat = "bits", [*bits.rounded([bits.bits_at(s, budget.widths) for s in flat], sizes, budget.widths)]
     else:
         flat = [*pattern.round(flat, sizes)]
 
     def level(amount: float, offsets: bytes | None = None, linears: tuple[Level, ...] = ()) -> Level:
-        if budget.widths:
-            return Level(bits=amount, linears=linears)
-        return Level(amount, budget.bits, None if offsets is None else offsets_to_text(offsets), linears)
+        amounts: dict[str, Any] = {"bits": budget.bits, amount_of: amount}
+        return Level(**amounts, rows=None if offsets is None else offsets_to_text(offsets), linears=linears)
 
     # A level for each block, with those of its linears if they differ, or if whole channels go.
     levels = map(level, flat)

@@ -254,6 +254,11 @@ class Study(SettingsTable):
         return 1 if self.interval else len({*self.allocation.short_names} - {"uniform"})
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of the limit, by name or path."""
+        return tuple(self.limit.min_accuracy or ()) if self.limit else ()
+
+    @property
     def compares_all(self) -> bool:
         """Whether every trial is a point of a front, or uniform beside one, so that the test text is read for each."""
         is_front = self.interval is not None and self.limit is None and self.search.trials is None
@@ -495,12 +500,9 @@ def _of_the_best(study: "Study") -> Iterator[Row]:
         (isinstance(calibration, Text) and calibration.images is not None, "texts.calibration has images"),
     ):  # fmt: skip
         yield "recover", study.recover and is_given, f'must be left out, or "none", where {reason}'
-    what = "bits" if study.by_bits else 'prune.pattern = "channels"'
-    yield (
-        "speed",
-        study.speed and (study.by_bits or pattern.channels),
-        f"packed weights have single zeros, which {what} makes none of; leave it out",
-    )
+    for is_given, what in ((study.by_bits, "bits"), (pattern.channels, 'prune.pattern = "channels"')):
+        why = f"packed weights have single zeros, which {what} makes none of; leave it out"
+        yield "speed", study.speed and is_given, why
 
 
 def _of_search(study: "Study") -> Iterator[Row]:

@@ -271,6 +271,6 @@ def _whole(amounts: Known, session: "Session | None", rates: ProbeRates | None) 
     return StudyCost(
         trials=total, done=done, screened=screening_total, tokens=tokens, seconds=seconds, seconds_left=left,
         early_termination=study.search.early_termination or study.limit is not None,
-        without_tasks=study.limit is not None and study.limit.min_accuracy is not None,
+        without_tasks=bool(study.tasks),
         descents=by_prices or None if rates else None, training=training if rates else None,
     )  # fmt: skip

@@ -50,7 +50,7 @@ class Treatment:
     @property
     def measures(self) -> type[Statistics] | None:
         """The kind of statistics that all need."""
-        rounds_by = None if self.quantizer is None else self.quantizer.measures
+        rounds_by = getattr(self.quantizer, "measures", None)
         if self.pruner is None:
             return rounds_by
         own = self.pruner.measures
@@ -63,11 +63,9 @@ class Treatment:
 
     def prepare(self, statistics: Statistics) -> None:
         """Prepares the statistics of the pruner and of the quantizer."""
-        own, hessian = _parts(statistics)
-        if self.pruner is not None and own is not None:
-            self.pruner.prepare(own)
-        if self.quantizer is not None and hessian is not None:
-            self.quantizer.prepare(hessian)
+        for step, part in zip((self.pruner, self.quantizer), _parts(statistics), strict=True):
+            if step is not None and part is not None:
+                step.prepare(part)
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in] at a sparsity in [0, 1], not rounded; without a pruner the weight."""
