@@ -332,10 +332,9 @@ class Pass:
         error = None if self.dense_states is None else relative_error(self.after, self.dense_states[index])
         zeros = pruned.zeros()
         timer.lap("calibrate")
-        bits = {x.name: int(level.bits) for x, level in zip(linears, levels, strict=True) if level.bits is not None}
         lacking = tuple(pruned.experts_without_tokens)
         return PrunedBlock(
-            index, pruned.weights, zeros, error, timer.seconds, lacking, pruned.channels, bits, pruned.grids
+            index, pruned.weights, zeros, error, timer.seconds, lacking, pruned.channels, pruned.bits, pruned.grids
         )
 
     def _prune_sequentially(
@@ -384,7 +383,7 @@ class Pruning:
         self._dense = weights
         self._pruner = pruner
         self._levels = dict(zip((linear.name for linear in linears), levels, strict=True))
-        self.grids, self._keeps_grids = dict[str, Grid](), keeps_grids
+        self.bits, self.grids, self._keeps_grids = dict[str, int](), dict[str, Grid](), keeps_grids
         self._kept: Tensors = {}
         self._sizes = {linear.name: linear.size for linear in linears}
 
@@ -407,9 +406,10 @@ class Pruning:
         pruned = rule.prune(linear.matrix(self._dense[linear.key]), level.sparsity or 0.0, statistics)
         if level.bits is None or not isinstance(rule, Treatment) or rule.quantizer is None:
             return pruned
+        self.bits[linear.name] = bits = int(level.bits)
         if self._keeps_grids:
-            self.grids[linear.name] = rule.quantizer.grid(pruned, int(level.bits))
-        return rule.rounded(pruned, int(level.bits), statistics)
+            self.grids[linear.name] = rule.quantizer.grid(pruned, bits)
+        return rule.rounded(pruned, bits, statistics)
 
     def zeros(self) -> dict[str, int]:
         """Number of zeros in each linear, with a single synchronisation of the device."""

@@ -221,9 +221,7 @@ class Study(SettingsTable):
     @property
     def descents(self) -> frozenset[tuple[str, bool]]:
         """The descents by prices: what each goes by, and whether rows move too."""
-        if self.by_bits:
-            return frozenset([("bits", False)] if self.allocation.by_prices else [])
-        pairs = product(self.allocation.by_prices, self.prune.short_names)
+        pairs = product(self.allocation.by_prices, self.methods.short_names)
         return frozenset(
             (self.prune.priced_by(pruner), name == BY_GRADIENT_ROWS and self.prune.by_rows(pruner))
             for name, pruner in pairs
