@@ -95,9 +95,9 @@ def _shares(config: Config) -> dict[str, str | int]:
 def as_recipe(config: Config) -> str:
     """The recipe; UserError if llm-compressor lacks the pruner or a setting."""
     refuse_both(config, "llm-compressor")
-    if config.by_bits:
+    if config.bits is not None:
         stage = {"quantization_stage": {"bits_modifiers": modifier(config)}}
-        return f"{_head(config)}{yaml.safe_dump(stage, sort_keys=False, width=100)}"
+        return f"{_head(config, f'{config.bits.target:g} bits')}{yaml.safe_dump(stage, sort_keys=False, width=100)}"
     if parse(config.prune.pattern).channels:
         raise _cannot(
             "llm-compressor", "prune.pattern", config.prune.pattern, "zeroes single weights, no whole channels"
@@ -114,7 +114,7 @@ def as_recipe(config: Config) -> str:
     groups = _by_number(config, group) if group else [_by_sparsity(config)]
     stage = {f"group{index}_modifiers": {name: {**group, **settings}} for index, group in enumerate(groups)}
     recipe = yaml.safe_dump({"sparsity_stage": stage}, sort_keys=False, width=100)
-    return f"{_head(config)}{recipe}"
+    return f"{_head(config, f'{config.sparsity.target:.4g}')}{recipe}"
 
 
 def _wanda(config: Config) -> tuple[str, Table]:
@@ -167,7 +167,7 @@ def _modules(config: Config) -> dict[str, float]:
     return sparsities
 
 
-def _head(config: Config) -> str:
+def _head(config: Config, amount: str) -> str:
     text = config.calibration
     if not isinstance(text, Text):
         raise UserError(
@@ -175,7 +175,6 @@ def _head(config: Config) -> str:
         )
     if text.images is not None:
         raise UserError("--format llm-compressor: calibrates on texts, not on pairs with images; take yaml or csv")
-    amount = f"{config.sparsity.target:.4g}" if config.bits is None else f"{config.bits.target:g} bits"
     return HEAD.format(
         pruner=config.plan.method, amount=amount, allocation=config.plan.allocation,
         study="a plan" if config.trial is None else f"trial {config.trial}",
