@@ -24,6 +24,7 @@ from atp_tune.events import EventHandler, Place, TrialStarted, calling
 from atp_tune.folders.applying import PLAIN, Way, apply, fit_plan
 from atp_tune.folders.card import ABOUT, describe
 from atp_tune.folders.finetuning import apply_trained
+from atp_tune.folders.packing import Codes, pack_folder, to_pack
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
@@ -70,15 +71,16 @@ def save(
     lender: Lender,
     way: Way = PLAIN,
     dtype: str | None = None,
+    codes: Codes | None = None,
 ) -> Perplexity:
     """Writes the sparse checkpoint of a configuration, and returns its perplexity on the test text.
 
     `way`: as of `apply`, `dtype`: as of `write_sparse`; not used where the kept weights are trained, as a
-    configuration may say.
+    configuration may say. `codes` get those of rounded weights.
     """
     with in_folder(config, lender, place, out.parent) as (of_folder, there, dense):
         if config.trained is not None:
-            measured = apply_trained(of_folder, config.trained.settings, out, there).record.after
+            measured = apply_trained(of_folder, config.trained.settings, out, there, codes).record.after
         else:
             way = replace(way, write=partial(way.write, dtype=dtype))
             measured = apply(of_folder, out, there, way)
@@ -203,7 +205,6 @@ class Configuration:
         "float16", of all weights; by default as the dense model's files, of a .gguf file as the study computed, of
         trained weights always as the files. UserError if the folder exists.
         """
-        from atp_tune.folders.packing import Codes, pack_folder, to_pack
         from atp_tune.folders.slim import SLIM, check_pattern
         from atp_tune.utils.system import check_free
 
@@ -224,7 +225,7 @@ class Configuration:
             with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
                 codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
                 there = replace(place, watch=calling(place.watch, str(sparse), str(out)))
-                measured = save(self.config, sparse, there, self.lender, to_pack(self.config, codes), dtype)
+                measured = save(self.config, sparse, there, self.lender, to_pack(self.config, codes), dtype, codes)
                 pack_folder(sparse, out, watch=place.watch, codes=codes)
         return measured
 

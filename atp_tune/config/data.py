@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, SerializerFunctionWrapHandler, StrictBool, model_serializer, model_validator
 
 from atp_tune.plan import Share
-from atp_tune.utils.registry import SettingsTable
+from atp_tune.utils.registry import SettingsTable, check_once
 
 MANUAL = "package:pydoc_data.topics:topics"  # in every Python: a part of its manual
 MIXED = "mixed"
@@ -100,7 +100,7 @@ class Text(Source):
 
     data, words = "text", Words()
     source: str = Field(min_length=1)
-    """c4, wikitext2, mixed[:KIND], hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in"""
+    """c4, wikitext2, mixed[:KIND,…], hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in"""
     column: str = "text"
     """column of the text (hub, .jsonl, .parquet)"""
     part: tuple[Share, Share] = (0.0, 1.0)
@@ -124,8 +124,9 @@ class Text(Source):
     def _drawable(self) -> Self:
         if self.sampling == "random" and self.nsamples is None:
             raise ValueError("nsamples: a random draw needs their number")
-        if self.source == MIXED and self.stride % len(KINDS) == 0:
-            raise ValueError(f"stride: every {self.stride}th window is of one kind; take no multiple of {len(KINDS)}")
+        if (count := len(self.mixed)) and self.stride % count == 0:
+            raise ValueError(f"stride: every {self.stride}th window is of one kind; take no multiple of {count}")
+        check_once(self.mixed, "source")
         return self
 
     @property
@@ -134,12 +135,19 @@ class Text(Source):
         return f"{'pairs of image and text' if self.images else 'windows'} of {self.seqlen} tokens"
 
     @property
+    def mixed(self) -> tuple[str, ...]:
+        """The kinds of which windows are taken in turn; () for a text of one kind."""
+        name, _, kinds = self.source.partition(":")
+        own = kinds.split(",") if kinds else KINDS
+        return tuple(own) if name == MIXED and len(own) > 1 else ()
+
+    @property
     def kinds(self) -> tuple[Self, ...]:
         """The texts of which windows are taken in turn: of `mixed` one of each kind, else the text itself."""
-        if self.source != MIXED:
+        if not (kinds := self.mixed):
             return (self,)
-        sizes = [self.nsamples and -(-(self.nsamples - index) // len(KINDS)) for index in range(len(KINDS))]
-        pairs = zip(KINDS, sizes, strict=True)
+        sizes = [self.nsamples and -(-(self.nsamples - index) // len(kinds)) for index in range(len(kinds))]
+        pairs = zip(kinds, sizes, strict=True)
         return tuple(
             self.model_copy(update={"source": f"{MIXED}:{kind}", "nsamples": size}) for kind, size in pairs if size != 0
         )
@@ -147,8 +155,8 @@ class Text(Source):
     @property
     def turns(self) -> tuple[str, ...]:
         """The kinds of the first windows, after which they begin again; () for a text of one kind."""
-        count = len(KINDS)
-        return tuple(KINDS[turn * self.stride % count] for turn in range(count)) if self.source == MIXED else ()
+        count = len(self.mixed)
+        return tuple(self.mixed[turn * self.stride % count] for turn in range(count))
 
     @model_serializer(mode="wrap")
     def _without_none(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -158,8 +166,10 @@ class Text(Source):
 
     def _has_same_source(self, other: Any) -> bool:
         """Whether both are of one source, or of the same kind of `mixed`."""
-        of = {MIXED: {f"{MIXED}:{kind}" for kind in KINDS}, MANUAL: {f"{MIXED}:manual"}}
-        mine, others = (of.get(source, {source}) for source in (self.source, other.source))
+        mine, others = (
+            {f"{MIXED}:manual"} if each.source == MANUAL else {kind.source for kind in each.kinds}
+            for each in (self, other)
+        )
         return self.column == other.column and not mine.isdisjoint(others)
 
     def _is_cut_unlike(self, other: Any) -> bool:

@@ -490,7 +490,6 @@ def _of_the_best(study: "Study") -> Iterator[Row]:
     """Yields the rows on what comes after the search: training and speed."""
     calibration, pattern = study.data.calibration, parse(study.prune.pattern)
     for is_given, reason in (
-        (study.bits, "bits are given, since training would undo the rounding"),
         (pattern.channels, 'prune.pattern = "channels" (`finetune` trains the folder)'),
         (study.interval and study.limit is None, "sparsity is an interval without a limit"),
         (study.search.score != NEXT_TOKEN, "plug-ins score, since training lowers the NLL or KL of the next token"),
@@ -498,6 +497,11 @@ def _of_the_best(study: "Study") -> Iterator[Row]:
         (isinstance(calibration, Text) and calibration.images is not None, "texts.calibration has images"),
     ):  # fmt: skip
         yield "recover", study.recover and is_given, f'must be left out, or "none", where {reason}'
+    yield (
+        "recover.train",
+        study.bits and study.recover and study.recover.train == "lora",
+        'must be "scales" where bits are given: LoRA would undo the rounding',
+    )
     for is_given, what in ((study.by_bits, "bits"), (pattern.channels, 'prune.pattern = "channels"')):
         why = f"packed weights have single zeros, which {what} makes none of; leave it out"
         yield "speed", study.speed and is_given, why

@@ -25,7 +25,7 @@ from atp_tune.config.prune import PruneConfig, RecoverConfig, Recovered, Recover
 from atp_tune.config.study import Data, ModelConfig
 from atp_tune.errors import UserError, within
 from atp_tune.events import Place, Step, TrialStarted, calling
-from atp_tune.folders.applying import Shards, Way, folder_scores, sparse_folder, write_applied
+from atp_tune.folders.applying import Shards, folder_scores, sparse_folder, write_applied
 from atp_tune.folders.card import (
     FINETUNED,
     AccuracyChange,
@@ -38,6 +38,7 @@ from atp_tune.folders.card import (
     new_manifest,
     origin,
 )
+from atp_tune.folders.packing import Codes, to_pack
 from atp_tune.folders.training import find_teacher, windows_held_out, windows_read
 from atp_tune.inputs.images import duplicate_images, image_items
 from atp_tune.inputs.items import Items
@@ -133,7 +134,7 @@ class FinetuningJob:
     """One run of `finetune`; `dense` is the dense model's perplexity on the test text, if known.
 
     `teacher`: the dense model whose predictions are learnt, None if the next tokens are. What is trained `stays` in the
-    cache at the end if another run may write the same folder.
+    cache at the end if another run may write the same folder. `codes`: of rounded weights, whose scales are trained.
     """
 
     setup: Setup
@@ -145,6 +146,7 @@ class FinetuningJob:
     dense: Estimate | None
     teacher: ModelFolder | None
     stays: bool
+    codes: Codes | None
 
     @cached_property
     def facts(self) -> dict[str, str]:
@@ -183,7 +185,8 @@ class FinetuningJob:
         count = windows_held_out(len(self.items), settings)
         items = self.items[: len(self.items) - count]
         held_out = self.items[-count:] if count else None
-        trainer = Trainer(checkpoint, items, settings, held_out, self.teacher)
+        groups = None if self.codes is None else self.codes.quantize.group_size
+        trainer = Trainer(checkpoint, items, settings, held_out, self.teacher, groups)
         place.watch(TrialStarted(f"fine-tuning {self.out}", None))
         place.note(f"training needs {trainer.memory}")
         if not count and settings.patience:
@@ -202,7 +205,7 @@ class FinetuningJob:
 
         with sparse_folder(source, self.out) as folder:
             Shards(source, str(checkpoint.model.base_model_prefix)).write(
-                folder, names, counted(trainer.adapters.merged())
+                folder, names, counted(trainer.adapters.merged(self.codes))
             )
             self.folder.check_unchanged()
             del trainer
@@ -287,6 +290,7 @@ def finetune(
     place: Place,
     teacher: str | None = None,
     stays: bool = False,
+    codes: Codes | None = None,
 ) -> Trained:
     """Fine-tunes the folder `model` into the folder `out`, and measures both on the test text.
 
@@ -294,8 +298,9 @@ def finetune(
     images. `text` and `test` default to the calibration and test text that the folder was pruned with. Windows begin
     with BOS if they did when it was pruned. `place`: paths start where the folder's do. `teacher`: source of the dense
     model for the loss `kl`; by default the model that the folder was pruned from. What is trained `stays` in the cache,
-    for another run. UserError if `out` exists, if the training text shares documents with the validation or test text,
-    or if no step lowers the loss on held-out windows.
+    for another run. `codes`: of the folder's rounded weights; the scales of their groups are trained, and kept there.
+    UserError if `out` exists, if the training text shares documents with the validation or test text, or if no step
+    lowers the loss on held-out windows.
     """
     if settings.train == "lora":
         require("finetune", "training by LoRA")
@@ -308,8 +313,10 @@ def finetune(
         own: dict[str, Data] = {"text": pruning.calibration} if text is None else {}
         own |= {"test_text": pruning.test, "validation_text": pruning.validation} if test is None else {}
         plug_in_texts(pruning.config, own, pruning.base, place.allowed.get("trust_plugins", False))
-    if pruning and pruning.config.bits is not None:
-        raise UserError(f"{model}: its weights are rounded, and training would undo that; train it before")
+    if pruning and pruning.config.bits is not None and codes is None:
+        raise UserError(
+            f"{model}: its weights are rounded, and this would undo it; a study with `recover` trains scales"
+        )
     own_test, (text, test) = test is None, choose(text, test, pruning)
     settings = settings.filled(getattr(pruning.validation if pruning else text, "seqlen", None))
     config = ModelConfig(source=str(model.absolute()), dtype=pruning.dtype if pruning else "auto")
@@ -331,7 +338,7 @@ def finetune(
     score = CLASSES if True in kinds else "next-token"
     setup = Setup(config, PruneConfig(), measured, place, bos=bos, score=score)
     with oom_as_user_error("training"):
-        return FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, stays).run()
+        return FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, stays, codes).run()
 
 
 # --- Recovery, as `[recover]` of a study asks: a configuration is pruned, and its kept weights are trained.
@@ -339,20 +346,24 @@ def finetune(
 # What was trained is kept in the cache, by what it was trained with, so that a second run of the same machine writes
 # the same folder without training.
 
-PRUNED = Way(copies=2)  # and then its weights trained
 NO_GAIN = "no step lowered the loss on the held-out windows"
 
 
-def apply_trained(config: Config, recover: RecoverConfig, out: Path, place: Place) -> Trained:
+def apply_trained(
+    config: Config, recover: RecoverConfig, out: Path, place: Place, codes: Codes | None = None
+) -> Trained:
     """Prunes to a configuration, trains the kept weights, and writes the folder `out`, measured as `finetune` does.
 
-    Arguments and errors are those of `apply`; NoGainError if no step lowers the held-out loss.
+    Arguments and errors are those of `apply`; NoGainError if no step lowers the held-out loss. `codes` get those of
+    rounded weights, with scales as trained.
     """
     check_free(out)
-    with temporary_folder(out) as pruned:  # beside: relative paths stay right
-        place = replace(place, watch=calling(place.watch, str(pruned), "the pruned model"))
-        write_applied(config, pruned, place, PRUNED)
-        return finetune(pruned, out, None, None, recover, place, stays=True)
+    with temporary_folder(out) as pruned, temporary_folder(out) as parts:  # beside: relative paths stay right
+        if codes is None and config.quantize is not None:
+            codes = Codes(parts, config.quantize)
+        place, way = replace(place, watch=calling(place.watch, str(pruned), "the pruned model")), to_pack(config, codes)
+        write_applied(config, pruned, place, replace(way, copies=2))
+        return finetune(pruned, out, None, None, recover, place, stays=True, codes=codes)
 
 
 def recovered(

@@ -116,6 +116,17 @@ class Codes:
         entry = next((self._files.pop(name) for name in names if name in self._files), None)
         return entry and replace(entry[1], parts=load_file(entry[0]))
 
+    def scaled(self, part: str, factors: Tensor) -> Tensor:
+        """The weights that the codes of a tensor give with each group's scale multiplied by its factor, which is kept.
+
+        `factors`: shaped as the tensor, equal within a group.
+        """
+        file, entry = self._files[part]
+        coded = replace(entry, parts=load_file(file)).scaled(factors)
+        save_file(coded.parts, file)
+        self._files[part] = file, replace(coded, parts={})
+        return coded.decoded()
+
     def check_all_stored(self) -> None:
         """UserError if a rounded tensor was not asked for."""
         if self._files:

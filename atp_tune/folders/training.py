@@ -36,8 +36,10 @@ from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.folders.applying import check_model
 from atp_tune.folders.card import ABOUT, PrunedWith
+from atp_tune.folders.packing import Codes
 from atp_tune.inputs.items import IDS, LABELS, Items
 from atp_tune.inputs.windows import load_tokenizer
+from atp_tune.packed.layout import spread
 from atp_tune.scores.next_token import loss_gradient, mean_loss
 from atp_tune.utils.cache import write_out
 
@@ -88,9 +90,11 @@ def find_teacher(
 # --- What is trained in the linears of a sparse checkpoint while every zero stays: scales, or masked LoRA (`lora`).
 #
 #     scales   y = eᵃ ⊙ W (eᵇ ⊙ x)          W' = diag(eᵃ) W diag(eᵇ)
+#     groups   y = W' x                     W'_ij = W_ij exp c_ig      of rounded weights; input j lies in the group g
 #
-# W is the frozen weight of a linear [out, in] with its zeros; a [out] and b [in] are trained in float32. A bias is not
-# trained.
+# W is the frozen weight of a linear [out, in] with its zeros; a [out], b [in] and c [out, groups] are trained in
+# float32. A bias is not trained. With c rounded weights keep their codes and zero points, whose scales alone change
+# (as of Esser et al., "Learned Step Size Quantization", ICLR 2020).
 #
 # The exponentials are never 0, so that W' has W's zeros and signs. The forward multiplies inputs and outputs, and needs
 # no gradient of W's size; W' is rounded to W's format at the merge alone. Norm gains are not trained: a gain is a scale
@@ -112,12 +116,12 @@ class Adapters:
         return {part for name, w in weights.items() for part in self._checkpoint.as_saved(name, w.to("meta"))}
 
     @torch.no_grad()
-    def merged(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name on disk, weight before and weight as trained, linear by linear."""
+    def merged(self, codes: Codes | None) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name on disk, weight before and weight as trained, linear by linear; of rounded weights `codes` have them."""
         for name, layer in self._layers.items():
-            tuned = self._checkpoint.as_saved(name, layer.tuned().cpu())
+            tuned = self._checkpoint.as_saved(name, (layer.tuned() if codes is None else layer.factors()).cpu())
             for part, was in self._checkpoint.as_saved(name, layer.get_base_layer().weight.cpu()).items():
-                yield part, was, tuned[part]
+                yield part, was, tuned[part] if codes is None else codes.scaled(part, tuned[part])
 
 
 class ScaledLinear(nn.Module):
@@ -126,9 +130,12 @@ class ScaledLinear(nn.Module):
     def __init__(self, base: nn.Module, linear: Linear) -> None:
         super().__init__()
         self.base: Any = base
-        self._transposed, device = linear.transposed, self.weight.device
-        self.rows = nn.Parameter(torch.zeros(linear.out_features, device=device))
-        self.columns = nn.Parameter(torch.zeros(linear.in_features, device=device))
+        self._linear = linear
+        self.rows = self._zeros(linear.out_features)
+        self.columns = self._zeros(linear.in_features)
+
+    def _zeros(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(shape, device=self.weight.device))
 
     def get_base_layer(self) -> Any:
         """The linear itself, as in peft's layers."""
@@ -141,9 +148,17 @@ class ScaledLinear(nn.Module):
         return weight
 
     def tuned(self) -> Tensor:
-        """diag(eᵃ) W diag(eᵇ) in W's own shape and format."""
-        scales = self.rows.exp()[:, None] * self.columns.exp()
-        return (self.weight.float() * (scales.T if self._transposed else scales)).to(self.weight.dtype)
+        """W' in W's own shape and format."""
+        return (self.weight.float() * self.factors()).to(self.weight.dtype)
+
+    def factors(self) -> Tensor:
+        """What each weight is multiplied by, in W's own shape, float32."""
+        scales = self._scales()
+        return scales.T if self._linear.transposed else scales
+
+    def _scales(self) -> Tensor:
+        """The factors [out, in]."""
+        return self.rows.exp()[:, None] * self.columns.exp()
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., out] of inputs [..., in]; of a class with a forward of its own by that, with W'."""
@@ -155,18 +170,36 @@ class ScaledLinear(nn.Module):
         return (y * rows).to(y.dtype)
 
 
-class Scales(Adapters):
-    """Scales; the checkpoint's model is changed: its linears become `ScaledLinear`."""
+class RescaledLinear(ScaledLinear):
+    """A linear of rounded weights with scales of their groups, whose logarithms `groups` [out, groups] are trained."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, base: nn.Module, linear: Linear, group_size: int) -> None:
+        """`group_size`: consecutive inputs of a row that share a scale; -1: all."""
+        nn.Module.__init__(self)
+        self.base, self._linear = base, linear
+        self._size = linear.in_features if group_size == -1 else group_size
+        self.groups = self._zeros(linear.out_features, -(-linear.in_features // self._size))
+
+    def _scales(self) -> Tensor:
+        return spread(self.groups.exp(), self._size, self._linear.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs [..., out] of inputs [..., in]."""
+        return functional_call(self.base, {"weight": self.tuned()}, (x,))  # type: ignore[no-any-return]
+
+
+class Scales(Adapters):
+    """Scales; the checkpoint's model is changed: its linears become `ScaledLinear`, or `RescaledLinear`."""
+
+    def __init__(self, checkpoint: Checkpoint, group_size: int | None = None) -> None:
+        """`group_size`: of the groups in which the weights are rounded; None: they are not."""
         super().__init__(checkpoint)
         for i, linear in trained_linears(checkpoint):
-            base = checkpoint.blocks[i].get_submodule(linear.name)
-            layer = ScaledLinear(base, linear)
+            base, name = checkpoint.blocks[i].get_submodule(linear.name), checkpoint.key(i, linear)
+            layer = ScaledLinear(base, linear) if group_size is None else RescaledLinear(base, linear, group_size)
             checkpoint.blocks[i].set_submodule(linear.name, layer)
-            name = checkpoint.key(i, linear)
             self._layers[name] = layer
-            self.parameters |= {f"{name}.rows": layer.rows, f"{name}.columns": layer.columns}
+            self.parameters |= {f"{name}.{own}": scales for own, scales in layer.named_parameters(recurse=False)}
 
 
 def trained_linears(checkpoint: Checkpoint) -> list[tuple[int, Linear]]:
@@ -199,8 +232,11 @@ class Trainer:
         settings: Training,
         held_out: Items | None = None,
         teacher: ModelFolder | None = None,
+        group_size: int | None = None,
     ) -> None:
         """`held_out`: what early stopping measures on; `teacher`: the dense model of the loss `kl`, not loaded yet.
+
+        `group_size`: of the groups in which the weights are rounded; None: they are not.
 
         That lies as a whole on the CPU or GPU, in the format that is fast there. UserError if memory is too small, or
         windows exceed the model's positions.
@@ -211,7 +247,7 @@ class Trainer:
         self._model, self._device, self._settings = checkpoint.model, checkpoint.device, settings
         fast, positions = find_dtype("auto", checkpoint.device), None if IDS in items.tensors else items.positions
         size = read_sizes(teacher.path).total * fast.itemsize if teacher else 0
-        self.memory = memory_needed(checkpoint, settings, positions, size)
+        self.memory = memory_needed(checkpoint, settings, positions, size, group_size)
         self._teacher: nn.Module | None = None
         if teacher is not None:
             self._teacher = Checkpoint.load(teacher.path, fast, self._device, offload="none").take_model()
@@ -219,7 +255,7 @@ class Trainer:
             recompute_blocks(checkpoint.blocks)
         self.adapters: Adapters
         if settings.rank is None or settings.alpha is None:
-            self.adapters = Scales(checkpoint)
+            self.adapters = Scales(checkpoint, group_size)
         else:
             from atp_tune.folders.lora import Lora  # needs the extra
 
@@ -398,16 +434,20 @@ class MemoryNeeded:
 
 
 def memory_needed(
-    checkpoint: Checkpoint, settings: Training, positions: int | None = None, teacher: int = 0
+    checkpoint: Checkpoint,
+    settings: Training,
+    positions: int | None = None,
+    teacher: int = 0,
+    group_size: int | None = None,
 ) -> MemoryNeeded:
     """The memory of a run, with recomputed blocks if it is short; UserError if it is too small even then.
 
     `positions`: hidden states of an image in the first block, of an image classifier; `teacher`: bytes of the dense
-    model's weights, which are not loaded yet.
+    model's weights, which are not loaded yet; `group_size`: of rounded weights.
     """
     free = free_memory(checkpoint.device)
     for recompute in (False, True):
-        needed = bytes_needed(checkpoint, settings, recompute, positions) + teacher
+        needed = bytes_needed(checkpoint, settings, recompute, positions, group_size) + teacher
         if needed < (1 if recompute else STEP_SHARE) * free:
             return MemoryNeeded(needed, free, recompute)
     dense = f", with {teacher / GIB:.1f} GiB of the dense model" if teacher else ""
@@ -418,13 +458,20 @@ def memory_needed(
     )
 
 
-def bytes_needed(checkpoint: Checkpoint, settings: Training, recompute: bool, positions: int | None = None) -> int:
+def bytes_needed(
+    checkpoint: Checkpoint,
+    settings: Training,
+    recompute: bool,
+    positions: int | None = None,
+    group_size: int | None = None,
+) -> int:
     """Estimate of the bytes beside the weights: adapters, summed weights, activations of all blocks or one, logits."""
     tokens = settings.batch * (positions or settings.seqlen or 1)
     widths = [[x.in_features + x.out_features for x in linears if x.expert is None] for linears in checkpoint.linears]
     sizes = [sum(x.size for x in linears if x.expert is None) for linears in checkpoint.linears]
-    adapters = (settings.rank or 1) * sum(map(sum, widths)) * ADAPTER_BYTES
-    per_weight, per_feature = LORA_BYTES if settings.rank else SCALE_BYTES
+    numbers = (settings.rank or 1) * sum(map(sum, widths)) if group_size is None else sum(sizes) // abs(group_size)
+    adapters = numbers * ADAPTER_BYTES
+    per_weight, per_feature = SCALE_BYTES if settings.rank is group_size is None else LORA_BYTES
     blocks = [size * per_weight + tokens * sum(w) * per_feature for size, w in zip(sizes, widths, strict=True)]
     if positions:  # of an image classifier, whose stages may have other widths
         width = max(x.in_features for linears in checkpoint.linears for x in linears)

@@ -24,6 +24,7 @@ from atp_tune.utils.cache import cache_dir, keep, sha256_of, sha256_of_json, tem
 SHORTEST, LONGEST = 300, 30_000  # characters of a document
 ENOUGH = 1_000_000  # characters of a kind
 RUN, STEP = 48, 16  # characters: of two documents that share 63 in a row, the later one loses the paragraph
+ANY = f"({'|'.join(KINDS)})"
 INSTEAD = f"or take source = {MANUAL!r}, the manual alone, for all three texts"
 
 
@@ -110,26 +111,27 @@ PACKAGED = {
 
 
 class MixedTexts:
-    """The sources mixed, of which windows are taken of each kind in turn, and mixed:KIND."""
+    """The sources mixed and mixed:KIND,KIND, of which windows are taken of each kind in turn, and mixed:KIND."""
 
-    form = f"({'|'.join(KINDS)})?"
+    form = rf"({ANY}(,{ANY})*)?"
 
     def read(self, text: Text, base: Path) -> Sequence[str]:
-        """The documents of a kind, or of all of them, one kind after the other."""
+        """The documents of a kind, or of several, one kind after the other."""
         check_no_hub_keys(text)
+        if text.mixed:
+            return [document for part in text.kinds for document in self.read(part, base)]
         kind = text.source.partition(":")[2]
         if kind == "manual":
             return list(distinct(PACKAGE.read(text.model_copy(update={"source": MANUAL}), base)))
-        if kind:
-            return _documents(kind)
-        return [document for part in text.kinds for document in self.read(part, base)]
+        return _documents(kind)
 
     def identify(self, text: Text, base: Path) -> str:
         """SHA-256 of the documents, known before they are fetched, but for the manual."""
         kind = text.source.partition(":")[2]
         if kind in PACKAGED:
             return PACKAGED[kind].content
-        return sha256_of_json([self.identify(part, base) for part in text.kinds] if not kind else self.read(text, base))
+        parts = [self.identify(part, base) for part in text.kinds] if text.mixed else self.read(text, base)
+        return sha256_of_json(parts)
 
 
 MIXED_TEXTS = MixedTexts()

@@ -361,7 +361,7 @@ def as_documents(texts: Any, what: str = "texts") -> list[str]:
 # there: what lies between blank lines, or the lines if no line is blank.
 
 KNOWN = (
-    f"c4, wikitext2, mixed[:{'|'.join(KINDS)}], hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, "
+    f"c4, wikitext2, mixed[:{'|'.join(KINDS)},…], hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, "
     "package:MODULE/FILE.txt or a plug-in"
 )
 

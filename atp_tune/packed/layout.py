@@ -4,7 +4,7 @@ Source: the layout is that of `sparse-bitmask` in compressed-tensors 0.13 and ea
 follow from the bits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -105,6 +105,18 @@ class Coded:
     def decoded(self) -> Tensor:
         """The weights, float32, as every reader computes them."""
         return read_packed(self.parts.get, "", self.about)
+
+    def scaled(self, factors: Tensor) -> "Coded":
+        """The tensor with each group's scale multiplied by its factor.
+
+        `factors`: shaped as the dense tensor, equal within a group.
+        """
+        form, ordered = self.about["codes"], factors.mT if self.about.get("transposed") else factors
+        size = ordered.shape[-1] if form["group_size"] == -1 else form["group_size"]
+        scales = self.parts[SCALES].float() * 2.0 ** form["exponent"] * ordered[..., ::size]
+        halves, exponent = in_16_bits(scales, scales != 0)
+        about = {**self.about, "codes": {**form, "exponent": exponent}}
+        return replace(self, about=about, parts={**self.parts, SCALES: halves})
 
 
 def encode(weight: Tensor, grid: Grid, code_bits: int, group_size: int, symmetric: bool, transposed: bool) -> Coded:
