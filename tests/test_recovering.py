@@ -95,6 +95,27 @@ def test_the_best_plan_is_trained_and_measured_as_by_hand(place: Path, command: 
 
 
 @slow
+def test_rounded_weights_keep_their_codes_and_get_other_scales(place: Path, command: CommandLine) -> None:
+    more = "bits = 3\n[quantize]\ngroup_size = 16\n[recover]\nsteps = 24\nbatch = 4\nlearning_rate = 0.01\n"
+    text = (place / "tiny.toml").read_text()
+    (place / "bits.toml").write_text(text.replace("[", more + "[", 1))
+    assert command("--study", place / "bits.toml").is_clean
+    config = place / "bits.best.json"
+    found = read_config(config).recovered
+    assert found is not None and found.kept
+    for name, options in (("plain", ()), ("codes", ("--packed",)), ("rounded", ("--packed", "--no-recover"))):
+        command.ok("apply", "--config", config, "--out", place / name, *options)
+    for name in ("codes", "rounded"):
+        command.ok("unpack", place / name, "--out", place / f"{name}-floats")
+    plain, codes, rounded = (tensors(place / name) for name in ("plain", "codes-floats", "rounded-floats"))
+    for name, was in rounded.items():
+        assert same_bytes(plain[name], codes[name])
+        if block_of(name) is not None and was.dim() > 1:
+            factors = (codes[name] / was).nan_to_num(0).view(-1, 16).amax(1, keepdim=True)  # one for each group
+            assert torch.allclose(was.view(-1, 16) * factors, codes[name].view(-1, 16), rtol=1e-5, atol=0)
+
+
+@slow
 def test_apply_trains_again_or_takes_what_was_trained_and_keeps_the_zeros(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 from atp_tune.folders.training import Scales
 
 
-def trained(model: Any) -> tuple[Scales, dict[str, nn.Parameter]]:
+def trained(model: Any, group_size: int | None = None) -> tuple[Scales, dict[str, nn.Parameter]]:
     """Scales that are not one any more."""
-    scales = Scales(checkpoint_of(model))
+    scales = Scales(checkpoint_of(model), group_size)
     parameters = scales.parameters
     torch.manual_seed(4)
     with torch.no_grad():
@@ -23,12 +23,13 @@ def trained(model: Any) -> tuple[Scales, dict[str, nn.Parameter]]:
     return scales, parameters
 
 
+@parametrize("group_size", [None, 5])
 @parametrize("family", families.few(families.ALL, FEW))
-def test_folded_weights_are_the_scaled_model(family: str) -> None:
+def test_folded_weights_are_the_scaled_model(family: str, group_size: int | None) -> None:
     model = with_zeros(family)
     before = copy_of(model)
     plain = model(input_ids=random_ids(2)).logits
-    scales, _ = trained(model)
+    scales, _ = trained(model, group_size)
     scaled = model(input_ids=random_ids(2)).logits
     assert not torch.allclose(scaled, plain, atol=1e-2)
     merged = merge(family, scales)

@@ -58,7 +58,8 @@ def test_overlap_of_parts(one: tuple[float, float], other: tuple[float, float], 
     assert shuffled[0].overlaps(second) is second.overlaps(shuffled[0]) is True
 
 
-SOURCES = {"c4": {"c4"}, MIXED: {*KINDS}, MANUAL: {"manual"}, **{f"{MIXED}:{kind}": {kind} for kind in KINDS}}
+SOURCES = {"c4": {"c4"}, MIXED: {*KINDS}, MANUAL: {"manual"}, "mixed:news,code": {"news", "code"}}
+SOURCES |= {f"{MIXED}:{kind}": {kind} for kind in KINDS}
 
 
 @parametrize("one", SOURCES)

@@ -167,7 +167,9 @@ class Text(Source):
     def _has_same_source(self, other: Any) -> bool:
         """Whether both are of one source, or of the same kind of `mixed`."""
         mine, others = (
-            {f"{MIXED}:manual"} if each.source == MANUAL else {kind.source for kind in each.kinds}
+            {f"{MIXED}:manual"}
+            if each.source == MANUAL
+            else {f"{MIXED}:{kind}" for kind in each.mixed} or {each.source}
             for each in (self, other)
         )
         return self.column == other.column and not mine.isdisjoint(others)

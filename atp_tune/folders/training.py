@@ -116,7 +116,7 @@ class Adapters:
         return {part for name, w in weights.items() for part in self._checkpoint.as_saved(name, w.to("meta"))}
 
     @torch.no_grad()
-    def merged(self, codes: Codes | None) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def merged(self, codes: Codes | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name on disk, weight before and weight as trained, linear by linear; of rounded weights `codes` have them."""
         for name, layer in self._layers.items():
             tuned = self._checkpoint.as_saved(name, (layer.tuned() if codes is None else layer.factors()).cpu())

@@ -1,12 +1,12 @@
-"""Zeros with bits against bits alone, at equal bytes, both trained, on kinds of text that calibration never saw.
+"""Zeros, bits, and zeros with bits, trained, on kinds of text that calibration never saw: a table of each way.
 
-    python benchmarks/zeros_with_bits.py off-grid FOLDER OUT          takes a model off the grid of a quantized file
-    python benchmarks/zeros_with_bits.py run FOLDER WAY ... [--out docs/zeros-with-bits.jsonl]
-    python benchmarks/zeros_with_bits.py table docs/zeros-with-bits.jsonl
+    python benchmarks/unseen_texts.py off-grid FOLDER OUT          takes a model off the grid of a quantized file
+    python benchmarks/unseen_texts.py run FOLDER WAY ... --out FILE.jsonl [--seen manual,debates]
+    python benchmarks/unseen_texts.py table FILE.jsonl
 
-A WAY is a row of `WAYS`. Calibration, validation and training text are a manual and debates (two of the kinds of the
-source `mixed`), so news, tales and code are unseen. A plan is made once (one trial); its best folder is written as it
-was rounded, and as it was trained, and both are measured in plain transformers, in float32.
+A WAY is a row of `WAYS`. Calibration, validation and training text are parts of the kinds of the source `mixed` that
+are `--seen`; the others are unseen. A plan is made once; its folder is written as it was pruned or rounded, and as it
+was trained, and both are measured in plain transformers, in float32.
 
 Weights that come from a quantized file lie on its grid, so that rounding them again costs next to nothing. `off-grid`
 multiplies the columns of what reads a norm by random numbers and divides its gain by them, likewise between v and o and
@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import atp_tune
-from atp_tune.config.data import Text
+from atp_tune.config.data import KINDS, Text
 from atp_tune.inputs.windows import token_windows
 
-SEEN, UNSEEN = ("manual", "debates"), ("news", "tales", "code")
 SPREAD = 0.25  # standard deviation of the logarithms of the factors
+ZEROS = {"atp": '["atp"]', "gradient": '["gradient"]', "rows": '["gradient-rows"]'}
 ROWS, BITS = '["gradient-rows"]', '["gradient"]'
+GPTQ = {"quantizers": ["gptq"], "group_size": 64, "act_order": True}
 WAYS = {  # name → sparsity, bits, allocation
     "2 bits": (None, 2, '["uniform"]'),
     "2.5 bits, gradient": (None, 2.5, BITS),
@@ -45,6 +46,7 @@ WAYS = {  # name → sparsity, bits, allocation
     "50 % zeros, rows, 4 bits": (0.5, 4, ROWS),
     "50 % zeros, rows, 3 bits": (0.5, 3, ROWS),
     "50 % zeros, rows, 6 bits": (0.5, 6, ROWS),
+    **{f"{share} % zeros, {name}": (share / 100, None, own) for share in (50, 60) for name, own in ZEROS.items()},
 }
 
 
@@ -102,54 +104,53 @@ def nlls(folder: Path) -> dict[str, list[float]]:
     """Mean NLL of each window of each kind, by plain transformers in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = {}
-    for kind in (*SEEN, *UNSEEN):
+    for kind in KINDS:
         ids = windows(kind, folder)
         parts = [nn.functional.cross_entropy(model(one[None]).logits[0, :-1].float(), one[1:]).item() for one in ids]
         found[kind] = parts
     return found
 
 
-def study(folder: Path, way: str) -> dict[str, Any]:
+def study(folder: Path, way: str, seen: str) -> dict[str, Any]:
     """The tables of the study of a way."""
     sparsity, bits, allocation = WAYS[way]
-    text = {"source": f"mixed:{','.join(SEEN)}", "shuffle": True, "nsamples": 16, "seqlen": 256}
+    text = {"source": f"mixed:{seen}", "shuffle": True, "nsamples": 16, "seqlen": 256}
     parts = {"calibration": [0.0, 0.3], "validation": [0.3, 0.65], "test": [0.65, 1.0]}
     return {
         **({} if sparsity is None else {"sparsity": sparsity}),
-        "bits": bits,
+        **({} if bits is None else {"bits": bits, "quantize": GPTQ}),
         "model": {"source": str(folder.absolute())},
-        "quantize": {"quantizers": ["gptq"], "group_size": 64, "act_order": True},
         "allocation": json.loads(allocation),
         "texts": {role: {**text, "part": part} for role, part in parts.items()},
-        "search": {"trials": 2 if "uniform" not in allocation else 1},
+        "search": {"trials": {'["uniform"]': 1, '["atp"]': 8}.get(allocation, 3)},
         "recover": {},
     }
 
 
-def run(folder: Path, ways: list[str], out: Path) -> None:
+def run(folder: Path, ways: list[str], out: Path, seen: str) -> None:
     """Measures the dense model and each way, and adds a line for each to `out`."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    known = {(row["model"], row["way"]) for row in rows}
+    known = {(row["model"], row["seen"], row["way"]) for row in rows}
 
     def add(way: str, **row: Any) -> None:
-        line = {"model": folder.name, "way": way, **row}
+        line = {"model": folder.name, "seen": seen, "way": way, **row}
         print(way, {kind: round(math.exp(fmean(values)), 2) for kind, values in row["nlls"].items()}, flush=True)
         with out.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    if (folder.name, "dense") not in known:
+    if (folder.name, seen, "dense") not in known:
         add("dense", nlls=nlls(folder))
     for way in ways:
-        if (folder.name, way) in known:
+        if (folder.name, seen, way) in known:
             continue
         with TemporaryDirectory() as temporary:
-            result = atp_tune.tune(atp_tune.Study.model_validate(study(folder, way)))
+            result = atp_tune.tune(atp_tune.Study.model_validate(study(folder, way, seen)))
             best = result.configuration()
             trained = best.config.recovered
             untrained = best.config.model_copy(update={"recovered": None})
             pruned, tuned = Path(temporary) / "pruned", Path(temporary) / "trained"
             replace(best, config=untrained).save(pruned)
-            bits = best.config.bits.effective
+            bits = best.config.bits.effective if best.config.bits else None
             add(way, nlls=nlls(pruned), bits=bits)
             if trained is not None and trained.kept:
                 best.save(tuned)
@@ -164,20 +165,20 @@ def ratio(row: dict[str, Any], dense: dict[str, Any], kinds: tuple[str, ...]) ->
 
 
 def table(file: Path) -> Iterator[str]:
-    """Lines of Markdown: bits, and multiples of the dense perplexity, for each model."""
+    """Lines of Markdown: perplexities of the dense model, and multiples of them, over seen and each unseen kind."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    yield f"| model | way | bits | {', '.join(SEEN)} (seen) | {' | '.join(UNSEEN)} | unseen, all |"
-    yield "|---|---|---|---|" + "---|" * (len(UNSEEN) + 1)
-    for row in sorted(rows, key=lambda row: (row["model"], row.get("bits") or 16)):
-        dense = next(other for other in rows if other["model"] == row["model"] and other["way"] == "dense")
+    yield f"| model | seen | way | bits | seen kinds | {' | '.join(KINDS)} | unseen kinds |"
+    yield "|---|---|---|---|---|" + "---|" * (len(KINDS) + 1)
+    for row in sorted(rows, key=lambda row: (row["model"], row["seen"], row["way"] != "dense", row.get("bits") or 16)):
+        own = row["model"], row["seen"]
+        dense = next(each for each in rows if (each["model"], each["seen"], each["way"]) == (*own, "dense"))
+        seen = tuple(row["seen"].split(","))
+        unseen = tuple(kind for kind in KINDS if kind not in seen)
         if row is dense:
-            values = [f"{math.exp(fmean(row['nlls'][kind])):.2f}" for kind in UNSEEN]
-            own = " ".join(f"{math.exp(fmean(row['nlls'][kind])):.2f}" for kind in SEEN)
-            yield f"| {row['model']} | dense, perplexity | 16 | {own} | {' | '.join(values)} | |"
-            continue
-        groups = (SEEN, *((kind,) for kind in UNSEEN), UNSEEN)
-        cells = " | ".join(ratio(row, dense, kinds) for kinds in groups)
-        yield f"| {row['model']} | {row['way']} | {row['bits']:.2f} | {cells} |"
+            cells = ["", *(f"{math.exp(fmean(row['nlls'][kind])):.2f}" for kind in KINDS), ""]
+        else:
+            cells = [ratio(row, dense, kinds) for kinds in (seen, *((kind,) for kind in KINDS), unseen)]
+        yield f"| {' | '.join([*own, row['way'], format(row.get('bits') or 16, '.2f'), *cells])} |"
 
 
 def main() -> None:
@@ -186,12 +187,13 @@ def main() -> None:
     parser.add_argument("command", choices=["off-grid", "run", "table"])
     parser.add_argument("path", type=Path)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--out", type=Path, default=Path("docs/zeros-with-bits.jsonl"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seen", default="manual,debates")
     given = parser.parse_args()
     if given.command == "off-grid":
         off_grid(given.path, Path(given.names[0]))
     elif given.command == "run":
-        run(given.path, given.names or [*WAYS], given.out)
+        run(given.path, given.names, given.out, given.seen)
     else:
         print("\n".join(table(given.path)))
 
