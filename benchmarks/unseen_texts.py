@@ -83,7 +83,7 @@ def take_off_grid(model: Any, generator: torch.Generator) -> None:
 
 def off_grid(folder: Path, out: Path) -> None:
     """Writes the model of a folder off its grid, and prints how far its logits moved."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.randint(5, 10_000, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         before = model(ids).logits
@@ -102,7 +102,7 @@ def windows(kind: str, folder: Path) -> Tensor:
 @torch.no_grad()
 def nlls(folder: Path) -> dict[str, list[float]]:
     """Mean NLL of each window of each kind, by plain transformers in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = {}
     for kind in KINDS:
         ids = windows(kind, folder)

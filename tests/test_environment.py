@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from tinystudy import HANGS, TUNE, CommandLine
 
 from atp_tune.api.environment import PACKAGES, MachineReport
-from atp_tune.utils.extras import EXTRAS
+from atp_tune.utils.system import EXTRAS
 
 PROJECT = tomllib.loads((TUNE.parent / "pyproject.toml").read_text())["project"]
 

@@ -10,7 +10,7 @@ import pytest
 from expect import parametrize, slow
 from tinystudy import TUNE
 
-from atp_tune.utils.extras import EXTRAS, as_typed, install, remedy
+from atp_tune.utils.system import EXTRAS, as_typed, install, remedy
 
 OLD = "import runpy, sys; sys.version_info = (3, 9, 18, 'final', 0); runpy.run_path('tune.py', run_name='__main__')"
 
@@ -53,6 +53,6 @@ def test_what_to_type(extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert remedy(f"{module}.part").startswith(f"{package} is not installed; run: pip install -e '.[")
     monkeypatch.chdir(tmp_path)
     assert shlex.split(install(extra)) == ["pip", "install", "-e", f"{TUNE.parent}[{extra}]"]
-    monkeypatch.setattr("atp_tune.utils.extras.IS_CHECKOUT", False)
+    monkeypatch.setattr("atp_tune.utils.system.IS_CHECKOUT", False)
     assert install(extra) == as_typed(f"pip install -e '.[{extra}]'") == f"pip install 'atp-tune[{extra}]'"
     assert remedy("torch.nn").endswith("pip install atp-tune")

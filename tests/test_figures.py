@@ -11,7 +11,7 @@ from atp_tune.report import figures
 from atp_tune.report.figures import draw_history
 from atp_tune.report.style import CYCLE
 from atp_tune.results.summary import summarise
-from atp_tune.utils.extras import EXTRAS, install
+from atp_tune.utils.system import EXTRAS, install
 
 KEYS = ["perplexity", "sparsity", "error", "seconds"]
 

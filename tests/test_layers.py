@@ -267,7 +267,7 @@ def test_the_package_and_its_entry_need_no_library() -> None:
     """So that a Python without any can say what is missing."""
     third_party = [
         name
-        for module in ("atp_tune", "atp_tune.cli", "atp_tune.utils.extras")
+        for module in ("atp_tune", "atp_tune.cli", "atp_tune.utils.system")
         for name in libraries(set(reached(module)))
         if name not in {"atp_tune", *sys.stdlib_module_names}
     ]

@@ -25,7 +25,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config.study import ModelConfig
 from atp_tune.folders.packing import pack_folder
-from atp_tune.utils import extras
+from atp_tune.utils import system as extras
 
 Patch = pytest.MonkeyPatch
 CONFIG = ("--config", "tiny.best.json")

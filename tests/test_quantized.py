@@ -25,7 +25,7 @@ from atp_tune.checkpoints.blocks import find_linears
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config import study
-from atp_tune.utils.extras import install
+from atp_tune.utils.system import install
 
 CPU = torch.device("cpu")
 READS = Version(transformers.__version__) >= Version("5.24")  # these formats itself, on a CPU, to the same numbers

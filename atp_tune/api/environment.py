@@ -19,8 +19,8 @@ import psutil
 from atp_tune import __version__
 from atp_tune.config.manifest import INSTRUCTIONS
 from atp_tune.utils.cache import cache_root
-from atp_tune.utils.extras import EXTRAS
 from atp_tune.utils.registry import FrozenModel
+from atp_tune.utils.system import EXTRAS
 
 Found = TypeVar("Found")
 

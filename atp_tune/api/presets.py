@@ -25,7 +25,7 @@ from atp_tune.measures import Limit
 from atp_tune.plan import percent
 from atp_tune.plugins import is_place, short_name
 from atp_tune.pruners import PRUNERS
-from atp_tune.utils.extras import require
+from atp_tune.utils.system import require
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from atp_tune.errors import UserError
-from atp_tune.utils.extras import install, missing
+from atp_tune.utils.system import install, missing
 
 if TYPE_CHECKING:
     from torch import nn

@@ -23,8 +23,7 @@ from atp_tune.config.data import MEMORY
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
 from atp_tune.utils.cache import cache_dir, key, sha256_of, sha256_of_files, sha256_of_json
-from atp_tune.utils.extras import CHECKOUT
-from atp_tune.utils.system import check_writable, is_special, written
+from atp_tune.utils.system import CHECKOUT, check_writable, is_special, written
 
 if TYPE_CHECKING:
     import torch

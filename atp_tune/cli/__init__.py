@@ -5,8 +5,7 @@ import sys
 from typing import NoReturn
 
 from atp_tune.errors import TrialError, UserError, printable
-from atp_tune.utils.extras import as_typed, remedy
-from atp_tune.utils.system import wait_asleep
+from atp_tune.utils.system import as_typed, remedy, wait_asleep
 
 
 def main() -> None:

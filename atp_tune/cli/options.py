@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from atp_tune.utils.extras import as_typed
+from atp_tune.utils.system import as_typed
 
 if TYPE_CHECKING:
     from atp_tune.api.configuration import Configuration

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from atp_tune.errors import printable
 from atp_tune.utils import system
-from atp_tune.utils.extras import as_typed
-from atp_tune.utils.system import silenced
+from atp_tune.utils.system import as_typed, silenced
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -20,7 +20,7 @@ from atp_tune.cli.terminal import echo, working
 from atp_tune.config.finding import BARE
 from atp_tune.errors import TrialError, UserError, named
 from atp_tune.utils.cache import TakenError
-from atp_tune.utils.extras import as_typed, require
+from atp_tune.utils.system import as_typed, require
 
 if TYPE_CHECKING:
     from atp_tune.api.presets import StudyRequest

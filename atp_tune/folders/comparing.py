@@ -47,8 +47,8 @@ from atp_tune.run.generation import Speaker
 from atp_tune.run.observers import Kept, Prompts, RoleScores, TaskResults, check_room
 from atp_tune.run.session import Session, Setup
 from atp_tune.utils.cache import versions
-from atp_tune.utils.extras import require
 from atp_tune.utils.registry import FrozenModel
+from atp_tune.utils.system import require
 
 TASKS = ("zero-shot",)  # the default of --tasks, which are of texts
 METRIC = "acc"  # as lm-eval calls it

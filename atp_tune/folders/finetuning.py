@@ -48,8 +48,7 @@ from atp_tune.results.formatting import duration
 from atp_tune.run.session import Setup
 from atp_tune.scores import Scores
 from atp_tune.utils.cache import cache_dir, key, named_for, temporary_folder, versions
-from atp_tune.utils.extras import require
-from atp_tune.utils.system import check_free
+from atp_tune.utils.system import check_free, require
 
 if TYPE_CHECKING:
     from atp_tune.folders.training import Trainer

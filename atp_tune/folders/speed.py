@@ -51,8 +51,7 @@ from atp_tune.plan import Plan
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.run.session import Session, Setup
 from atp_tune.utils.cache import cache_dir, check_room, folder_atomically, key, temporary_folder
-from atp_tune.utils.extras import require
-from atp_tune.utils.system import cpu_name, launches
+from atp_tune.utils.system import cpu_name, launches, require
 
 # --- The two models to compare: a sparse checkpoint and its dense model.
 

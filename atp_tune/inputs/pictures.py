@@ -25,8 +25,7 @@ from atp_tune.checkpoints.files import CODE
 from atp_tune.config.data import ImageSet
 from atp_tune.errors import UserError, did_you_mean
 from atp_tune.utils.cache import cache_dir, file_atomically, key, package_version, sha256_of
-from atp_tune.utils.extras import require
-from atp_tune.utils.system import is_special, written
+from atp_tune.utils.system import is_special, require, written
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of `SUFFIXES`: others start programs, such as EPS
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")

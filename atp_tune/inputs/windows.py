@@ -35,8 +35,7 @@ from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.sources import documents, source_content
 from atp_tune.storage.fingerprint import BOS
 from atp_tune.utils.cache import cache_dir, keep, key, package_version, sha256_of
-from atp_tune.utils.extras import require
-from atp_tune.utils.system import written
+from atp_tune.utils.system import require, written
 
 Encode = Callable[[str], list[int]]
 

@@ -16,8 +16,7 @@ from atp_tune.errors import UserError
 from atp_tune.report import figures, formats
 from atp_tune.report.formats import Contents
 from atp_tune.utils.cache import write_out
-from atp_tune.utils.extras import install, require
-from atp_tune.utils.system import check_writable
+from atp_tune.utils.system import check_writable, install, require
 
 # --- Several figures in one picture, rendered by Chrome or Chromium through kaleido.
 

@@ -47,7 +47,7 @@ from atp_tune.results.summary import Summary, Table, front, kinds, overview, sum
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import facts_in
 from atp_tune.storage.progress import given_up, is_lost, objective_values, ranked
-from atp_tune.utils.extras import as_typed
+from atp_tune.utils.system import as_typed
 
 # --- The contents of a report on one study, read from its storage.
 

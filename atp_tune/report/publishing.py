@@ -35,7 +35,7 @@ from atp_tune.storage.attributes import StudySnapshot, readable
 from atp_tune.storage.database import MADE_ANEW, Database, without_password
 from atp_tune.storage.progress import is_lost
 from atp_tune.utils.cache import temporary_folder, write_atomically
-from atp_tune.utils.extras import as_typed
+from atp_tune.utils.system import as_typed
 
 # --- The texts of the dashboard: Markdown notes on studies and trials, and columns of its table.
 

@@ -23,7 +23,7 @@ from atp_tune.metrics import Continuations, OverDraws
 from atp_tune.plan import METHODS, Plan, method_in, percent, shown
 from atp_tune.results.results import NOTHING, allocation_name, allocation_parameters, is_uniform
 from atp_tune.storage.progress import CutOff, all_cut_offs, given_up, ranked, target_sparsity
-from atp_tune.utils.extras import as_typed
+from atp_tune.utils.system import as_typed
 
 if TYPE_CHECKING:
     from atp_tune.results.summary import Summary

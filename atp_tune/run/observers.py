@@ -34,7 +34,7 @@ from atp_tune.plan import Plan
 from atp_tune.run.generation import WeightsOf, continued
 from atp_tune.scores import Scores, joined
 from atp_tune.scores.next_token import Passing, head_scores
-from atp_tune.utils.extras import require
+from atp_tune.utils.system import require
 
 if TYPE_CHECKING:
     from atp_tune.run.session import Session

@@ -11,22 +11,30 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from copy import deepcopy as deepcopied
-from math import inf, isfinite, isnan
-from typing import Annotated, Any
+from math import isfinite
+from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.dialects import postgresql, sqlite
 
-from atp_tune.config.best import Batch, Found
-from atp_tune.config.plugged import PluginRef
+from atp_tune.config.record import (
+    FACTS,
+    ITEMS,
+    SCORES,
+    TABLES,
+    StudyRecord,
+    SystemRecord,
+    TrialRecord,
+    Words,
+    kinds,
+    shown,
+)
 from atp_tune.errors import UserError
-from atp_tune.measures import MEASURES
-from atp_tune.metrics import BosEffect
-from atp_tune.plan import METHODS, Plan, Share
+from atp_tune.plan import METHODS
 from atp_tune.utils.compat import (
     FrozenStudy,
     StudySystemAttributeModel,
@@ -46,118 +54,7 @@ FOREIGN = "it was not written by atp_tune"
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 
 
-def _written(text: str) -> str:
-    text.encode()  # UnicodeEncodeError, a ValueError, for a lone surrogate
-    return text
-
-
-def _nll(value: float) -> float:
-    if not (isnan(value) or value == inf or -1 < value < 1e6):
-        raise ValueError
-    return value
-
-
-def _effect(effect: dict[str, Any]) -> dict[str, Any]:
-    _written(BosEffect.model_validate(effect).token)  # ValidationError is a ValueError
-    return effect
-
-
-def _plugged(rows: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    for row in rows.values():
-        PluginRef.model_validate(row)
-    return rows
-
-
-def _planned(fields: dict[str, Any]) -> dict[str, Any]:
-    plan = Plan.model_validate(fields)
-    _written(plan.method + plan.allocation + "".join(plan.parameters))
-    return fields
-
-
-Words = Annotated[str, AfterValidator(_written)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Size = Annotated[int, Field(ge=1, lt=2**63)]
-Amount = Annotated[float, Field(ge=0, lt=1e15)]
-Positive = Annotated[float, Field(gt=0, lt=1e15)]
-Total = Annotated[int, Field(ge=0, lt=10**9)]
-Nlls = Annotated[list[Annotated[float, AfterValidator(_nll)]], Field(min_length=1)]
-Kls = Annotated[list[Amount], Field(min_length=1)]
-Ranks = Annotated[list[Annotated[int, Field(ge=0, lt=10**6)]], Field(min_length=1)]
-Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
-Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-Batches = dict[Words, Batch]
-CutOff = dict[Words, Words | bool]
-FOUND = ("zero_shot", "speed", "continuations", "answers", "recovered")
-ITEMS = {by.items: {"nlls": Nlls, "ranks": Ranks}.get(by.items, Kls) for by in MEASURES.values()}
-TABLES = (*(f"test_{key}" for key in ITEMS), "draws", "refits", *FOUND)  # by trial, each row apart: see `folded`
-
-
-def _kinds(kinds: dict[str, Any]) -> dict[str, TypeAdapter[Any]]:
-    return {name: TypeAdapter(kind) for name, kind in kinds.items()}
-
-
-TRIAL = _kinds(
-    {
-        **dict.fromkeys(("device", "dtype", "host", "failure", "lost"), Words),
-        **dict.fromkeys(("repeats", "stopped_after"), Count),
-        "start": bool,
-        "pid": Annotated[int, Field(ge=0, lt=2**31)],
-        **dict.fromkeys(("process_started", "booted"), Amount),
-        "stderr": Annotated[float, Field(ge=0)],
-        "realised": Share,
-        "packed_bytes": Count,
-        "quantized_bytes": Count,
-        "errors": list[float],
-        **ITEMS,
-        "misses": Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(min_length=1)],
-        "plan": Annotated[dict[str, Any], AfterValidator(_planned)],
-        "effective_bits": Annotated[float, Field(ge=0, le=64)],
-        "seconds": dict[Words, Amount],
-        "peak_bytes": dict[Words, Count],
-        "versions": dict[Words, Words],
-        "experts_without_tokens": list[Words],
-        "batches": Batches,
-        "cut_off": CutOff,
-        "accuracies": dict[Words, Annotated[list[Amount], Field(min_length=2, max_length=2)]],
-    }
-)
-STUDY = _kinds(
-    {
-        "sizes": Annotated[list[Size], Field(min_length=1)],
-        **dict.fromkeys(("made_from", "gp_posterior"), dict[str, Any]),
-        "dense_bytes": Count,
-        "blocks": Words,
-        "linears": list[list[Words]],
-        "conv1d": bool,
-        "total": Total,
-        "terminated_early": Annotated[list[Total], Field(min_length=2, max_length=2)],
-        **{by.dense_items: ITEMS[by.items] for by in MEASURES.values()},
-        **dict.fromkeys(FOUND, dict[Role, Found]),
-        "training": dict[Words, Words | int | float],
-        **{f"test_{key}": dict[Role, kind] for key, kind in ITEMS.items()},  # type: ignore[valid-type]
-        "bos": Annotated[dict[Words, Any], AfterValidator(_effect)],
-        "draws": dict[Number, dict[Number, Nlls]],
-        "refits": dict[Number, dict[Number, dict[Number, Nlls]]],  # by trial, number of draws, and draw
-        "fitted_to": dict[Number, Annotated[list[Count], Field(min_length=2, max_length=2)]],  # by number of draws
-        "batches": Batches,
-        "kinds": Annotated[list[Words], Field(min_length=1)],
-        "screens": Words,
-        "plugins": Annotated[dict[Words, dict[Words, Words]], AfterValidator(_plugged)],
-        "limit": Annotated[dict[Words, Positive | dict[Words, Share]], Field(min_length=1, max_length=1)],
-        "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],
-    }
-)
-SYSTEM = _kinds(
-    {
-        "fixed_params": dict[Words, Any],
-        "failed_trial": Count,
-        "retry_history": list[Count],
-        "cut_offs": list[CutOff],
-    }
-)
-Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
-Bits = Annotated[float, Field(ge=2, le=8)]
-FACTS = _kinds({"sparsity": Share | Interval, "bits": Bits, "model.content": Words, "model.dtype": Words})
+TRIAL, STUDY, SYSTEM = kinds(TrialRecord, ITEMS), kinds(StudyRecord, SCORES), kinds(SystemRecord)
 WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
 
 
@@ -315,27 +212,17 @@ def unreadable(name: str, error: Exception) -> UserError:
 UPSERTS: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 PREFIX = "atp_tune:"
-# Attributes of a trial or a study that are shown: all others with a type in `validation` are stored apart.
-SHOWN = {
-    "device",
-    "host",
-    "failure",
-    "lost",
-    "repeats",
-    "stopped_after",
-    "effective_bits",
-    "plugins",
-}
+APART = TRIAL.keys() - shown(TrialRecord), STUDY.keys() - shown(StudyRecord)  # what is stored apart
 
 
 def is_of_trial(key: str) -> bool:
     """Whether a trial's user attribute is stored apart."""
-    return key in TRIAL and key not in SHOWN
+    return key in APART[0]
 
 
 def is_of_study(key: str) -> bool:
     """Whether a study's user attribute is stored apart, also with a row's name after a colon, as in test_nlls:12."""
-    return (table := key.partition(":")[0]) in STUDY and table not in SHOWN
+    return key.partition(":")[0] in APART[1]
 
 
 def joined(user: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

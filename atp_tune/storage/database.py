@@ -40,8 +40,7 @@ from atp_tune.errors import UserError
 from atp_tune.storage.attributes import AttributeStorage, unreadable
 from atp_tune.storage.progress import GRACE, is_alive
 from atp_tune.utils.compat import TrialHeartbeatModel, TrialModel, transaction
-from atp_tune.utils.extras import as_typed
-from atp_tune.utils.system import pause
+from atp_tune.utils.system import as_typed, pause
 
 # --- Retries of calls to a server that is unreachable, with a warning when an outage begins and ends.
 #
