@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import atp_tune
 from atp_tune.config.data import KINDS, Text
+from atp_tune.inputs.items import IDS
 from atp_tune.inputs.windows import token_windows
 
 SPREAD = 0.25  # standard deviation of the logarithms of the factors
@@ -96,7 +97,7 @@ def off_grid(folder: Path, out: Path) -> None:
 def windows(kind: str, folder: Path) -> Tensor:
     """Windows [16, 256] of the last third of a kind."""
     text = Text(source=f"mixed:{kind}", part=(0.65, 1.0), shuffle=True, nsamples=16, seqlen=256)
-    return token_windows(text, folder, Path()).tensors["ids"]
+    return token_windows(text, folder, Path()).tensors[IDS]
 
 
 @torch.no_grad()
