@@ -131,7 +131,7 @@ def test_the_dense_models_predictions_are_learnt(place: Path, command: CommandLi
     assert "training needs about " in answer.out
     card = (place / "out" / "README.md").read_text()
     assert f"The weights are those after step {held.best} of 30" in card
-    assert ("LoRA" if train == "lora" else "Scales of the rows and columns") in card
+    assert ("LoRA" if train == "lora" else "Scales within each linear") in card
     assert "loss kl" in card
 
 

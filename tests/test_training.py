@@ -233,9 +233,8 @@ def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> 
 @slow
 def test_blocks_are_recomputed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     roomy = trainer()
-    checkpoint = checkpoint_of(with_zeros("llama"))
-    needed = bytes_needed(checkpoint, SETTINGS, recompute=False)
-    assert bytes_needed(checkpoint, SETTINGS, recompute=True) < needed
+    needed = bytes_needed(roomy.adapters, SETTINGS, recompute=False)
+    assert bytes_needed(roomy.adapters, SETTINGS, recompute=True) < needed
     monkeypatch.setattr(training, "free_memory", lambda device: needed)
     tight = trainer()
     assert "partial" in str(tight._model.model.layers[0].forward)

@@ -258,7 +258,7 @@ def model(
         texts TEXTS: c4, wikitext2, mixed (manual, news, tales, debates, code), packaged (the Python manual), or a
             .txt, .jsonl or .parquet FILE, of which three parts are used; default: C4 and WikiText-2 as in the papers,
             mixed where the hub is out of reach.
-        recover: After the search train scales of the rows and columns of the best plan by the dense model's
+        recover: After the search train scales within the linears of the best plan by the dense model's
             predictions, and keep every zero, if pruning raised the perplexity by a quarter at least; not over an
             interval without a limit. Default: --no-recover with quick, else --recover.
         name NAME: Name of the study; default: of the model and the options.

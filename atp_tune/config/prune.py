@@ -35,7 +35,8 @@ from atp_tune.utils.registry import STORED, FrozenModel, OneOf, Registry, Settin
 if TYPE_CHECKING:
     from atp_tune.config.study import Study
 
-# --- Training of kept weights, by `finetune` or by the table `[recover]` of a study, after its search and under guard.
+# --- Training of kept weights, and of the scales of rounded ones, by `finetune` or by the table `[recover]` of a study,
+# after its search and under guard.
 #
 #     recover = {}            with the defaults below
 #     [recover]
@@ -56,7 +57,7 @@ class Training(SettingsTable):
     """How kept weights are trained; all zeros stay."""
 
     train: Literal["scales", "lora"] = "scales"
-    """scales: one for each row and column of each linear; lora: masked LoRA"""
+    """scales: one for each row and column of each linear, of rounded weights for each group; lora: masked LoRA"""
     loss: Loss = "both"
     """kl: KL divergence from the dense model's predictions; next-token: NLL of the text; both: the mean"""
     steps: int = Field(64, ge=1)

@@ -148,10 +148,16 @@ class FinetuningJob:
     codes: Codes | None
 
     @cached_property
+    def trained(self) -> dict[str, Any]:
+        """The settings, and the size of the groups of rounded weights, which determine what is trained."""
+        groups = {} if self.codes is None else {"group_size": self.codes.quantize.group_size}
+        return {**self.settings.model_dump(), **groups}
+
+    @cached_property
     def facts(self) -> dict[str, str]:
         """The facts that identify the run, and so its result: settings, and contents of models and text."""
         contents = {"model": self.folder.content, "text": self.items.content}
-        settings = {name.replace("_", "-"): json.dumps(value) for name, value in self.settings.model_dump().items()}
+        settings = {name.replace("_", "-"): json.dumps(value) for name, value in self.trained.items()}
         return {**settings, **contents, **({"teacher": self.teacher.content} if self.teacher else {})}
 
     @cached_property
@@ -163,7 +169,7 @@ class FinetuningJob:
 
         own = key(
             "recovered",
-            settings=self.settings.model_dump(),
+            settings=self.trained,
             model=self.folder.content,
             text=self.items.content,
             teacher=self.teacher and self.teacher.content,
@@ -184,8 +190,7 @@ class FinetuningJob:
         count = windows_held_out(len(self.items), settings)
         items = self.items[: len(self.items) - count]
         held_out = self.items[-count:] if count else None
-        groups = None if self.codes is None else self.codes.quantize.group_size
-        trainer = Trainer(checkpoint, items, settings, held_out, self.teacher, groups)
+        trainer = Trainer(checkpoint, items, settings, held_out, self.teacher, self.trained.get("group_size"))
         place.watch(TrialStarted(f"fine-tuning {self.out}", None))
         place.note(f"training needs {trainer.memory}")
         if not count and settings.patience:
@@ -312,7 +317,7 @@ def finetune(
         own: dict[str, Data] = {"text": pruning.calibration} if text is None else {}
         own |= {"test_text": pruning.test, "validation_text": pruning.validation} if test is None else {}
         plug_in_texts(pruning.config, own, pruning.base, place.allowed.get("trust_plugins", False))
-    if pruning and pruning.config.bits is not None and codes is None:
+    if pruning and pruning.config.bits is not None and (codes is None or settings.train == "lora"):
         raise UserError(
             f"{model}: its weights are rounded, and this would undo it; a study with `recover` trains scales"
         )

@@ -104,8 +104,10 @@ def find_teacher(
 class Adapters:
     """Trained numbers in all linears of a checkpoint's blocks, except experts of a mixture, which are no modules."""
 
+    bytes = 16, 8  # per weight: sum, mask or factor, rounded, gradients; per token and feature of a linear
+
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._layers: dict[str, Any] = {}  # by the name of their weight in the model
         self.parameters: dict[str, nn.Parameter] = {}  # what is trained, in float32
 
@@ -113,14 +115,14 @@ class Adapters:
     def names(self) -> set[str]:
         """Names in a checkpoint of the tensors that are trained."""
         weights = {name: layer.get_base_layer().weight for name, layer in self._layers.items()}
-        return {part for name, w in weights.items() for part in self._checkpoint.as_saved(name, w.to("meta"))}
+        return {part for name, w in weights.items() for part in self.checkpoint.as_saved(name, w.to("meta"))}
 
     @torch.no_grad()
     def merged(self, codes: Codes | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name on disk, weight before and weight as trained, linear by linear; of rounded weights `codes` have them."""
         for name, layer in self._layers.items():
-            tuned = self._checkpoint.as_saved(name, (layer.tuned() if codes is None else layer.factors()).cpu())
-            for part, was in self._checkpoint.as_saved(name, layer.get_base_layer().weight.cpu()).items():
+            tuned = self.checkpoint.as_saved(name, (layer.tuned() if codes is None else layer.factors()).cpu())
+            for part, was in self.checkpoint.as_saved(name, layer.get_base_layer().weight.cpu()).items():
                 yield part, was, tuned[part] if codes is None else codes.scaled(part, tuned[part])
 
 
@@ -194,6 +196,8 @@ class Scales(Adapters):
     def __init__(self, checkpoint: Checkpoint, group_size: int | None = None) -> None:
         """`group_size`: of the groups in which the weights are rounded; None: they are not."""
         super().__init__(checkpoint)
+        if group_size is None:
+            self.bytes = 4, 16  # per weight: as multiplied; per token and feature: with and without its scale
         for i, linear in trained_linears(checkpoint):
             base, name = checkpoint.blocks[i].get_submodule(linear.name), checkpoint.key(i, linear)
             layer = ScaledLinear(base, linear) if group_size is None else RescaledLinear(base, linear, group_size)
@@ -247,12 +251,6 @@ class Trainer:
         self._model, self._device, self._settings = checkpoint.model, checkpoint.device, settings
         fast, positions = find_dtype("auto", checkpoint.device), None if IDS in items.tensors else items.positions
         size = read_sizes(teacher.path).total * fast.itemsize if teacher else 0
-        self.memory = memory_needed(checkpoint, settings, positions, size, group_size)
-        self._teacher: nn.Module | None = None
-        if teacher is not None:
-            self._teacher = Checkpoint.load(teacher.path, fast, self._device, offload="none").take_model()
-        if self.memory.recompute:
-            recompute_blocks(checkpoint.blocks)
         self.adapters: Adapters
         if settings.rank is None or settings.alpha is None:
             self.adapters = Scales(checkpoint, group_size)
@@ -260,6 +258,12 @@ class Trainer:
             from atp_tune.folders.lora import Lora  # needs the extra
 
             self.adapters = Lora(checkpoint, settings.rank, settings.alpha, settings.seed)
+        self.memory = memory_needed(self.adapters, settings, positions, size)
+        self._teacher: nn.Module | None = None
+        if teacher is not None:
+            self._teacher = Checkpoint.load(teacher.path, fast, self._device, offload="none").take_model()
+        if self.memory.recompute:
+            recompute_blocks(checkpoint.blocks)
         self._parameters = self.adapters.parameters
         self._share = NLL_SHARES[settings.loss]
         self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=0)
@@ -415,8 +419,6 @@ def stored_format(folder: Path) -> torch.dtype:
 
 STEP_SHARE = 0.5  # of free memory; if a step needs more, the backward pass recomputes blocks
 ADAPTER_BYTES = 20  # per trained number in float32: value, gradient, two moments, and the best value so far
-LORA_BYTES = (16, 8)  # per weight: sum, mask, rounded sum, gradients; per token and feature of a linear
-SCALE_BYTES = (4, 16)  # per weight: as multiplied; per token and feature: with and without its scale
 LOGIT_BYTES = 16  # per logit: its value and gradient, both with and without the last position
 TEACHER_BYTES = 8  # per logit of the dense model: its value, with and without the last position
 
@@ -434,20 +436,16 @@ class MemoryNeeded:
 
 
 def memory_needed(
-    checkpoint: Checkpoint,
-    settings: Training,
-    positions: int | None = None,
-    teacher: int = 0,
-    group_size: int | None = None,
+    adapters: Adapters, settings: Training, positions: int | None = None, teacher: int = 0
 ) -> MemoryNeeded:
     """The memory of a run, with recomputed blocks if it is short; UserError if it is too small even then.
 
     `positions`: hidden states of an image in the first block, of an image classifier; `teacher`: bytes of the dense
-    model's weights, which are not loaded yet; `group_size`: of rounded weights.
+    model's weights, which are not loaded yet.
     """
-    free = free_memory(checkpoint.device)
+    free = free_memory(adapters.checkpoint.device)
     for recompute in (False, True):
-        needed = bytes_needed(checkpoint, settings, recompute, positions, group_size) + teacher
+        needed = bytes_needed(adapters, settings, recompute, positions) + teacher
         if needed < (1 if recompute else STEP_SHARE) * free:
             return MemoryNeeded(needed, free, recompute)
     dense = f", with {teacher / GIB:.1f} GiB of the dense model" if teacher else ""
@@ -458,20 +456,12 @@ def memory_needed(
     )
 
 
-def bytes_needed(
-    checkpoint: Checkpoint,
-    settings: Training,
-    recompute: bool,
-    positions: int | None = None,
-    group_size: int | None = None,
-) -> int:
+def bytes_needed(adapters: Adapters, settings: Training, recompute: bool, positions: int | None = None) -> int:
     """Estimate of the bytes beside the weights: adapters, summed weights, activations of all blocks or one, logits."""
-    tokens = settings.batch * (positions or settings.seqlen or 1)
+    checkpoint, tokens = adapters.checkpoint, settings.batch * (positions or settings.seqlen or 1)
     widths = [[x.in_features + x.out_features for x in linears if x.expert is None] for linears in checkpoint.linears]
     sizes = [sum(x.size for x in linears if x.expert is None) for linears in checkpoint.linears]
-    numbers = (settings.rank or 1) * sum(map(sum, widths)) if group_size is None else sum(sizes) // abs(group_size)
-    adapters = numbers * ADAPTER_BYTES
-    per_weight, per_feature = SCALE_BYTES if settings.rank is group_size is None else LORA_BYTES
+    per_weight, per_feature = adapters.bytes
     blocks = [size * per_weight + tokens * sum(w) * per_feature for size, w in zip(sizes, widths, strict=True)]
     if positions:  # of an image classifier, whose stages may have other widths
         width = max(x.in_features for linears in checkpoint.linears for x in linears)
@@ -480,7 +470,8 @@ def bytes_needed(
         config = checkpoint.config.get_text_config()
         width, logits = config.hidden_size, tokens * config.vocab_size
     of_blocks = max(blocks) + len(blocks) * tokens * width * 4 if recompute else sum(blocks)
-    return int(adapters + of_blocks + logits * (LOGIT_BYTES + TEACHER_BYTES * settings.has_teacher))
+    trained = ADAPTER_BYTES * sum(numbers.numel() for numbers in adapters.parameters.values())
+    return int(trained + of_blocks + logits * (LOGIT_BYTES + TEACHER_BYTES * settings.has_teacher))
 
 
 @dataclass(eq=False)

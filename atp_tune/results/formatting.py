@@ -382,7 +382,7 @@ def recovery_note(summary: Summary) -> str:
 
 
 def _how(settings: RecoverConfig) -> str:
-    what = "scales of rows and columns" if settings.train == "scales" else "masked LoRA"
+    what = "scales within linears" if settings.train == "scales" else "masked LoRA"
     return f"{settings.steps} steps of {what} {LOSSES[settings.loss]} on the calibration text"
 
 
