@@ -148,16 +148,10 @@ class FinetuningJob:
     codes: Codes | None
 
     @cached_property
-    def trained(self) -> dict[str, Any]:
-        """The settings, and the size of the groups of rounded weights, which determine what is trained."""
-        groups = {} if self.codes is None else {"group_size": self.codes.quantize.group_size}
-        return {**self.settings.model_dump(), **groups}
-
-    @cached_property
     def facts(self) -> dict[str, str]:
         """The facts that identify the run, and so its result: settings, and contents of models and text."""
         contents = {"model": self.folder.content, "text": self.items.content}
-        settings = {name.replace("_", "-"): json.dumps(value) for name, value in self.trained.items()}
+        settings = {name.replace("_", "-"): json.dumps(value) for name, value in self.settings.model_dump().items()}
         return {**settings, **contents, **({"teacher": self.teacher.content} if self.teacher else {})}
 
     @cached_property
@@ -169,7 +163,7 @@ class FinetuningJob:
 
         own = key(
             "recovered",
-            settings=self.trained,
+            settings=self.settings.model_dump(),
             model=self.folder.content,
             text=self.items.content,
             teacher=self.teacher and self.teacher.content,
@@ -190,7 +184,8 @@ class FinetuningJob:
         count = windows_held_out(len(self.items), settings)
         items = self.items[: len(self.items) - count]
         held_out = self.items[-count:] if count else None
-        trainer = Trainer(checkpoint, items, settings, held_out, self.teacher, self.trained.get("group_size"))
+        groups = None if self.codes is None else self.codes.quantize.group_size
+        trainer = Trainer(checkpoint, items, settings, held_out, self.teacher, groups)
         place.watch(TrialStarted(f"fine-tuning {self.out}", None))
         place.note(f"training needs {trainer.memory}")
         if not count and settings.patience:

@@ -127,17 +127,25 @@ class Adapters:
 
 
 class ScaledLinear(nn.Module):
-    """A linear with scales of its rows and columns, whose logarithms `rows` [out] and `columns` [in] are trained."""
+    """A linear with scales, whose logarithms are trained: `rows` [out] and `columns` [in], or `groups` [out, groups].
 
-    def __init__(self, base: nn.Module, linear: Linear) -> None:
+    `group_size`: consecutive inputs of a row that share a scale (-1: all) where the weights are rounded, else None.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    groups: Tensor
+
+    def __init__(self, base: nn.Module, linear: Linear, group_size: int | None = None) -> None:
         super().__init__()
         self.base: Any = base
-        self._linear = linear
-        self.rows = self._zeros(linear.out_features)
-        self.columns = self._zeros(linear.in_features)
-
-    def _zeros(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.zeros(shape, device=self.weight.device))
+        rows, columns = linear.out_features, linear.in_features
+        self._linear, self._size = linear, columns if group_size == -1 else group_size
+        shapes: dict[str, tuple[int, ...]] = {"rows": (rows,), "columns": (columns,)}
+        if self._size is not None:
+            shapes = {"groups": (rows, -(-columns // self._size))}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=self.weight.device)))
 
     def get_base_layer(self) -> Any:
         """The linear itself, as in peft's layers."""
@@ -155,16 +163,15 @@ class ScaledLinear(nn.Module):
 
     def factors(self) -> Tensor:
         """What each weight is multiplied by, in W's own shape, float32."""
-        scales = self._scales()
+        if self._size is None:
+            scales = self.rows.exp()[:, None] * self.columns.exp()
+        else:
+            scales = spread(self.groups.exp(), self._size, self._linear.in_features)
         return scales.T if self._linear.transposed else scales
 
-    def _scales(self) -> Tensor:
-        """The factors [out, in]."""
-        return self.rows.exp()[:, None] * self.columns.exp()
-
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs [..., out] of inputs [..., in]; of a class with a forward of its own by that, with W'."""
-        if type(self.base).forward not in (nn.Linear.forward, Conv1D.forward):
+        """Outputs [..., out] of inputs [..., in]; of groups, and of a class with a forward of its own, with W'."""
+        if self._size is not None or type(self.base).forward not in (nn.Linear.forward, Conv1D.forward):
             return functional_call(self.base, {"weight": self.tuned()}, (x,))  # type: ignore[no-any-return]
         rows, bias = self.rows.exp(), self.base.bias
         own = {} if bias is None else {"bias": (bias / rows).to(bias.dtype)}
@@ -172,26 +179,8 @@ class ScaledLinear(nn.Module):
         return (y * rows).to(y.dtype)
 
 
-class RescaledLinear(ScaledLinear):
-    """A linear of rounded weights with scales of their groups, whose logarithms `groups` [out, groups] are trained."""
-
-    def __init__(self, base: nn.Module, linear: Linear, group_size: int) -> None:
-        """`group_size`: consecutive inputs of a row that share a scale; -1: all."""
-        nn.Module.__init__(self)
-        self.base, self._linear = base, linear
-        self._size = linear.in_features if group_size == -1 else group_size
-        self.groups = self._zeros(linear.out_features, -(-linear.in_features // self._size))
-
-    def _scales(self) -> Tensor:
-        return spread(self.groups.exp(), self._size, self._linear.in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs [..., out] of inputs [..., in]."""
-        return functional_call(self.base, {"weight": self.tuned()}, (x,))  # type: ignore[no-any-return]
-
-
 class Scales(Adapters):
-    """Scales; the checkpoint's model is changed: its linears become `ScaledLinear`, or `RescaledLinear`."""
+    """Scales; the checkpoint's model is changed: its linears become `ScaledLinear`."""
 
     def __init__(self, checkpoint: Checkpoint, group_size: int | None = None) -> None:
         """`group_size`: of the groups in which the weights are rounded; None: they are not."""
@@ -200,7 +189,7 @@ class Scales(Adapters):
             self.bytes = 4, 16  # per weight: as multiplied; per token and feature: with and without its scale
         for i, linear in trained_linears(checkpoint):
             base, name = checkpoint.blocks[i].get_submodule(linear.name), checkpoint.key(i, linear)
-            layer = ScaledLinear(base, linear) if group_size is None else RescaledLinear(base, linear, group_size)
+            layer = ScaledLinear(base, linear, group_size)
             checkpoint.blocks[i].set_submodule(linear.name, layer)
             self._layers[name] = layer
             self.parameters |= {f"{name}.{own}": scales for own, scales in layer.named_parameters(recurse=False)}
