@@ -267,7 +267,7 @@ class StudyRequest:
             allocations = ("atp",)
         texts = preset_texts(usual_texts(notify) if self.texts is None else self.texts, preset, folder)
         # The best plan is trained; never that of a front, whose points would not compare with it.
-        unasked = preset.recovers and not self._of_channels and "bits" not in self.settings
+        unasked = preset.recovers and not self._of_channels
         is_trained = not self._is_front and (unasked if self.recover is None else self.recover)
         settings = {
             "description": f"{self.source} at {percent(self.sparsity)}",
