@@ -162,7 +162,7 @@ def without_allocation(trial: optuna.Trial) -> dict[str, Any]:
 
 def test_the_sampler_inside_sees_logarithms_of_what_is_done_and_what_runs() -> None:
     spy, space = Spy(), space_of()
-    study = optuna.create_study(sampler=BranchSampler(lambda seed: spy, space, 0))
+    study = optuna.create_study(sampler=BranchSampler(lambda seed: spy, 0, space))
     done, failed, running = trials = study.ask(), study.ask(), study.ask()
     for trial in trials:
         space.suggest(trial)
@@ -259,7 +259,7 @@ def test_measurements_on_atp_count_for_the_curve() -> None:
     """The GP of curve starts from them: nothing is drawn at random after STARTS trials of ATP."""
     space = space_of(allocation={"names": ["atp", "curve"]})
     spy = Spy()
-    study = optuna.create_study(sampler=BranchSampler(lambda seed: spy, space, 0))
+    study = optuna.create_study(sampler=BranchSampler(lambda seed: spy, 0, space))
     for beta in (0.0, 0.1, 0.15, 0.2):
         study.enqueue_trial({"pruner": "wanda", "allocation": "atp", "beta": beta})
         trial = study.ask()

@@ -8,8 +8,9 @@ import socket
 from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -106,47 +107,45 @@ def _in_columns(trial: FrozenTrial) -> FrozenTrial:
     return trial
 
 
+@dataclass(eq=False)
 class Later(Mapping[str, Any]):
     """Stored attributes, and additions that are made when one of them, or the whole mapping, is first read.
 
     The dashboard's list of studies reads one stored attribute of each study, and need not draw figures.
     """
 
-    def __init__(self, stored: Attributes, make: Callable[[], Attributes]) -> None:
-        self._stored = stored
-        self._make = make
-        self._all: Attributes | None = None
+    stored: Attributes
+    make: Callable[[], Attributes]
 
     def __getitem__(self, key: str) -> Any:
-        return self._whole()[key] if key.startswith(PREFIX) else self._stored[key]
+        return self._whole[key] if key.startswith(PREFIX) else self.stored[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._whole())
+        return iter(self._whole)
 
     def __len__(self) -> int:
-        return len(self._whole())
+        return len(self._whole)
 
+    @cached_property
     def _whole(self) -> Attributes:
-        if self._all is None:
-            self._all = {**self._stored, **self._make()}
-        return self._all
+        return {**self.stored, **self.make()}
 
 
+@dataclass(eq=False)
 class Additions:
     """Notes and figures of studies, remade when a study has changed; thread-safe."""
 
-    def __init__(self, storage: BaseStorage, address: str, join: str) -> None:
-        self._storage = storage
-        self._address = address
-        self._join = join
-        self._lock = Lock()
-        self._made: dict[int, tuple[object, Attributes]] = {}
-        self._changes = 0
+    storage: BaseStorage
+    address: str
+    join: str
+    _lock: Lock = field(default_factory=Lock)
+    _made: dict[int, tuple[object, Attributes]] = field(default_factory=dict)
+    _changes: int = 0
 
     def of(self, study_id: int, stored: Attributes) -> Attributes:
         """The notes and figures of a study, as system attributes in the dashboard's format."""
         with self._lock:
-            study = ValidatedStudy(self._storage.get_study_name_from_id(study_id), self._storage)
+            study = ValidatedStudy(self.storage.get_study_name_from_id(study_id), self.storage)
             # A value that changes when notes or figures must be remade.
             trials = [(trial.state, len(trial.user_attrs)) for trial in study.get_trials(deepcopy=False)]
             attrs, own = study.user_attrs, {key: value for key, value in stored.items() if key.startswith(PREFIX)}
@@ -154,7 +153,7 @@ class Additions:
             if study_id not in self._made or self._made[study_id][0] != state:
                 self._changes += 1
                 summary = summarise(study)
-                notes = dashboard_note(study_note(summary, self._address, self._join), stored, step=self._changes)
+                notes = dashboard_note(study_note(summary, self.address, self.join), stored, step=self._changes)
                 for trial in summary.trials:
                     notes |= dashboard_note(trial_note(trial, summary), stored, trial._trial_id, self._changes)
                 self._made[study_id] = state, without_rests(dashboard_figures(summary) | notes, stored)
@@ -164,16 +163,16 @@ class Additions:
 # --- What a server does for its studies: queues lost trials again, and keeps artifacts current.
 
 
+@dataclass(eq=False)
 class Maintenance:
     """Maintains all studies of a storage; `artifacts` is the folder of the files that the dashboard offers."""
 
-    def __init__(self, storage: BaseStorage, artifacts: Path, tell: Callable[[str], None]) -> None:
-        self._storage = storage
-        self._folder = artifacts
-        self._tell = tell
-        self._seen: dict[int, object] = {}
-        self._trouble = ""
-        self._told: dict[str, str] = {}
+    storage: BaseStorage
+    artifacts: Path
+    tell: Callable[[str], None]
+    _seen: dict[int, object] = field(default_factory=dict)
+    _trouble: str = ""
+    _told: dict[str, str] = field(default_factory=dict)
 
     def turn(self) -> None:
         """One round over all studies; an error is reported once, and retried in the next round."""
@@ -183,13 +182,13 @@ class Maintenance:
         except (OSError, StorageInternalError, UserError) as error:
             trouble = f"warning: {error_reason(error)}"
         if trouble and trouble != self._trouble:
-            self._tell(trouble)
+            self.tell(trouble)
         self._trouble = trouble
 
     def _look(self) -> None:
         attached = False
-        for name in opening.names_in(self._storage):
-            study = opening.find_study(self._storage, name)
+        for name in opening.names_in(self.storage):
+            study = opening.find_study(self.storage, name)
             if study is None or "fingerprint" not in study.user_attrs:
                 continue
             try:
@@ -198,11 +197,11 @@ class Maintenance:
                     trial = study.get_trials(deepcopy=False)[number]
                     reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), progress.given_up(trial)
                     end = f"cut off {why}, it is given up" if why else "it is queued again"
-                    self._tell(f"{study.study_name}: trial {number}: {reason}; {end}")
+                    self.tell(f"{study.study_name}: trial {number}: {reason}; {end}")
                 attached = attached or self._attach(study)  # one per round: a report takes half a second and 5 MB
             except UserError as error:
                 if self._told.get(name) != str(error):
-                    self._tell(f"warning: {error}")
+                    self.tell(f"warning: {error}")
                 self._told[name] = str(error)
 
     def _attach(self, study: optuna.Study) -> bool:
@@ -212,9 +211,9 @@ class Maintenance:
         state = best and (best.number, final_numbers(study), front)
         if best is None or self._seen.get(study._study_id) == state:
             return False
-        attach(study, self._folder, database.REPORT, formats.html([gather(study, datetime.now())]))
+        attach(study, self.artifacts, database.REPORT, formats.html([gather(study, datetime.now())]))
         if (config := best_as_json(study, summarise(study))) is not None:
-            attach(study, self._folder, database.CONFIG, config)
+            attach(study, self.artifacts, database.CONFIG, config)
         self._seen[study._study_id] = state
         return True
 
@@ -343,26 +342,26 @@ def proxy(storage: BaseStorage, host: str, port: int) -> Iterator[int]:
         server.stop(LAST_REQUESTS).wait()
 
 
+@dataclass(eq=False)
 class InOrder:
     """The storage for the proxy: adds the order of parameters to trials, which gRPC messages lose."""
 
-    def __init__(self, storage: BaseStorage) -> None:
-        self._storage = storage
+    storage: BaseStorage
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._storage, name)
+        return getattr(self.storage, name)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None) -> int:
         """Stores a trial that a worker sent."""
-        return self._storage.create_new_trial(study_id, template_trial and in_order(template_trial))
+        return self.storage.create_new_trial(study_id, template_trial and in_order(template_trial))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """A trial to send."""
-        return with_order(self._storage.get_trial(trial_id))
+        return with_order(self.storage.get_trial(trial_id))
 
     def get_all_trials(self, study_id: int, deepcopy: bool) -> list[FrozenTrial]:
         """Trials to send."""
-        return [with_order(trial) for trial in self._storage.get_all_trials(study_id, deepcopy)]
+        return [with_order(trial) for trial in self.storage.get_all_trials(study_id, deepcopy)]
 
 
 class Relay(grpc.ServerInterceptor):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -78,11 +79,11 @@ from atp_tune.utils.cache import cache_dir, file_atomically, key, made_once, wri
 CURVE_TOKENS = 512  # of the calibration text, for the error curve, which statistics of the dense model pay for
 
 
+@dataclass(eq=False, repr=False)
 class Measuring:
     """Stands for a pruner that needs a kind of statistics as they are."""
 
-    def __init__(self, measures: type[Statistics]) -> None:
-        self.measures = measures
+    measures: type[Statistics]
 
     def __repr__(self) -> str:
         return "unprepared"
@@ -91,29 +92,29 @@ class Measuring:
         """Has no statistics to prepare."""
 
 
+@dataclass(eq=False)
 class DenseMeasurements:
-    """Statistics of the linears' inputs, dense metrics for allocations, and hidden states for the error curve."""
+    """Statistics of the linears' inputs, dense metrics for allocations, and hidden states for the error curve.
 
-    def __init__(
-        self, replay: Replay, items: Items, calibration: Batch, batch: AutoBatch, model: str, watch: EventHandler
-    ) -> None:
-        """`items`: calibration windows; `calibration`: the same on the device; `model`: SHA-256 of the checkpoint."""
-        self._replay = replay
-        self._items = items
-        self._calibration = calibration
-        self._batch = batch
-        self._model = model
-        self._watch = watch
-        self._statistics: dict[str, Sequence[BlockStatistics]] = {}
-        self._ranked: dict[tuple[str, int | None], PerBlock] = {}  # by statistics, and by the pattern's group
-        self._metrics: Cache = {}
+    `items`: calibration windows; `calibration`: the same on the device; `model`: SHA-256 of the checkpoint.
+    """
+
+    replay: Replay
+    items: Items
+    calibration: Batch
+    batch: AutoBatch
+    model: str
+    watch: EventHandler
+    _statistics: dict[str, Sequence[BlockStatistics]] = field(default_factory=dict)
+    _ranked: dict[tuple[str, int | None], PerBlock] = field(default_factory=dict)  # by statistics, and pattern's group
+    _metrics: Cache = field(default_factory=dict)
 
     def clear(self) -> None:
         """Frees all measurements."""
         for cache in (self._statistics, self._ranked, self._metrics):
             cache.clear()
         vars(self).pop("states", None)
-        self._calibration = None
+        self.calibration = None
 
     def evidence(
         self,
@@ -130,23 +131,23 @@ class DenseMeasurements:
         def statistics(kind: type[Statistics]) -> Sequence[BlockStatistics]:
             return self.statistics(Measuring(kind))
 
-        checkpoint, own = self._replay.checkpoint, (priced, priced_by, by_rows, path)
+        checkpoint, own = self.replay.checkpoint, (priced, priced_by, by_rows, path)
         return DenseMetrics(checkpoint, statistics, self._metrics, self._step, *own)
 
     @cached_property
     def curve_windows(self) -> int:
         """Number of windows of the error curve: the first ones of the calibration text."""
-        return min(len(self._items), max(1, CURVE_TOKENS // self._items.positions))
+        return min(len(self.items), max(1, CURVE_TOKENS // self.items.positions))
 
     @cached_property
     def states(self) -> list[Tensor]:
         """Hidden states [`curve_windows`, tokens, width] after each dense block, in host memory."""
-        items = self._calibration[: self.curve_windows]
-        hidden, states = embed(self._replay, self._batch, items), []
-        tower = self._replay.checkpoint.tower_weights()
-        for index, weights in dense_blocks(self._replay.checkpoint):
-            hidden = entering(self._replay, self._batch, index, hidden, items, tower)
-            hidden = advance(self._replay, self._batch, index, weights, hidden)
+        items = self.calibration[: self.curve_windows]
+        hidden, states = embed(self.replay, self.batch, items), []
+        tower = self.replay.checkpoint.tower_weights()
+        for index, weights in dense_blocks(self.replay.checkpoint):
+            hidden = entering(self.replay, self.batch, index, hidden, items, tower)
+            hidden = advance(self.replay, self.batch, index, weights, hidden)
             states.append(hidden.cpu().clone())
         return states
 
@@ -161,7 +162,7 @@ class DenseMeasurements:
 
     def fast_statistics(self, pruner: Pruner) -> Sequence[BlockStatistics]:
         """The statistics, as ranks if the pruner can use ranks, which are faster."""
-        statistics, kind, checkpoint = self.statistics(pruner), pruner.measures, self._replay.checkpoint
+        statistics, kind, checkpoint = self.statistics(pruner), pruner.measures, self.replay.checkpoint
         assert kind is not None
         group = getattr(pruner, "group", None)
         name = self.statistics_key(pruner, kind), group
@@ -171,49 +172,49 @@ class DenseMeasurements:
 
     def statistics_key(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> str:
         """SHA-256 of everything that determines a pruner's statistics."""
-        checkpoint = self._replay.checkpoint
+        checkpoint = self.replay.checkpoint
         is_own = kind.__module__.startswith("atp_tune.")
         prepares = issubclass(kind, Hessian | Several) or not is_own  # the others are the same for all pruners
         return key(
             "statistics",
-            model=self._model,
+            model=self.model,
             tower=str(checkpoint.in_tower),
-            items=self._items.content,
+            items=self.items.content,
             kind=[kind.__name__, None if is_own else code_digest(kind)],
             pruner=repr(getattr(pruner, "prepares", pruner)) if prepares else None,
-            batch=min(self._batch.windows, len(self._items)),
+            batch=min(self.batch.windows, len(self.items)),
             arithmetic=arithmetic(checkpoint.device, checkpoint.dtype),
         )
 
     def _read_or_measure(
         self, folder: Path, pruner: Pruner | Measuring, kind: type[Statistics]
     ) -> Sequence[BlockStatistics]:
-        checkpoint = self._replay.checkpoint
+        checkpoint = self.replay.checkpoint
         if not folder.is_dir():
             needed = sum(kind.bytes_for(x.in_features) for linears in checkpoint.linears for x in linears)
             if not is_room(folder.parent, needed):
-                self._watch(Message(f"cache folder {folder.parent}: no room; dense statistics are kept in memory"))
+                self.watch(Message(f"cache folder {folder.parent}: no room; dense statistics are kept in memory"))
                 return list(self._measured(pruner, kind))
             try:
                 save_all(folder, self._measured(pruner, kind))
             except OSError as error:
-                self._watch(Message(f"cache folder {folder.parent}: {error}; dense statistics are kept in memory"))
+                self.watch(Message(f"cache folder {folder.parent}: {error}; dense statistics are kept in memory"))
                 return list(self._measured(pruner, kind))
         return cached_statistics(folder, kind, len(checkpoint.blocks), checkpoint.device)
 
     def _measured(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> Iterator[BlockStatistics]:
-        hidden = embed(self._replay, self._batch, self._calibration)
-        tower = self._replay.checkpoint.tower_weights()
-        for index, weights in dense_blocks(self._replay.checkpoint):
-            hidden = entering(self._replay, self._batch, index, hidden, self._calibration, tower)
-            by_name, hidden = measure_and_advance(self._replay, self._batch, index, weights, hidden, kind)
+        hidden = embed(self.replay, self.batch, self.calibration)
+        tower = self.replay.checkpoint.tower_weights()
+        for index, weights in dense_blocks(self.replay.checkpoint):
+            hidden = entering(self.replay, self.batch, index, hidden, self.calibration, tower)
+            by_name, hidden = measure_and_advance(self.replay, self.batch, index, weights, hidden, kind)
             for statistics in set(by_name.values()):
                 pruner.prepare(statistics)
             yield by_name
             self._step(index + 1)
 
     def _step(self, done: int) -> None:
-        self._watch(Step("measure", done, len(self._replay.checkpoint.blocks)))
+        self.watch(Step("measure", done, len(self.replay.checkpoint.blocks)))
 
 
 def dense_blocks(checkpoint: Checkpoint) -> Iterator[Block]:
@@ -251,31 +252,25 @@ Ends = tuple[RowSparsities, ...]
 Costs = Sequence[Sequence[Sequence[float]]]
 
 
+@dataclass(eq=False)
 class CalibrationGradients:
     """Gradients for one checkpoint and calibration text; `pool`: the items that are drawn from."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        inputs: InputKind,
-        score: ModelScore,
-        pool: Items,
-        heads: AutoBatch,
-        watch: EventHandler,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.pool = pool
-        self.watch = watch
-        self._inputs = inputs
-        self._score = score
-        self._heads = heads
-        needed = ACTIVATIONS * block_bytes(checkpoint)
-        self._batch = AutoBatch(checkpoint.device, pool.positions, needed, lambda text: watch(Message(text)))
+    checkpoint: Checkpoint
+    inputs: InputKind
+    score: ModelScore
+    pool: Items
+    heads: AutoBatch
+    watch: EventHandler
+
+    def __post_init__(self) -> None:
+        needed, watch = ACTIVATIONS * block_bytes(self.checkpoint), self.watch
+        self._batch = AutoBatch(self.checkpoint.device, self.pool.positions, needed, lambda text: watch(Message(text)))
 
     @cached_property
     def of_blocks(self) -> BlockGradients:
         """The gradients; made when they are first asked for, which runs the model."""
-        return BlockGradients(self.checkpoint, self._inputs, self._score.gradient, self._batch, self._heads)
+        return BlockGradients(self.checkpoint, self.inputs, self.score.gradient, self._batch, self.heads)
 
     def samples(self, many: int, steps: int, share: float = 1.0) -> Iterator[Sample]:
         """A sample of so many items of the pool for each step, all if it has fewer.
@@ -321,8 +316,8 @@ class CalibrationGradients:
         return numbers
 
     def _key(self, **own: Any) -> str:
-        score = getattr(self._score, "content", type(self._score).__name__)
-        batches = [self._batch.windows, self._heads.windows]
+        score = getattr(self.score, "content", type(self.score).__name__)
+        batches = [self._batch.windows, self.heads.windows]
         return key("gradient", pool=self.pool.content, score=score, batches=batches, **own)
 
 
@@ -363,28 +358,25 @@ class PricingProtocol(Protocol):
         """Goes on from a state."""
 
 
+@dataclass(eq=False)
 class Descent:
     """Descends by prices, whose steps draw their items from the pool of the gradients.
 
     `pricing`: makes what measures them; `levels`: what its weights are pruned by, as JSON.
     """
 
-    share = 1.0  # of the NLL in the loss; the rest is KL from the dense model
-
-    def __init__(
-        self, gradients: CalibrationGradients, pricing: Callable[[], PricingProtocol], levels: Sequence[Any]
-    ) -> None:
-        self._gradients = gradients
-        self._pricing = pricing
-        self._levels = levels
+    gradients: CalibrationGradients
+    pricing: Callable[[], PricingProtocol]
+    levels: Sequence[Any]
+    share: float = 1.0  # of the NLL in the loss; the rest is KL from the dense model
 
     def ends(self, targets: Sequence[float], measured: str) -> Ends:
         """The end of the descent at each of these ascending targets, from the cache if possible.
 
         `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
         """
-        own = {"targets": list(targets), "levels": self._levels, "constants": list(CONSTANTS)}
-        ends = self._gradients.cached(lambda file: self._descend(targets, file), dense=measured, **own)
+        own = {"targets": list(targets), "levels": self.levels, "constants": list(CONSTANTS)}
+        ends = self.gradients.cached(lambda file: self._descend(targets, file), dense=measured, **own)
         return tuple(self._read(end) for end in ends)
 
     def _read(self, end: Any) -> RowSparsities:
@@ -397,8 +389,8 @@ class Descent:
 
     def _descend(self, targets: Sequence[float], file: Path) -> list[Any]:
         """The ends, by way of the steps that an interrupted run has left in `file`."""
-        gradients, watch = self._gradients, self._gradients.watch
-        pricing, steps = self._pricing(), DescentSteps(file)
+        gradients, watch = self.gradients, self.gradients.watch
+        pricing, steps = self.pricing(), DescentSteps(file)
         windows, total = windows_of_step(gradients.pool.positions, targets), steps_along(targets)
         samples = gradients.samples(windows, total, self.share)
         watch(TrialStarted("gradient", None))
@@ -423,12 +415,12 @@ class RowDescent(Descent):
     """The descent whose rows move too, by masks `places` of the lowest scores of each row."""
 
     def __init__(self, gradients: CalibrationGradients, places: Places, score: Score, loss: Loss) -> None:
-        super().__init__(gradients, lambda: RowPricing(gradients.of_blocks, places), [score, "rows", DISTANCE, loss])
-        self.share = NLL_SHARES[loss]
+        own = [score, "rows", DISTANCE, loss]
+        super().__init__(gradients, lambda: RowPricing(gradients.of_blocks, places), own, NLL_SHARES[loss])
 
     def _read(self, end: Any) -> RowSparsities:
         linears, offsets = end
-        return RowSparsities(tuple(map(tuple, linears)), RowOffsets.read(offsets, self._gradients.checkpoint.shapes))
+        return RowSparsities(tuple(map(tuple, linears)), RowOffsets.read(offsets, self.gradients.checkpoint.shapes))
 
     def _end(self, pricing: PricingProtocol, end: LinearSparsities) -> Any:
         assert isinstance(pricing, RowPricing)

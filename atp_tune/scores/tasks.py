@@ -269,12 +269,13 @@ def _prefix(model: nn.Module, tokenizer: Any) -> int | None:
     return None if any(token is not None for token in ends) else next(token for token in own if isinstance(token, int))
 
 
+@dataclass(eq=False)
 class AnswerCounter:
     """Takes the place of lm-eval's cache of answers, and so is called for each answer."""
 
-    def __init__(self, watch: EventHandler) -> None:
-        self._watch = watch
-        self._done = self._total = 0
+    watch: EventHandler
+    _done: int = 0
+    _total: int = 0
 
     def listen(self, lm: HFLM) -> None:
         """Counts the answers of a model from this call on."""
@@ -285,7 +286,7 @@ class AnswerCounter:
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
         """Counts one answer."""
         self._done += 1
-        self._watch(Step("answer", self._done, self._total))
+        self.watch(Step("answer", self._done, self._total))
 
     def _begin(self, answer: Callable[[list[Any]], Any], requests: list[Any]) -> Any:
         self._done, self._total = 0, len(requests)

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from numbers import Real
 from time import monotonic, sleep
@@ -191,7 +192,7 @@ def make_sampler(search: SearchConfig, space: Space, screened: Sequence[FrozenTr
     make: Make = SAMPLERS[short_name(search.sampler)]
     if make is at_random:
         return at_random(search.seed)
-    return BranchSampler(make, space, search.seed, screened)
+    return BranchSampler(make, search.seed, space, screened)
 
 
 def gp(seed: int) -> GPSampler:
@@ -211,17 +212,17 @@ def trial_seed(seed: int, study: Study, trial: FrozenTrial, name: str = "") -> i
     return zlib.crc32(f"{seed} {queue_position(study, trial)} {name}".encode())
 
 
+@dataclass(eq=False)
 class Proposer(BaseSampler):
     """Proposes the whole point of a trial; what it lacks is drawn by new samplers that `make` creates from seeds.
 
     Those are of the study's seed, the trial's place and the parameter's name.
     """
 
-    def __init__(self, make: "Make", seed: int) -> None:
-        self._make = make
-        self._seed = seed
-        self._kinds: Distributions = {}
-        self._point: Params = {}
+    make: "Make"
+    seed: int
+    _kinds: Distributions = field(init=False, default_factory=dict)
+    _point: Params = field(init=False, default_factory=dict)
 
     def propose(self, study: Study, trial: FrozenTrial) -> tuple[Distributions, Params]:
         """Distributions of a point, and the point; none: each parameter is drawn on its own."""
@@ -242,7 +243,7 @@ class Proposer(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """A new sampler's draw."""
-        inner = self._make(trial_seed(self._seed, study, trial, param_name))
+        inner = self.make(trial_seed(self.seed, study, trial, param_name))
         return inner.sample_independent(study, trial, param_name, param_distribution)
 
 
@@ -251,6 +252,7 @@ def at_random(seed: int) -> Proposer:
     return Proposer(RandomSampler, seed)
 
 
+@dataclass(eq=False)
 class BranchSampler(Proposer):
     """Chooses an allocation, and lets an inner sampler propose its parameters from this allocation's trials.
 
@@ -265,16 +267,14 @@ class BranchSampler(Proposer):
     Proposals keep away from all these points.
     """
 
-    def __init__(self, make: "Make", space: Space, seed: int, screened: Sequence[FrozenTrial] = ()) -> None:
-        super().__init__(make, seed)
-        self._space = space
-        self._screened = screened
+    space: Space
+    screened: Sequence[FrozenTrial] = ()
 
     def propose(self, study: Study, trial: FrozenTrial) -> tuple[Distributions, Params]:
         """The allocation whose turn it is, and the inner sampler's proposal in an in-memory study of its trials."""
-        wait_for_earlier(study, trial, self._space)
-        branch = whose_turn(_others(study, trial), self._space)
-        return self._space.branch_distributions(branch), self._drawn(study, trial, branch, self._space.kinds(branch))
+        wait_for_earlier(study, trial, self.space)
+        branch = whose_turn(_others(study, trial), self.space)
+        return self.space.branch_distributions(branch), self._drawn(study, trial, branch, self.space.kinds(branch))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -287,12 +287,12 @@ class BranchSampler(Proposer):
         )
 
     def _drawn(self, study: Study, trial: FrozenTrial, branch: str, own: Distributions) -> Params:
-        space, others = self._space, _others(study, trial)
-        trials, count = [*others, *levelled(self._screened, others)], len(study.directions)
+        space, others = self.space, _others(study, trial)
+        trials, count = [*others, *levelled(self.screened, others)], len(study.directions)
         shadow = branch_study(trials, space, branch, own, count)
         open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
         shadow.ask()  # stands in for the trial: the inner sampler writes attributes to it
-        inner = self._make(trial_seed(self._seed, study, trial))
+        inner = self.make(trial_seed(self.seed, study, trial))
         params = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
         if branch == "atp" and params and isinstance(inner, GPSampler) and len(study.directions) == 1:
             study.set_user_attr("gp_posterior", gp_posterior(inner, shadow, open_ones, space.pruners))
@@ -303,7 +303,7 @@ class BranchSampler(Proposer):
         lost = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))  # else the inner sampler proposes them again
         lost = [trial for trial in lost if counts(trial) and "allocation" in trial.params]
         failed = branch_study(lost, space, branch, own, count).trials
-        seed = trial_seed(self._seed, study, trial, "apart")
+        seed = trial_seed(self.seed, study, trial, "apart")
         point = {"allocation": branch, **nudge_from_known(params, [*shadow.trials[:-1], *failed], open_ones, seed)}
         return space.at(point, point.get("sparsity"))
 
@@ -366,37 +366,37 @@ def make_stopper(search: SearchConfig) -> BasePruner:
 Make = Callable[[int], BaseSampler]
 
 
+@dataclass(eq=False)
 class CheckedSampler(BaseSampler):
     """The sampler of a plug-in; PluginError for a proposal outside its interval."""
 
-    def __init__(self, inner: BaseSampler, origin: Origin) -> None:
-        self._inner = inner
-        self._origin = origin
+    inner: BaseSampler
+    origin: Origin
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The search space of the plug-in."""
-        with guarded(self._origin, "infer_relative_search_space"):
-            return self._inner.infer_relative_search_space(study, trial)
+        with guarded(self.origin, "infer_relative_search_space"):
+            return self.inner.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The plug-in's proposal; parameters that it leaves out are drawn one by one."""
-        with guarded(self._origin, "sample_relative"):
-            params = dict(self._inner.sample_relative(study, trial, search_space))
+        with guarded(self.origin, "sample_relative"):
+            params = dict(self.inner.sample_relative(study, trial, search_space))
         return {name: self._checked(name, params[name], kind) for name, kind in search_space.items() if name in params}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """The plug-in's draw of one parameter."""
-        with guarded(self._origin, "sample_independent"):
-            value = self._inner.sample_independent(study, trial, param_name, param_distribution)
+        with guarded(self.origin, "sample_independent"):
+            value = self.inner.sample_independent(study, trial, param_name, param_distribution)
         return self._checked(param_name, value, param_distribution)
 
     def _checked(self, name: str, value: Any, kind: BaseDistribution) -> Any:
         if not _is_inside(value, kind):
-            raise PluginError(f"{self._origin}: proposed {name} = {value!r}, which is outside {kind}")
+            raise PluginError(f"{self.origin}: proposed {name} = {value!r}, which is outside {kind}")
         return value
 
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from time import monotonic, sleep
@@ -247,22 +248,22 @@ def _optimise(
         raise callbacks.error
 
 
+@dataclass(eq=False)
 class Callbacks:
     """Calls the run's callbacks after a trial; the first `error` of one ends the loop, and is raised after it.
 
     Raised at once, an error of theirs could be taken for one of Optuna's.
     """
 
-    def __init__(self, run: "StudyRun") -> None:
-        self._run = run
-        self.error: Exception | None = None
+    run: "StudyRun"
+    error: Exception | None = None
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial, done: int, total: int) -> None:
         """Calls each; if one stops the study, the trials so far are its total."""
         assert isinstance(study, ValidatedStudy)
         study.is_stopped = False
         try:
-            for callback in self._run.callbacks:
+            for callback in self.run.callbacks:
                 callback(study, trial)
         except Exception as error:
             self.error = error
@@ -270,48 +271,48 @@ class Callbacks:
             return
         if study.is_stopped and done < total:
             progress.terminate_early(study, total)
-            self._run.note(f"ended after {done} of {total}: a callback stopped the study")
+            self.run.note(f"ended after {done} of {total}: a callback stopped the study")
 
 
+@dataclass(eq=False)
 class Publisher:
     """Publishes a study when its best trial has changed, at most every `PUBLISH` seconds; only the reporting worker."""
 
-    def __init__(self, run: "StudyRun") -> None:
-        self._run = run
-        self._best = -1
-        self._time = monotonic()  # a run that ends sooner publishes at its end alone
+    run: "StudyRun"
+    _best: int = -1
+    _time: float = field(default_factory=monotonic)  # a run that ends sooner publishes at its end alone
 
     def after_trial(self, study: optuna.Study, best: FrozenTrial | None) -> None:
         """Publishes, if it is time; `best`: the study's best trial now."""
-        is_due = self._run.reports and monotonic() - self._time >= PUBLISH
+        is_due = self.run.reports and monotonic() - self._time >= PUBLISH
         if best is not None and best.number != self._best and is_due:
             self._best, self._time = best.number, monotonic()
-            self._run.publish(study)
+            self.run.publish(study)
 
 
+@dataclass(eq=False)
 class Attempt:
     """Calls the objective unless other workers have reached the total, and says whether they ended the trial as lost.
 
     Optuna raises unspecific errors when a process tells a trial that another one ended; `is_lost` identifies them.
     """
 
-    def __init__(self, objective: Callable[[optuna.Trial], tuple[float, ...]], total: int, trace: Trace) -> None:
-        self.number = -1
-        self._objective = objective
-        self._total = total
-        self._trace = trace
-        self._is_bug = False
+    objective: Callable[[optuna.Trial], tuple[float, ...]]
+    total: int
+    trace: Trace
+    number: int = -1
+    _is_bug: bool = False
 
     def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
         """The objective's values."""
         self.number, self._is_bug = trial.number, True
         try:
             trials, number = trial.study.get_trials(deepcopy=False), trial.number
-            if progress.is_surplus(trials, number, self._total) or progress.is_repetition(trials, number):
+            if progress.is_surplus(trials, number, self.total) or progress.is_repetition(trials, number):
                 trial.set_user_attr("lost", progress.SURPLUS)
                 raise TrialError("not needed")
-            with self._trace.of(trial.study.study_name, trial.number):
-                value = self._objective(trial)
+            with self.trace.of(trial.study.study_name, trial.number):
+                value = self.objective(trial)
         except (TrialError, UpdateFinishedTrialError):
             self._is_bug = False
             raise
