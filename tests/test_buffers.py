@@ -30,7 +30,7 @@ def test_memory_goes_back_when_the_last_tensor_goes(cache: Path) -> None:
     tensor = torch.randn(1000)
     move_into(on_disk, [tensor])
     view = tensor[5:]
-    assert mapped_files().holds(view)
+    assert mapped_files()(view)
     assert not list(cache.glob("blocks/*"))
     del tensor
     gc.collect()

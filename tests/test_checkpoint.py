@@ -115,11 +115,11 @@ def test_blocks_lie_where_the_residency_says(
     """In float32 as saved; what transformers puts together is mapped from a file without a name."""
     tiny(family).save_pretrained(tmp_path)
     checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU, offload=offload)
-    files = mapped_files()
+    is_mapped = mapped_files()
     for block in checkpoint.blocks:
         for name, tensor in block.named_parameters():
             if family != "mixtral" or offload != "none" or "experts" not in name:
-                assert files.holds(tensor) == mapped, name
+                assert is_mapped(tensor) == mapped, name
     assert not list(cache.glob("blocks/*"))
     saved = copy_of(tiny(family))
     assert all(same_bits(tensor, saved[name]) for name, tensor in copy_of(checkpoint.model).items())

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.convert import MODEL_TYPE, one_line
 from atp_tune.checkpoints.files import SLIM, check_plain, config_in
 from atp_tune.config.typed import joined
 from atp_tune.errors import UserError
@@ -33,7 +33,6 @@ from atp_tune.errors import UserError
 # A model that also reads images is a language model with towers. Only the language model is pruned, measured on texts.
 # The class that a folder was saved from tells which kind of model it holds, since one model type may have both.
 
-PACKED = "atp_sparse"  # as in packed.modeling_atp_sparse, which imports more
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForImageClassification)
 
 
@@ -41,7 +40,7 @@ def auto_class(folder: Path) -> Any:
     """The auto class that loads a folder: of language models, of models that also read images, of classifiers."""
     config = config_in(folder)
     kind, names = str(config.get("model_type")), config.get("architectures")
-    if kind in (PACKED, SLIM):  # of the family that it was made from
+    if kind in (MODEL_TYPE, SLIM):  # of the family that it was made from
         table = config.get(kind)
         name = table.get("class") if isinstance(table, dict) else None
         return next((each for each in AUTO_CLASSES if each.__name__ == name), AutoModelForCausalLM)
@@ -243,14 +242,10 @@ ATTRIBUTES = ("num_experts", "has_bias", "is_transposed", "_apply_gate")
 def holds_experts(module: nn.Module) -> bool:
     """Whether a module itself has stacked matrices: parameters with over two dimensions, at least two larger than 1.
 
-    Filters of a depthwise convolution [channels, 1, width] do not count.
+    Filters [channels, 1, width] of a depthwise convolution over tokens, as in state-space blocks, do not count.
     """
-    return not is_depthwise(module) and any(map(_is_stack, module.parameters(recurse=False)))
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether a module is a depthwise convolution over tokens, as in state-space blocks."""
-    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
+    is_depthwise = isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
+    return not is_depthwise and any(map(_is_stack, module.parameters(recurse=False)))
 
 
 def _is_stack(parameter: Tensor) -> bool:
@@ -317,12 +312,6 @@ class Blocks:
     modules: nn.ModuleList
     in_tower: int = 0
 
-    def __add__(self, other: "Blocks") -> "Blocks":
-        """The blocks of a vision tower, and behind them those of the language model."""
-        modules = nn.ModuleList([*self.modules, *other.modules])
-        name = joined(self.name, len(self.names), other.name)
-        return Blocks(name, (*self.names, *other.names), modules, len(self.names))
-
 
 def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
     """The blocks: the `nn.ModuleList` with the most parameters, or the lists in it; UserError if there is none.
@@ -336,12 +325,14 @@ def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
             raise UserError(
                 f'model.prune: {type(model).__name__} has no vision tower that transformers knows of; take ["language"]'
             )
-        name, modules = _largest(model, tower)
-        return Blocks(name, tuple(f"{name}.{index}" for index in range(len(modules))), modules) + find_blocks(model)
-    name, modules = _largest(model, language_model(model))
+        # Its blocks, and behind them those of the language model.
+        first, others = _largest(model, tower), find_blocks(model)
+        modules, count = nn.ModuleList([*first.modules, *others.modules]), len(first.names)
+        return Blocks(joined(first.name, count, others.name), (*first.names, *others.names), modules, count)
+    found = _largest(model, language_model(model))
     if not is_image_classifier(model):
-        return Blocks(name, tuple(f"{name}.{index}" for index in range(len(modules))), modules)
-    leaves = list(_leaves(name, modules))
+        return found
+    leaves = list(_leaves(found.name, found.modules))
     without = next((block for _, block in leaves if not _has_linear(block)), None)
     if without is not None:
         raise UserError(
@@ -353,14 +344,15 @@ def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
     ))  # fmt: skip
 
 
-def _largest(model: nn.Module, part: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name in the model, and list, of the most parameters in a part of it; UserError if it has no list."""
+def _largest(model: nn.Module, part: nn.Module) -> Blocks:
+    """The list of the most parameters in a part of a model; UserError if it has no list."""
     inside = set(part.modules())
     modules = ((name, module) for name, module in model.named_modules() if module in inside)
     lists = [(name, module) for name, module in modules if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
-    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    name, largest = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    return Blocks(name, tuple(f"{name}.{index}" for index in range(len(largest))), largest)
 
 
 def _leaves(name: str, members: nn.ModuleList | nn.Sequential) -> Iterator[tuple[str, nn.Module]]:

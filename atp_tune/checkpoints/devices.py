@@ -11,7 +11,7 @@ import sys
 import tempfile
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -352,34 +352,22 @@ def on_disk(size: int) -> Tensor:
         return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
 
 
-def mapped_files() -> "Mapped":
-    """The address ranges of this process that are mapped files now; none if the system does not tell."""
+def mapped_files() -> Callable[[Tensor], bool]:
+    """Whether a tensor starts in a file that this process has mapped now; in none if the system does not tell."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
-        return Mapped(())
+        lines = []
     fields = [line.split(maxsplit=5) for line in lines]
-    ranges = [row[0].split("-") for row in fields if len(row) == 6 and row[5].startswith("/")]
-    return Mapped(tuple(sorted((int(start, 16), int(end, 16)) for start, end in ranges)))
+    texts = [row[0].split("-") for row in fields if len(row) == 6 and row[5].startswith("/")]
+    ranges = sorted((int(start, 16), int(end, 16)) for start, end in texts)
+    starts = [start for start, _ in ranges]
 
+    def is_mapped(tensor: Tensor) -> bool:
+        index = bisect_right(starts, tensor.data_ptr()) - 1
+        return index >= 0 and tensor.data_ptr() < ranges[index][1]
 
-@dataclass(eq=False)
-class Mapped:
-    """Address ranges of mapped files."""
-
-    ranges: tuple[tuple[int, int], ...]
-
-    def __post_init__(self) -> None:
-        self._starts = [start for start, _ in self.ranges]
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor starts in one of the ranges."""
-        index = bisect_right(self._starts, tensor.data_ptr()) - 1
-        return index >= 0 and tensor.data_ptr() < self.ranges[index][1]
-
-    def bytes_beside(self, tensors: Iterable[Tensor]) -> int:
-        """Bytes of the tensors outside the ranges."""
-        return sum(tensor.nbytes for tensor in tensors if not self.holds(tensor))
+    return is_mapped
 
 
 # --- Streams blocks to the compute device: the next block is copied while the current block computes.

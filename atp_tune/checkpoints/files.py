@@ -336,7 +336,7 @@ def check_scales(weights: Iterable[Path], name: str, is_quantized: bool) -> None
 
     Unless `is_quantized`, by its config, if one has a scale.
     """
-    formats = tensor_formats(weights)
+    formats = {key: str(entry["dtype"]) for file in weights for key, entry in read_header(file).items()}
     for key, kind in formats.items():
         scale = next((scale for scale in scale_names(key) if scale in formats), None)
         if kind in FULL or is_quantized != (scale is None):
@@ -348,11 +348,6 @@ def check_scales(weights: Iterable[Path], name: str, is_quantized: bool) -> None
             )
         if key.endswith((".weight", ".weight_packed")):
             raise UserError(f"model.source: {name} has {key} as {kind} without its scales; download it again")
-
-
-def tensor_formats(weights: Iterable[Path]) -> dict[str, str]:
-    """Dtype of each tensor in safetensors files, by the name in their headers."""
-    return {key: str(entry["dtype"]) for file in weights for key, entry in read_header(file).items()}
 
 
 def scale_names(key: str) -> list[str]:
