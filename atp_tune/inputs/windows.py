@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atp_tune.checkpoints.blocks import check_known, reads_images
+from atp_tune.checkpoints.blocks import check_known, check_language, reads_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.devices import is_out_of_memory
@@ -89,7 +89,8 @@ def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool
     _check_text(text)
     encode, first = _encoder(folder, trusted, bos)
     wanted = text.model_copy(update={"nsamples": most})
-    return Items.windows(in_turn([_first(documents(kind, base), encode, kind, first) for kind in wanted.kinds]), bos)
+    parts = [_consecutive(documents(kind, base), encode, kind, first, at_most=True) for kind in wanted.kinds]
+    return Items.windows(in_turn(parts), bos)
 
 
 def in_turn(parts: Sequence[np.ndarray], draws: int = 1) -> np.ndarray:
@@ -163,8 +164,6 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool, draws: 
 def load_tokenizer(folder: Path, trusted: bool) -> Any:
     """Loads the tokenizer of a folder; UserError if that fails. `trusted`: code in the folder may run."""
     from transformers import AutoTokenizer
-
-    from atp_tune.checkpoints.blocks import check_language
 
     check_language(folder, "the tokenizer")
     try:
@@ -257,28 +256,23 @@ def _long_document(
     )
 
 
-def _consecutive(documents: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
+def _consecutive(
+    documents: Sequence[str], encode: Encode, text: Text, first: list[int], at_most: bool = False
+) -> np.ndarray:
+    """The first `nsamples` windows, or all; UserError if there are fewer, with `at_most` if there is none."""
     ids = _head(documents, encode, None if text.nsamples is None else text.nsamples * text.seqlen)
     count = len(ids) // (text.seqlen - len(first))
-    if count < (text.nsamples or 1):
+    if at_most and not count:
+        raise UserError(
+            f"seqlen: {short_source(text.source)} has {len(ids)} tokens, not one window of {text.seqlen}; lower seqlen"
+        )
+    if not at_most and count < (text.nsamples or 1):
         wanted = "one window" if text.nsamples is None else f"{text.nsamples} windows"
         raise UserError(
             f"nsamples: {short_source(text.source)} has {len(ids)} tokens, that is {count} windows of {text.seqlen}; "
             f"{wanted} cannot be cut, lower nsamples or seqlen"
         )
-    return _cut(ids, text.nsamples or count, text.seqlen, first)
-
-
-def _first(documents: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
-    """At most the first `nsamples` windows."""
-    assert text.nsamples is not None
-    ids = _head(documents, encode, text.nsamples * text.seqlen)
-    count = min(text.nsamples, len(ids) // (text.seqlen - len(first)))
-    if count == 0:
-        raise UserError(
-            f"seqlen: {short_source(text.source)} has {len(ids)} tokens, not one window of {text.seqlen}; lower seqlen"
-        )
-    return _cut(ids, count, text.seqlen, first)
+    return _cut(ids, min(text.nsamples or count, count), text.seqlen, first)
 
 
 def _head(documents: Sequence[str], encode: Encode, needed: int | None) -> list[int]:
@@ -321,7 +315,9 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
     """The pairs of a calibration text with images; UserError that starts with a key of the text."""
     if not reads_images(folder.path):
         raise UserError(f"images: {folder.id} reads text alone; leave it out, or take a model that reads images too")
-    pictures, processor = _source(text, base), _processor(folder)
+    pictures = _source(text, base)
+    require("images", "images")
+    processor = load_processor(folder.path, folder.trusted, "images:", f"of {folder.id}")
     rows: list[dict[str, Tensor]] = []
     for index in _order(len(pictures), text):
         pair = _pair(processor, pictures, index, text.seqlen)
@@ -356,19 +352,23 @@ def _order(count: int, text: Text) -> list[int]:
     return [rows[index] for index in order.tolist()]
 
 
-def _processor(folder: ModelFolder) -> Any:
+def load_processor(folder: Path, trusted: bool, asks: str, whose: str) -> Any:
+    """Loads the processor of a folder, with Pillow. `trusted`: code in the folder may run.
+
+    UserError, which begins with what `asks` for it and says `whose` it is, such as "of ORG/NAME" or "in FOLDER", if it
+    cannot be loaded.
+    """
     from transformers import AutoProcessor
 
-    require("images", "images")
     try:
         with quiet("transformers"):
             processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-                str(folder.path), local_files_only=True, trust_remote_code=folder.trusted, backend="pil"
+                str(folder), local_files_only=True, trust_remote_code=trusted, backend="pil"
             )
-    except Exception as error:  # processors raise many types
-        raise UserError(f"images: the processor of {folder.id} cannot be loaded: {one_line(error)}") from error
+    except Exception as error:  # processors raise many types, such as for a missing torchvision
+        raise UserError(f"{asks} the processor {whose} cannot be loaded: {one_line(error)}") from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
-        raise UserError(f"images: {folder.id} has no processor of images beside text")
+        raise UserError(f"{asks} {whose.partition(' ')[2]} has no processor of images beside text")
     return processor
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.blocks.prune_pass import PrunedBlock
-from atp_tune.checkpoints.blocks import model_config
+from atp_tune.checkpoints.blocks import model_config, reads_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import free_memory, host_memory, oom_as_user_error
@@ -27,7 +27,7 @@ from atp_tune.events import EventHandler, Message, Step
 from atp_tune.inputs import Batch
 from atp_tune.inputs.items import LABELS, PIXELS
 from atp_tune.inputs.pictures import ImageProcessor, class_name
-from atp_tune.inputs.windows import load_tokenizer
+from atp_tune.inputs.windows import load_processor, load_tokenizer
 from atp_tune.measures import mean_of_tasks
 from atp_tune.metrics import COUNT, NAMES, SIDE, Answers, Continuations, ImageAnswer
 from atp_tune.plan import Plan
@@ -337,9 +337,9 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
         asks = "".join(each.about_images for each in self.sets.values())
         if not asks:
             return load_tokenizer(folder, trusted)
-        from atp_tune.scores.classes import load_processor
-
-        return load_processor(folder, trusted, asks)
+        if not reads_images(folder):
+            raise UserError(f"--tasks: {asks} asks about images, and the model in {folder} reads text alone")
+        return load_processor(folder, trusted, f"--tasks: {asks} asks about images, and", f"in {folder}")
 
     def run(self, weights_of: WeightsOf) -> dict[str, dict[str, "TaskResult"]]:
         """Runs the model on all tasks."""

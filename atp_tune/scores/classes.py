@@ -11,7 +11,6 @@ The head of a classifier pools over positions, so that an image goes through it 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import Difference, ProbeRun, is_equal
-from atp_tune.checkpoints.blocks import check_known, reads_images
+from atp_tune.checkpoints.blocks import check_known
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.convert import one_line, quiet
+from atp_tune.checkpoints.convert import one_line
 from atp_tune.errors import UserError
 from atp_tune.inputs.items import LABELS, Items
 from atp_tune.scores import Score, Scores
@@ -88,29 +87,6 @@ def class_ranks(logits: Tensor, classes: Tensor) -> Tensor:
 #
 # lm-eval writes the model's image token into a question where the task has `<image>`; the processor turns it into as
 # many positions as an image takes. Whatever would let a model answer without its images is an error here.
-
-
-def load_processor(folder: Path, trusted: bool, tasks: str) -> Any:
-    """Loads the processor of a folder, with Pillow. `trusted`: code in the folder may run.
-
-    UserError, which names the `tasks`, if the model reads no images or its processor cannot be loaded.
-    """
-    from transformers import AutoProcessor
-
-    if not reads_images(folder):
-        raise UserError(f"--tasks: {tasks} asks about images, and the model in {folder} reads text alone")
-    try:
-        with quiet("transformers"):
-            processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-                str(folder), local_files_only=True, trust_remote_code=trusted, backend="pil"
-            )
-    except Exception as error:  # processors raise many types, such as for a missing torchvision
-        raise UserError(
-            f"--tasks: {tasks} asks about images, and the processor in {folder} cannot be loaded: {one_line(error)}"
-        ) from error
-    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
-        raise UserError(f"--tasks: {tasks} asks about images, and {folder} has no processor of images beside text")
-    return processor
 
 
 class ImageModel(HFMultimodalLM):  # type: ignore[misc]
