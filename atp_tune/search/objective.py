@@ -172,7 +172,7 @@ class Record(Observer[None]):
                 packed = matrix_bytes(*shape, zeros, self._itemsize)
             bits = block.bits.get(linear.name)
             if bits is not None and (quantize := self._session.quantize) is not None:
-                self._stored_bits += quantize.stored_bits(*shape, bits, 0 if self._session.bits is None else zeros)
+                self._stored_bits += quantize.stored_bits(*shape, bits, zeros if self._session.methods.prunes else 0)
             self._packed += packed - linear.size * self._itemsize
             self._zeros += zeros
             self._weights += linear.size
