@@ -220,7 +220,6 @@ def export(
         json: Print the configuration; a file is written only with `--out`.
     """
     from atp_tune.config.best import read_config
-    from atp_tune.errors import printable
     from atp_tune.folders.exporting import FORMATS, write
     from atp_tune.results.status import best_config, file_as_run, stored_study
     from atp_tune.utils.cache import alone_with

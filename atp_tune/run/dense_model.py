@@ -281,16 +281,14 @@ class CalibrationGradients:
         items, draw = self.pool.batch(self.checkpoint.device), torch.Generator().manual_seed(0)
         drawn = [torch.randperm(len(items), generator=draw)[:many] for _ in range(steps)]
         met = torch.cat(drawn).unique()  # type: ignore[no-untyped-call]
-        dense = self._dense_states(items[met.to(self.checkpoint.device)]) if share < 1 else None
+        dense: Tensor | None = None
+        if share < 1:
+            with torch.inference_mode(False), torch.no_grad():
+                parts = [items[met.to(self.checkpoint.device)]]
+                [dense] = dense_final_states(self.of_blocks.replay, self._batch, parts, self.watch, "dense model")
         for chosen in drawn:
             states = None if dense is None else dense[torch.searchsorted(met, chosen)]
             yield Sample(items[chosen.to(self.checkpoint.device)], states, share)
-
-    def _dense_states(self, items: Batch) -> Tensor:
-        """Final hidden states [items, positions, width] in the dense model, in host memory."""
-        with torch.inference_mode(False), torch.no_grad():
-            [states] = dense_final_states(self.of_blocks.replay, self._batch, [items], self.watch, "dense model")
-            return states
 
     def cached(self, measure: Callable[[Path], Any], **own: Any) -> Any:
         """The numbers that `measure` finds, lists or tuples, from the cache if they were kept there.
@@ -299,7 +297,10 @@ class CalibrationGradients:
         windows, `targets`, the `levels` of the weights, and `constants`. `measure` gets a file for what it has found so
         far, which is removed at its end.
         """
-        file = cache_dir("gradient") / f"{self._key(**own)}.json"
+        score = getattr(self.score, "content", type(self.score).__name__)
+        batches = [self._batch.windows, self.heads.windows]
+        name = key("gradient", pool=self.pool.content, score=score, batches=batches, **own)
+        file = cache_dir("gradient") / f"{name}.json"
 
         def wait(lock: Path) -> None:
             self.watch(Message(f"waiting for the descent of another process; if none is running, remove {lock}"))
@@ -314,11 +315,6 @@ class CalibrationGradients:
             except OSError as error:
                 self.watch(Message(f"cache folder {file.parent}: {error}; the descent is kept in memory"))
         return numbers
-
-    def _key(self, **own: Any) -> str:
-        score = getattr(self.score, "content", type(self.score).__name__)
-        batches = [self._batch.windows, self.heads.windows]
-        return key("gradient", pool=self.pool.content, score=score, batches=batches, **own)
 
 
 class DescentSteps:

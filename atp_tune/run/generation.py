@@ -7,8 +7,8 @@ families compute other numbers with padding.
 A chat goes by the tokenizer's chat template, else as plain continuation.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,17 +25,17 @@ from atp_tune.inputs.windows import bos_id
 OnToken = Callable[[int], bool]  # takes the number of tokens so far; True ends the text
 
 
+@dataclass(eq=False)
 class PerToken(StoppingCriteria):
     """Calls a function after each token, which may end the text there."""
 
-    def __init__(self, on_token: OnToken) -> None:
-        self._on_token = on_token
-        self._done = 0
+    on_token: OnToken
+    _done: int = 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Whether each sequence of the batch ends."""
         self._done += 1
-        return torch.full((len(input_ids),), self._on_token(self._done), device=input_ids.device)
+        return torch.full((len(input_ids),), self.on_token(self._done), device=input_ids.device)
 
 
 @torch.inference_mode()
@@ -63,22 +63,16 @@ def generate(
         **{"do_sample": False, **sampled},
     )  # fmt: skip
     criteria = StoppingCriteriaList([PerToken(on_token)] if on_token else [])
-    with _without_own_settings(model):
+    # Without the model's own settings, which `generate` would add to those that it is given.
+    own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
         sequences: Tensor = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer,
             stopping_criteria=criteria,
         )  # fmt: skip
-    return sequences[:, ids.shape[1] :]
-
-
-@contextmanager
-def _without_own_settings(model: Any) -> Iterator[None]:
-    """Hides the generation settings of a model, which `generate` would add to those that it is given."""
-    own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
-    try:
-        yield
     finally:
         model.generation_config = own
+    return sequences[:, ids.shape[1] :]
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:

@@ -38,14 +38,12 @@ from atp_tune.inputs import KINDS, Batch, InputKind
 from atp_tune.inputs.items import Items
 from atp_tune.metrics import BosEffect
 from atp_tune.plan import Plan
-from atp_tune.pruners import Pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.run.dense_model import (
     POOL,
     CalibrationGradients,
     DenseMeasurements,
-    Descent,
     bit_costs,
     by_pruner,
     by_score,
@@ -402,15 +400,13 @@ class Session(Released):
             shapes, widths = self.checkpoint.shapes, self.quantize.widths
             return tuple(RowSparsities(priced_shares(costs, shapes, widths, s)) for s in targets)
         if self.prune_settings.has_own_prices(pruner):
-            return self._by_own_weights(gradients, self.prune_settings.pruner(pruner)).ends(targets, measured)
+            own = self.prune_settings.pruner(pruner)
+            prepared = self.measured.statistics(own) if own.measures else [{} for _ in self.checkpoint.blocks]
+            return by_pruner(gradients, own, lambda index: prepared[index]).ends(targets, measured)
         statistics = self.measured.fast_statistics(Wanda(group=group))
         loss = self.prune_settings.loss if rows else None
         descent = by_score(gradients, ranked_by(pruner), lambda index: statistics[index], group, loss)
         return descent.ends(targets, measured)
-
-    def _by_own_weights(self, gradients: CalibrationGradients, pruner: Pruner) -> Descent:
-        statistics = self.measured.statistics(pruner) if pruner.measures else [{} for _ in self.checkpoint.blocks]
-        return by_pruner(gradients, pruner, lambda index: statistics[index])
 
     def contents(self) -> dict[str, str | bool]:
         """The facts of a value that are not in the study file: SHA-256 of model and windows, number formats, BOS."""

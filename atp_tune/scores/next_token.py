@@ -282,21 +282,18 @@ def compare_bos(
     bos = bos_id(tokenizer)
     if bos is None or not has_embedding(replay.checkpoint, bos):
         return None
-    ids = _few_windows(text, folder, base).tensors[IDS].to(replay.checkpoint.device)
+    few = text.model_copy(update={"nsamples": BOS_WINDOWS, "seqlen": min(BOS_TOKENS, text.seqlen), "stride": 1})
+    if text.sampling == "random":
+        windows = token_windows(few, folder.path, base, trusted=folder.trusted, bos=True)
+    else:
+        windows = first_windows(few, folder.path, base, BOS_WINDOWS, folder.trusted, bos=True)
+    ids = windows.tensors[IDS].to(replay.checkpoint.device)
     plain = ids[:, 1:].contiguous()
     states = final_states(replay, batch, blocks, [ids, plain])
     with_bos, without = (
         head_scores(replay, NEXT_TOKEN, heads, plain, hidden)["nlls"] for hidden in (states[0][:, 1:], states[1])
     )
     return BosEffect.of(str(tokenizer.bos_token), with_bos, without, ids.shape[1])
-
-
-def _few_windows(text: Text, folder: ModelFolder, base: Path) -> Items:
-    """A few windows of a text, with BOS."""
-    few = text.model_copy(update={"nsamples": BOS_WINDOWS, "seqlen": min(BOS_TOKENS, text.seqlen), "stride": 1})
-    if text.sampling == "random":
-        return token_windows(few, folder.path, base, trusted=folder.trusted, bos=True)
-    return first_windows(few, folder.path, base, BOS_WINDOWS, folder.trusted, bos=True)
 
 
 # --- A score that is a plug-in, checked each time: one finite number, or NaN, for each item.

@@ -216,7 +216,12 @@ def score(
     log-softmax, whatever the model's number format.
     """
     with quiet(*LIBRARIES):
-        lm = _kind(tasks)(
+        kind: Any = _Checked
+        if tasks.about_images:
+            from atp_tune.scores.classes import ImageModel
+
+            kind = ImageModel
+        lm = kind(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype=torch.float32,
             prefix_token_id=_prefix(model, getattr(tokenizer, "tokenizer", tokenizer)),
         )  # fmt: skip
@@ -225,15 +230,6 @@ def score(
             lm, _ready(tasks, num_fewshot), limit=limit, bootstrap_iters=BOOTSTRAPS, fewshot_as_multiturn=True
         )
     return {row: _result(output, row) for row in tasks.rows}
-
-
-def _kind(tasks: Tasks) -> Any:
-    """The class of lm-eval's model for these tasks."""
-    if not tasks.about_images:
-        return _Checked
-    from atp_tune.scores.classes import ImageModel
-
-    return ImageModel
 
 
 def _ready(tasks: Tasks, num_fewshot: int | None) -> dict[str, Any]:
