@@ -356,7 +356,7 @@ def test_memory_runs_out_in_a_trial(phase: str, kind: str, place: Path, monkeypa
 @slow
 def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     def report_fails(scores: RoleScores) -> Any:
-        if scores._role == "test":
+        if scores.role == "test":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(scores)
 

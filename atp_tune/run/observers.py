@@ -8,6 +8,8 @@ import base64
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -53,8 +55,10 @@ class Observer(ABC, Generic[T]):
     name: str
     plan: Plan | None
 
-    def __init__(self) -> None:
-        self.found: dict[str, T] = {}
+    @cached_property
+    def found(self) -> dict[str, T]:
+        """What was found, by the name of the model."""
+        return {}
 
     def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
         """Begins with a model, before its first block is pruned; `plan`: None is the dense model."""
@@ -68,37 +72,30 @@ class Observer(ABC, Generic[T]):
         """The result for the model, after its last block."""
 
 
+@dataclass(eq=False)
 class RoleScores(Observer[Scores]):
-    """Scores models on the items of one role, part by part."""
+    """Scores models on the items of one role, part by part.
 
-    def __init__(
-        self,
-        role: str,
-        kl: bool = False,
-        heard: Callable[[Scores], object] = lambda scores: None,
-        one_by_one: bool = False,
-    ) -> None:
-        """`kl`: also the KL from the dense model. `heard` is called with the scores of each part, and may raise.
+    `kl`: also the KL from the dense model. `heard` is called with the scores of each part, and may raise. `one_by_one`:
+    all blocks are kept if they fit into memory, and run on a part only when the one before was heard.
+    """
 
-        `one_by_one`: all blocks are kept if they fit into memory, and run on a part only when the one before was heard.
-        """
-        super().__init__()
-        self._role = role
-        self._kl = kl
-        self._heard = heard
-        self._one_by_one = one_by_one
+    role: str
+    kl: bool = False
+    heard: Callable[[Scores], object] = lambda scores: None
+    one_by_one: bool = False
 
     @torch.inference_mode()
     def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
         """Embeds the items."""
         super().begin(session, name, plan)
-        self._parts = equal_parts(session.items(self._role), session.batch(self._role).windows)
-        self._dense = session.dense_states(self._role, self._parts) if self._kl else []
-        self._kept: list[PrunedBlock] | None = [] if self._one_by_one and can_keep(session.checkpoint) else None
+        self._parts = equal_parts(session.items(self.role), session.batch(self.role).windows)
+        self._dense = session.dense_states(self.role, self._parts) if self.kl else []
+        self._kept: list[PrunedBlock] | None = [] if self.one_by_one and can_keep(session.checkpoint) else None
         self._passing = self._embedded(self._parts if self._kept is None else [])
 
     def _embedded(self, parts: Sequence[Batch]) -> Passing:
-        return Passing(self.session.replay, self.session.batch(self._role), parts)
+        return Passing(self.session.replay, self.session.batch(self.role), parts)
 
     @torch.inference_mode()
     def block(self, block: PrunedBlock) -> None:
@@ -128,7 +125,7 @@ class RoleScores(Observer[Scores]):
             dense = self._dense[index] if self._dense else None
             scores.append(head_scores(session.replay, session.score, session.heads, part, hidden, dense))
             session.folder.check_unchanged()
-            self._heard(scores[-1])
+            self.heard(scores[-1])
         del self._passing, self._kept, self._dense
         return joined(scores)
 
@@ -144,20 +141,19 @@ class Whole(Observer[T]):
     """Keeps the pruned linears of a model while its blocks pass by, so that it can be run as a whole at the end.
 
     The copy is in host memory while blocks pass by, then on the device if it has room, so work in between has as much
-    of the device's memory as without the copy. The dense model needs none.
+    of the device's memory as without the copy. The dense model needs none. For errors: `what` needs the copy, and
+    `instead`, the command that needs none.
     """
 
-    def __init__(self, what: str, instead: str) -> None:
-        """For errors: `what` needs the copy, and the command that needs none."""
-        super().__init__()
-        self._names = what, instead
+    what: str
+    instead: str
 
     def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
         """UserError if memory is too small for the copy."""
         super().begin(session, name, plan)
         self._blocks: list[dict[str, Tensor]] = []
         if plan is not None:
-            self._on_host = check_room(session.checkpoint, *self._names)
+            self._on_host = check_room(session.checkpoint, self.what, self.instead)
 
     def block(self, block: PrunedBlock) -> None:
         """Keeps the linears of a pruned block."""
@@ -204,22 +200,26 @@ def _copied(checkpoint: Checkpoint) -> int:
     return sum(checkpoint.sizes) * checkpoint.dtype.itemsize
 
 
+@dataclass(eq=False)
 class Kept(Whole[WeightsOf]):
     """Keeps a model whole, for the caller."""
+
+    what: str
+    instead: str
 
     def run(self, weights_of: WeightsOf) -> WeightsOf:
         """The tensors of a block on the compute device, by its index."""
         return weights_of
 
 
+@dataclass(eq=False)
 class Prompts(Whole[tuple[str, ...]]):
     """Continuations of prompts, at most `tokens` long."""
 
-    def __init__(self, prompts: Sequence[str], tokens: int, what: str = "generate") -> None:
-        """`what`: what needs the copy, for errors."""
-        super().__init__(what, "chat DIR")
-        self._prompts = tuple(prompts)
-        self._tokens = tokens
+    prompts: Sequence[str]
+    tokens: int
+    what: str = "generate"
+    instead = "chat DIR"
 
     def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
         """UserError if the tokenizer cannot be loaded too."""
@@ -234,31 +234,30 @@ class Prompts(Whole[tuple[str, ...]]):
         def step(done: int, total: int) -> None:
             session.watch(Step("generate", done, total))
 
-        return continued(session.replay, weights_of, self._tokenizer, self._prompts, self._tokens, session.bos, step)
+        return continued(session.replay, weights_of, self._tokenizer, self.prompts, self.tokens, session.bos, step)
 
     def result(self) -> Continuations:
         """The continuations by dense, uniform and best, and by others."""
         own = {name: self.found[name] for name in NAMES}
         others = {name: texts for name, texts in self.found.items() if name not in NAMES}
-        fields: Any = {"prompts": self._prompts, "tokens": self._tokens, "dtype": self.session.dtype}
+        fields: Any = {"prompts": tuple(self.prompts), "tokens": self.tokens, "dtype": self.session.dtype}
         return Continuations(**fields, **own, others=others)
 
 
+@dataclass(eq=False)
 class ImageAnswers(Observer[tuple[ImageAnswer, ...]]):
     """The answers of image classifiers for the first images of a role."""
 
-    def __init__(self, role: str) -> None:
-        super().__init__()
-        self._role = role
+    role: str
 
     @torch.inference_mode()
     def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
         """Embeds the images."""
         super().begin(session, name, plan)
-        self._images = session.items(self._role)[:COUNT]
+        self._images = session.items(self.role)[:COUNT]
         config = model_config(session.folder.path, session.folder.trusted)
         self.names = {index: str(name)[:100] for index, name in config.id2label.items()}
-        self._passing = Passing(session.replay, session.batch(self._role), [self._images])
+        self._passing = Passing(session.replay, session.batch(self.role), [self._images])
 
     @torch.inference_mode()
     def block(self, block: PrunedBlock) -> None:
@@ -296,22 +295,20 @@ def _png(colours: Any) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
+@dataclass(eq=False)
 class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
-    """Results on lm-eval's tasks, by set of tasks and task."""
+    """Results on lm-eval's tasks, by set of tasks and task.
 
-    def __init__(
-        self,
-        sets: Mapping[str, "Tasks"],
-        limit: int | None,
-        num_fewshot: int | None = None,
-        batch: int = SEQUENCES,
-        what: str = "evaluate",
-    ) -> None:
-        """`limit`: items of each task, at most; `batch`: sequences at a time; `what`: for errors."""
-        super().__init__(what, "evaluate DIR")
-        self.sets = sets
-        self._options = limit, num_fewshot, batch
-        self.seconds: dict[str, float] = {}  # that each model was run
+    `most`: items of each task, at most; `batch`: sequences at a time; `seconds`: that each model was run.
+    """
+
+    sets: Mapping[str, "Tasks"]
+    most: int | None
+    num_fewshot: int | None = None
+    batch: int = SEQUENCES
+    what: str = "evaluate"
+    instead = "evaluate DIR"
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of_limit(cls, least: Mapping[str, float], items: int | None, base: Path, watch: EventHandler) -> "TaskResults":
@@ -347,9 +344,10 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
 
         session, began = self.session, perf_counter()
         tokenizer = self.tokenizer(session.folder.path, session.folder.trusted)
-        with session.replay.whole(weights_of) as model, oom_as_user_error(self.name or self._names[0]):
+        with session.replay.whole(weights_of) as model, oom_as_user_error(self.name or self.what):
             results = {
-                name: score(model, tokenizer, tasks, *self._options, session.watch) for name, tasks in self.sets.items()
+                name: score(model, tokenizer, tasks, self.most, self.num_fewshot, self.batch, session.watch)
+                for name, tasks in self.sets.items()
             }
         self.seconds[self.name] = round(perf_counter() - began, 1)
         return results
@@ -362,24 +360,25 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
             for result in results.values():
                 share = next((share for share in SHARES if share in result.scores), None)
                 if share is None:
-                    raise UserError(f"{self._names[0]} {tasks}: has no accuracy, only {', '.join(result.scores)}")
+                    raise UserError(f"{self.what} {tasks}: has no accuracy, only {', '.join(result.scores)}")
                 shares.append(result.scores[share])
             mean = mean_of_tasks(shares)
             accuracies[tasks] = [mean.value, mean.stderr]
         return accuracies
 
 
+@dataclass(eq=False)
 class LeftOut(Observer[None]):
-    """An observer that a study does without if it fails: that ends in one line, and it sees no further model."""
+    """An observer that a study does without if it fails: that ends in one line, and it sees no further model.
 
-    def __init__(self, work: Any, names: Sequence[str], what: str, watch: EventHandler) -> None:
-        """`names`: of the models that it is to see, each once; others pass by unseen."""
-        super().__init__()
-        self._work: Any = work
-        self._what = what
-        self._watch = watch
-        self.wanted = tuple(names)
-        self._is_asked = False
+    `wanted`: the models that it is yet to see, each once; others pass by unseen.
+    """
+
+    work: Any
+    wanted: tuple[str, ...]
+    what: str
+    watch: EventHandler
+    _is_asked: bool = False
 
     def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
         """Begins with a model if it is wanted."""
@@ -403,25 +402,25 @@ class LeftOut(Observer[None]):
         if not self._is_asked:
             return None
         try:
-            return call(self._work)
+            return call(self.work)
         except Exception as error:  # a model's own code may raise anything
             self.leave_out(str(error) if isinstance(error, UserError) else one_line(error))
             return None
 
     def leave_out(self, reason: str) -> None:
         """Sees no further model, and says why."""
-        self.wanted, self._is_asked, self._work = (), False, None
-        self._watch(Message(f"{self._what}: left out, {reason}"))
+        self.wanted, self._is_asked, self.work = (), False, None
+        self.watch(Message(f"{self.what}: left out, {reason}"))
 
     def repeat(self, name: str, other: str) -> None:
         """Takes what was found of an equal model."""
         if name in self.wanted and other not in self.wanted:
-            self._work.found[name] = self._work.found[other]
+            self.work.found[name] = self.work.found[other]
             self.wanted = tuple(each for each in self.wanted if each != name)
 
     def result(self) -> Any:
         """The result over all models; None if one is missing, or it was left out."""
-        if self.wanted or self._work is None:
+        if self.wanted or self.work is None:
             return None
         self._is_asked = True
         return self._try(lambda work: work.result())

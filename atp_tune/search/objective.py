@@ -145,7 +145,6 @@ class Record(Observer[None]):
     """Gathers a trial's user attributes while its plan is pruned and evaluated."""
 
     def __init__(self, session: Session, objectives: Sequence[str] = PERPLEXITY) -> None:
-        super().__init__()
         self._session = session
         self._measures = [MEASURES[name] for name in objectives]
         self.main = self._measures[0]
