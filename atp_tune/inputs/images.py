@@ -15,7 +15,7 @@ from atp_tune.config.data import ImageSet
 from atp_tune.errors import UserError, within
 from atp_tune.inputs import InputKind, cut_draws
 from atp_tune.inputs.items import LABELS, PIXELS, Items, shared
-from atp_tune.inputs.pictures import ImageProcessor, Pictures, cached_pixels, class_indices, pictures
+from atp_tune.inputs.pictures import ImageProcessor, Pictures, cached_pixels, class_indices, pictures, sides
 
 DOUBLES = 0.01  # share of a role's images that an earlier role may have too; they are left out
 PATCH = 4  # pixels between positions in the first blocks of models with stages
@@ -35,7 +35,7 @@ class LabelledImages:
         (first, shape), *others = shapes.items()
         for role, other in others:
             if other != shape:
-                raise UserError(f"images.{role}: images are {_size(other)}, those of images.{first} {_size(shape)}")
+                raise UserError(f"images.{role}: images are {sides(other)}, those of images.{first} {sides(shape)}")
         return replace(self, shape=shape)
 
     def read(self, texts: Mapping[str, ImageSet], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Items]:
@@ -170,7 +170,3 @@ def _positions(folder: ModelFolder, pixels: Tensor) -> int:
     height, width = pixels.shape[2:]
     side = patch if isinstance(patch, int) and 0 < patch <= min(height, width) else PATCH
     return height // side * (width // side) + 1
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atp_tune.checkpoints.convert import one_line, quiet
+from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.files import CODE
 from atp_tune.config.data import ImageSet
 from atp_tune.errors import UserError, did_you_mean
@@ -80,7 +80,8 @@ class Pictures:
                     raise ValueError(f"its pixels are of mode {opened.mode}, of more than 8 bits; convert it")
                 return ImageOps.exif_transpose(opened).convert("RGB")
         except Exception as error:  # decoders raise many types
-            raise UserError(f"{self.key}: {self.name(index)} is no picture that can be read: {_why(error)}") from error
+            why = "unknown format" if type(error).__name__ == "UnidentifiedImageError" else one_line(error)
+            raise UserError(f"{self.key}: {self.name(index)} is no picture that can be read: {why}") from error
 
 
 def pictures(wanted: ImageSet, base: Path) -> Pictures:
@@ -191,8 +192,7 @@ def _parquet(path: Path, wanted: ImageSet) -> Pictures:
         table = pyarrow.parquet.read_table(path)
     except Exception as error:  # readers raise many types
         raise UserError(f"source: {path} is no parquet file: {one_line(error)}") from error
-    for option, name in (("column", wanted.column), ("label", wanted.label)):
-        _check_column(option, name, table.column_names, str(path))
+    _check_columns(wanted, table.column_names, str(path))
     column, labels = table.column(wanted.column), table.column(wanted.label).to_pylist()
 
     def read(index: int) -> bytes:
@@ -209,15 +209,10 @@ def _hub(wanted: ImageSet) -> Pictures:
     """A dataset of the hub, which stays on disk; classes by their names if it has them."""
     import datasets
 
-    from atp_tune.inputs.sources import hub_error
+    from atp_tune.inputs.sources import from_hub
 
-    try:
-        with quiet("datasets", "huggingface_hub"):
-            rows = datasets.load_dataset(wanted.place, name=wanted.config, split=wanted.split, revision=wanted.revision)
-    except Exception as error:  # network and readers raise many types
-        raise hub_error(wanted.place, error) from error
-    for option, name in (("column", wanted.column), ("label", wanted.label)):
-        _check_column(option, name, rows.column_names, wanted.source)
+    rows = from_hub(wanted.place, name=wanted.config, split=wanted.split, revision=wanted.revision)
+    _check_columns(wanted, rows.column_names, wanted.source)
     feature, labels = rows.features[wanted.label], list(rows[wanted.label])
     encoded = rows.cast_column(wanted.column, datasets.Image(decode=False))
 
@@ -242,13 +237,10 @@ def _rows(labels: list[Any], where: str, read: Callable[[int], bytes], wanted: I
     return Pictures(labels, lambda index: f"row {index} of {where}", read, classes)
 
 
-def _check_column(key: str, name: str, names: Sequence[str], where: str) -> None:
-    if name not in names:
-        raise UserError(f'{key}: {where} has no "{name}"; it has {", ".join(names)}{did_you_mean(name, list(names))}')
-
-
-def _why(error: Exception) -> str:
-    return "unknown format" if type(error).__name__ == "UnidentifiedImageError" else one_line(error)
+def _check_columns(wanted: ImageSet, names: list[str], where: str) -> None:
+    for option, name in (("column", wanted.column), ("label", wanted.label)):
+        if name not in names:
+            raise UserError(f'{option}: {where} has no "{name}"; it has {", ".join(names)}{did_you_mean(name, names)}')
 
 
 # --- From pictures to a model's pixels and classes, by the image processor and the class names of its folder.
@@ -308,8 +300,8 @@ class ImageProcessor:
             whole = whole if index else part.new_empty(len(pictures), *part.shape)  # once: it may be most of the memory
             if part.shape != whole.shape[1:]:
                 raise UserError(
-                    f"{pictures.key}: {pictures.name(index)} is {_size(part)} after the model's processor, others are "
-                    f"{_size(whole[0])}; a preprocessor_config.json with one size is needed"
+                    f"{pictures.key}: {pictures.name(index)} is {sides(part)} after the model's processor, others are "
+                    f"{sides(whole[0])}; a preprocessor_config.json with one size is needed"
                 )
             whole[index] = part
         return whole
@@ -411,7 +403,8 @@ def _by_channel(values: Any) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
 
 
-def _size(shape: Any) -> str:
+def sides(shape: Any) -> str:
+    """The sides of a tensor, or of a shape, in words."""
     return "×".join(map(str, getattr(shape, "shape", shape)))
 
 
@@ -436,24 +429,18 @@ CHECK = 4  # bytes of the CRC-32, after the array in a file
 
 def cached_pixels(processor: ImageProcessor, pictures: Pictures) -> Tensor:
     """`processor.pixels(pictures)`, from the cache if possible; UserError as there."""
-    file = cache_dir("pixels") / f"{_key(processor, pictures)}.npy"
+    # All of a processor that decides pixels, as JSON.
+    kind = type(processor.own)
+    code = {file.name: sha256_of(file) for file in processor.folder.glob(CODE)} if processor.trusted else {}
+    made_by = [kind.__module__, kind.__qualname__, processor.settings, code]
+    name = key("pixels", pictures=_content(pictures), processor=made_by, libraries=libraries())
+    file = cache_dir("pixels") / f"{name}.npy"
     processed = _stored(file)
     if processed is None:
         processed = processor.pixels(pictures)
         if processed.nbytes <= LARGEST_KEPT:
             _keep(file, processed.numpy())
     return processed
-
-
-def _key(processor: ImageProcessor, pictures: Pictures) -> str:
-    return key("pixels", pictures=_content(pictures), processor=made_by(processor), libraries=libraries())
-
-
-def made_by(processor: ImageProcessor) -> list[Any]:
-    """All of a processor that decides pixels, as JSON."""
-    kind = type(processor.own)
-    code = {file.name: sha256_of(file) for file in processor.folder.glob(CODE)} if processor.trusted else {}
-    return [kind.__module__, kind.__qualname__, processor.settings, code]
 
 
 def libraries() -> list[str | None]:

@@ -73,14 +73,7 @@ class HubDataset:
 
     def read(self, text: Text, base: Path) -> Sequence[str]:
         """The documents, which stay on disk and are read by index; UserError if the dataset cannot be loaded."""
-        import datasets
-
-        arguments = self.revised_arguments(text)
-        try:
-            with quiet("datasets", "huggingface_hub"):
-                rows = datasets.load_dataset(**arguments)
-        except Exception as error:  # network and readers raise many types
-            raise hub_error(arguments["path"], error) from error
+        rows = from_hub(**self.revised_arguments(text))
         check_column(text, rows.column_names)
         if getattr(rows.features[text.column], "dtype", "") not in ("string", "large_string"):
             raise UserError(f'column: "{text.column}" of {text.source} holds no text')
@@ -101,18 +94,22 @@ def check_column(text: Text, names: Sequence[str], where: str = "") -> None:
         raise UserError(f'column: {where or text.source} has no "{text.column}"; it has {", ".join(names)}')
 
 
-def hub_error(path: str, error: Exception) -> UserError:
-    """The UserError for a dataset that the hub does not give."""
+def from_hub(path: str, **arguments: Any) -> Any:
+    """A dataset of the hub; UserError if the hub does not give it."""
     import datasets
 
-    url = f"https://huggingface.co/datasets/{path}"
-    if isinstance(error, ConnectionError):
-        return UserError(f"source: {path} is not in the cache, and the hub is out of reach; connect once")
-    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-        if "gated" in str(error):
-            return UserError(f"source: {path} is gated; ask for access at {url}, then run `hf auth login`")
-        return UserError(f"source: the hub shows you no dataset {path} (or not this revision); see {url}")
-    return UserError(f"source: {path} cannot be loaded: {one_line(error)}")
+    try:
+        with quiet("datasets", "huggingface_hub"):
+            return datasets.load_dataset(path, **arguments)
+    except Exception as error:  # network and readers raise many types
+        url, reason = f"https://huggingface.co/datasets/{path}", f"{path} cannot be loaded: {one_line(error)}"
+        if isinstance(error, ConnectionError):
+            reason = f"{path} is not in the cache, and the hub is out of reach; connect once"
+        elif isinstance(error, datasets.exceptions.DatasetNotFoundError):
+            reason = f"the hub shows you no dataset {path} (or not this revision); see {url}"
+            if "gated" in str(error):
+                reason = f"{path} is gated; ask for access at {url}, then run `hf auth login`"
+        raise UserError(f"source: {reason}") from error
 
 
 def _c4_arguments(text: Text) -> dict[str, Any]:
