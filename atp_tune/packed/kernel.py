@@ -310,7 +310,7 @@ def linear(x: Tensor, *parts: *Parts) -> Tensor:
     columns, rows = x.shape[-1], len(bitmask)
     flat, name, loaded = x.reshape(-1, columns), kernel_name(), library()
     if name is None or loaded is None or not multiplies(name, x.dtype, len(flat), values.dtype):
-        return _slow_linear(x, PackedMatrix(values, bitmask, columns, scales, bias))
+        return _slow_linear(x, *parts)
     key = (name, columns, *((part.data_ptr(), part.dtype, part.shape) for part in parts if part is not None))
     weight = _WEIGHTS.get(key)
     if weight is None:
@@ -322,7 +322,7 @@ def linear(x: Tensor, *parts: *Parts) -> Tensor:
         raise ValueError(f"packed weight: x is {_words(x)}; needed: a float type")
     y = product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows)
     if y is None:
-        return _slow_linear(x, PackedMatrix(values, bitmask, columns, scales, bias))
+        return _slow_linear(x, *parts)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -348,10 +348,10 @@ def torch_multiplies_bf16_fast() -> bool:
     return system.multiplies_bf16_fast()
 
 
-def _slow_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
+def _slow_linear(x: Tensor, *parts: *Parts) -> Tensor:
     """Multiplies as `linear`; many tokens by the unpacked weight."""
-    rows, bias = matrix.shape[0], matrix.bias
-    flat = x.reshape(-1, x.shape[-1])
+    (values, bitmask, _, scales, bias), rows, columns = parts, len(parts[1]), x.shape[-1]
+    matrix, flat = PackedMatrix(values, bitmask, columns, scales, bias), x.reshape(-1, columns)
     y = matrix.product(flat) if len(flat) <= BATCH else None
     if y is not None:
         return y.view(*x.shape[:-1], rows)
