@@ -27,14 +27,9 @@ PAGE, TEXT = "#ffffff", "#24292f"
 BROWSER = "a Chrome or Chromium, found in PATH or named by BROWSER_PATH"
 
 
-def png(figures: Sequence[go.Figure]) -> bytes:
-    """All figures on white, two in a row, as PNG; UserError if kaleido or a browser is missing."""
-    return _drawn(figures, "png")
-
-
 def svg(figures: Sequence[go.Figure]) -> str:
     """All figures on white, two in a row, as SVG."""
-    return _drawn(figures, "svg").decode()
+    return picture(figures, "svg").decode()
 
 
 def check_installed() -> None:
@@ -42,7 +37,8 @@ def check_installed() -> None:
     require("png", "a picture", otherwise=" and a Chrome or Chromium")
 
 
-def _drawn(figures: Sequence[go.Figure], kind: str) -> bytes:
+def picture(figures: Sequence[go.Figure], kind: str) -> bytes:
+    """All figures on white, two in a row, as PNG or SVG; UserError if kaleido or a browser is missing."""
     check_installed()
     try:
         return asyncio.run(_draw(figures, kind))
@@ -118,7 +114,7 @@ def make_picture(studies: Sequence[Contents]) -> bytes:
             drawn.append(figure.update_layout(title_text=title) if title else figure)
     if not drawn:
         raise UserError(f"study {studies[0].summary.name}: no trial has been measured yet, so there is nothing to draw")
-    return png(drawn)
+    return picture(drawn, "png")
 
 
 FORMATS: dict[str, tuple[str, Callable[[Sequence[Contents]], bytes]]] = {  # ending and maker

@@ -43,11 +43,6 @@ OWN = "*Above: written by atp_tune. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard leaves no space between columns
 
 
-def with_own_words(ours: str, written: str) -> str:
-    """The generated note, above the part of the stored note that people wrote."""
-    return f"{ours}\n\n---\n\n{OWN}\n\n{own_words(written)}".rstrip() + "\n"
-
-
 def own_words(written: str) -> str:
     """The part of a stored note that people wrote."""
     _, mark, theirs = written.rpartition(OWN)
@@ -167,7 +162,8 @@ def dashboard_note(text: str, stored: Mapping[str, Any], trial: int | None = Non
     `trial`: the trial's id in the storage, None for the study's note. Its version is `step` above the stored one. A
     stored note that no dashboard writes is ignored.
     """
-    return note_parts(with_own_words(text, note_in(stored, trial)), note_version(stored, trial) + step, trial)
+    note = f"{text}\n\n---\n\n{OWN}\n\n{own_words(note_in(stored, trial))}".rstrip() + "\n"
+    return note_parts(note, note_version(stored, trial) + step, trial)
 
 
 def without_rests(attributes: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
