@@ -186,12 +186,14 @@ OTHERS = {
 
 
 def names_of_its_own(tree: ast.Module) -> Iterator[str]:
-    """Names with an underscore that a module defines, and its attributes of `self`."""
+    """Names with an underscore that a module defines, its fields, and its attributes of `self`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             yield node.name
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.attr
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
 
 
 def test_private_attributes_are_those_that_are_tried_here() -> None:

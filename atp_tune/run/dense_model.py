@@ -297,10 +297,7 @@ class CalibrationGradients:
         windows, `targets`, the `levels` of the weights, and `constants`. `measure` gets a file for what it has found so
         far, which is removed at its end.
         """
-        score = getattr(self.score, "content", type(self.score).__name__)
-        batches = [self._batch.windows, self.heads.windows]
-        name = key("gradient", pool=self.pool.content, score=score, batches=batches, **own)
-        file = cache_dir("gradient") / f"{name}.json"
+        file = cache_dir("gradient") / f"{self._key(**own)}.json"
 
         def wait(lock: Path) -> None:
             self.watch(Message(f"waiting for the descent of another process; if none is running, remove {lock}"))
@@ -315,6 +312,11 @@ class CalibrationGradients:
             except OSError as error:
                 self.watch(Message(f"cache folder {file.parent}: {error}; the descent is kept in memory"))
         return numbers
+
+    def _key(self, **own: Any) -> str:
+        score = getattr(self.score, "content", type(self.score).__name__)
+        batches = [self._batch.windows, self.heads.windows]
+        return key("gradient", pool=self.pool.content, score=score, batches=batches, **own)
 
 
 class DescentSteps:

@@ -76,12 +76,12 @@ class Observer(ABC, Generic[T]):
 class RoleScores(Observer[Scores]):
     """Scores models on the items of one role, part by part.
 
-    `kl`: also the KL from the dense model. `heard` is called with the scores of each part, and may raise. `one_by_one`:
-    all blocks are kept if they fit into memory, and run on a part only when the one before was heard.
+    `beside_dense`: also the KL from the dense model. `heard` is called with the scores of each part, and may raise.
+    `one_by_one`: all blocks are kept if they fit into memory, and run on a part only when the one before was heard.
     """
 
     role: str
-    kl: bool = False
+    beside_dense: bool = False
     heard: Callable[[Scores], object] = lambda scores: None
     one_by_one: bool = False
 
@@ -90,7 +90,7 @@ class RoleScores(Observer[Scores]):
         """Embeds the items."""
         super().begin(session, name, plan)
         self._parts = equal_parts(session.items(self.role), session.batch(self.role).windows)
-        self._dense = session.dense_states(self.role, self._parts) if self.kl else []
+        self._dense = session.dense_states(self.role, self._parts) if self.beside_dense else []
         self._kept: list[PrunedBlock] | None = [] if self.one_by_one and can_keep(session.checkpoint) else None
         self._passing = self._embedded(self._parts if self._kept is None else [])
 
