@@ -74,7 +74,7 @@ def test_a_processor_that_does_not_fit_its_model_is_refused(
     place = Path(shutil.copytree(folder, tmp_path / "other"))
     ViTImageProcessorPil(size={"height": side, "width": side}).save_pretrained(place)
     answer = command("classify", place, pictures[0])
-    assert answer.code == 2 and re.search(r"model .*: cannot be run on an image: ", answer.err), answer
+    assert answer.code == 2 and re.search(r"model .*: cannot be run on an image: ", answer.err)
     assert len(answer.err.splitlines()) == 1 and "|" not in answer.out
 
 
@@ -82,4 +82,4 @@ def test_a_file_of_any_size_is_not_read(tmp_path: Path, folder: Path, command: C
     with (tmp_path / "big.png").open("wb") as stream:
         stream.truncate(1 << 40)  # without blocks on the disk
     answer = command("classify", folder, tmp_path / "big.png")
-    assert answer.code == 2 and re.search(r"FILE: .*big.png has 1.1e\+12 bytes, and .* is the most", answer.err), answer
+    assert answer.code == 2 and re.search(r"FILE: .*big.png has 1.1e\+12 bytes, and .* is the most", answer.err)

@@ -90,7 +90,7 @@ class Tiny:
         wait_until(lambda: not command.lives or row(self.database, PROGRESS) not in (before, None))
         seconds = monotonic() - command.began
         answer = command.finish()
-        assert answer.is_clean, answer
+        assert answer.is_clean
         return seconds
 
     def has(self, query: str, *values: object) -> bool:
@@ -192,7 +192,7 @@ def test_the_disk_of_a_server_is_full(place: Path, tmp_path: Path, undisturbed: 
             wait_until(lambda: len(measured(stored(there))) > ended)
             seconds = monotonic() - began
             answer = finish(worker)
-            assert answer.is_clean, answer
+            assert answer.is_clean
         check_equal(stored(there), undisturbed.study, TOTAL)
     ROWS.add("disk of a gRPC server full while a worker on another machine runs a trial", 1, seconds=seconds)
 

@@ -354,7 +354,7 @@ def check_answers(page: str, place: Path) -> None:
 
 def refused(answer: Any, said: str) -> None:
     lines = [line for line in answer.err.splitlines() if line.startswith("error:")]
-    assert answer.code == 2 and len(lines) == 1 and re.search(said, lines[0]), answer
+    assert answer.code == 2 and len(lines) == 1 and re.search(said, lines[0])
     assert "Traceback" not in answer.err
 
 

@@ -120,7 +120,7 @@ def test_an_upload_that_was_killed_goes_on(
     site.uploads.hold = None
     site.uploads.go_on.set()
     done = finish(start("push", sparse, "alice/tiny", environment=login))
-    assert done.code == 0, done.err
+    assert done.code == 0
     assert site.uploads.received == [first, last]  # each once
     assert without_ours(site.folder("alice/tiny")) == without_ours(sparse)
 

@@ -72,10 +72,7 @@ def test_the_best_plan_is_trained_and_measured_as_by_hand(place: Path, command: 
     assert "training the kept weights of trial" not in answer.out  # it is done
     config = config_of(place)
     found = config.recovered
-    assert found is not None
-    assert found.kept
-    assert found.validation is not None
-    assert found.test is not None
+    assert found and found.kept and found.validation and found.test
     (row,) = [line for line in answer.out.splitlines() if ", trained " in line]
     assert str(found.validation.perplexity) in row
     assert str(found.test.perplexity) in row
@@ -103,16 +100,17 @@ def test_rounded_weights_keep_their_codes_and_get_other_scales(place: Path, comm
     config = place / "bits.best.json"
     found = read_config(config).recovered
     assert found is not None and found.kept
-    for name, options in (("plain", ()), ("codes", ("--packed",)), ("rounded", ("--packed", "--no-recover"))):
+    for name, *options in ("plain",), ("packed", "--packed"), ("rounded", "--no-recover"):
         command.ok("apply", "--config", config, "--out", place / name, *options)
-    for name in ("codes", "rounded"):
-        command.ok("unpack", place / name, "--out", place / f"{name}-floats")
-    plain, codes, rounded = (tensors(place / name) for name in ("plain", "codes-floats", "rounded-floats"))
+    command.ok("unpack", place / "packed", "--out", place / "codes")
+    plain, codes, rounded = (tensors(place / name) for name in ("plain", "codes", "rounded"))
     for name, was in rounded.items():
         assert same_bytes(plain[name], codes[name])
         if block_of(name) is not None and was.dim() > 1:
             factors = (codes[name] / was).nan_to_num(0).view(-1, 16).amax(1, keepdim=True)  # one for each group
-            assert torch.allclose(was.view(-1, 16) * factors, codes[name].view(-1, 16), rtol=1e-5, atol=0)
+            assert torch.allclose(
+                was.view(-1, 16) * factors, codes[name].view(-1, 16), rtol=1e-3, atol=0
+            )  # scales of 16 bits
 
 
 @slow
@@ -144,8 +142,7 @@ def test_apply_trains_again_or_takes_what_was_trained_and_keeps_the_zeros(
     found = config_of(place).recovered
     assert found is not None
     assert record.settings == found.settings.filled(config_of(place).texts.validation.seqlen)
-    assert record.validation is not None
-    assert found.validation is not None
+    assert record.validation and found.validation
     assert record.validation.after == found.validation.perplexity
     command.ok("apply", "--verify", place / "known")
     assert not [file.name for file in place.iterdir() if file.name.startswith(".")]
@@ -162,8 +159,7 @@ def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLi
     """Where pruning raised the perplexity by less than `min_increase`, which is asked again of other settings."""
     before = config_of(place)
     dense, pruned = before.scored("dense", "validation"), before.scored("best", "validation")
-    assert dense is not None
-    assert pruned is not None
+    assert dense and pruned
     increase = pruned.value / dense.value - 1
     answer = run(place, command, "recover.steps=9", f"recover.min_increase={increase + 0.001}")
     assert answer.is_clean

@@ -66,7 +66,7 @@ def context(smollm2: Path) -> Session:
 
 def run(*arguments: str | Path) -> str:
     answer = finish(start(*arguments), 3 * HANGS)  # the real model, on a machine however slow
-    assert answer.is_clean, answer
+    assert answer.is_clean
     return answer.out
 
 

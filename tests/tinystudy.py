@@ -303,7 +303,7 @@ class CommandLine:
     def ok(self, *arguments: str | Path) -> Answer:
         """Of a command that must succeed."""
         answer = self(*arguments)
-        assert answer.code == 0, answer
+        assert answer.code == 0
         return answer
 
 
