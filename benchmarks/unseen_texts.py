@@ -2,7 +2,7 @@
 
     python benchmarks/unseen_texts.py off-grid FOLDER OUT          takes a model off the grid of a quantized file
     python benchmarks/unseen_texts.py run FOLDER WAY ... --out FILE.jsonl [--seen manual,debates]
-    python benchmarks/unseen_texts.py table FILE.jsonl
+    python benchmarks/unseen_texts.py table FILE.jsonl                 into docs/bits.md
 
 A WAY is a row of `WAYS`. Calibration, validation and training text are parts of the kinds of the source `mixed` that
 are `--seen`; the others are unseen. A plan is made once; its folder is written as it was pruned or rounded, and as it
@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from marked_page import write_between
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,6 +33,8 @@ from atp_tune.config.data import KINDS, Text
 from atp_tune.inputs.items import IDS
 from atp_tune.inputs.windows import token_windows
 
+ROOT = Path(__file__).parents[1]
+MARKS = ("<!-- benchmarks/unseen_texts.py -->", "<!-- end -->")
 SPREAD = 0.25  # standard deviation of the logarithms of the factors
 ZEROS = {"atp": '["atp"]', "gradient": '["gradient"]', "rows": '["gradient-rows"]'}
 ROWS, BITS = '["gradient-rows"]', '["gradient"]'
@@ -166,20 +169,21 @@ def ratio(row: dict[str, Any], dense: dict[str, Any], kinds: tuple[str, ...]) ->
 
 
 def table(file: Path) -> Iterator[str]:
-    """Lines of Markdown: perplexities of the dense model, and multiples of them, over seen and each unseen kind."""
+    """Lines of Markdown: multiples of the dense perplexity on the kinds that were seen and on those that were not."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    yield f"| model | seen | way | bits | seen kinds | {' | '.join(KINDS)} | unseen kinds |"
-    yield "|---|---|---|---|---|" + "---|" * (len(KINDS) + 1)
-    for row in sorted(rows, key=lambda row: (row["model"], row["seen"], row["way"] != "dense", row.get("bits") or 16)):
+    yield "| model | seen | way | bits | seen kinds | unseen kinds | each |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in sorted(rows, key=lambda row: (row["model"], row["seen"], row.get("bits") or 16, row["way"])):
         own = row["model"], row["seen"]
         dense = next(each for each in rows if (each["model"], each["seen"], each["way"]) == (*own, "dense"))
-        seen = tuple(row["seen"].split(","))
-        unseen = tuple(kind for kind in KINDS if kind not in seen)
         if row is dense:
-            cells = ["", *(f"{math.exp(fmean(row['nlls'][kind])):.2f}" for kind in KINDS), ""]
-        else:
-            cells = [ratio(row, dense, kinds) for kinds in (seen, *((kind,) for kind in KINDS), unseen)]
-        yield f"| {' | '.join([*own, row['way'], format(row.get('bits') or 16, '.2f'), *cells])} |"
+            continue
+        seen = tuple(own[1].split(","))
+        unseen = tuple(kind for kind in KINDS if kind not in seen)
+        each = ", ".join(f"{kind} {ratio(row, dense, (kind,))}" for kind in unseen)
+        bits = f"{row['bits']:.2f}" if row.get("bits") else ""
+        cells = own[0], ", ".join(seen), row["way"], bits, ratio(row, dense, seen), ratio(row, dense, unseen), each
+        yield f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -196,7 +200,7 @@ def main() -> None:
     elif given.command == "run":
         run(given.path, given.names, given.out, given.seen)
     else:
-        print("\n".join(table(given.path)))
+        write_between(ROOT / "docs" / "bits.md", MARKS, "\n".join(table(given.path)))
 
 
 if __name__ == "__main__":
