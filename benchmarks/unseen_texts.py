@@ -97,19 +97,19 @@ def off_grid(folder: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
 
 
-def windows(kind: str, folder: Path) -> Tensor:
-    """Windows [16, 256] of the last third of a kind."""
+def windows(kind: str, folder: Path, bos: bool) -> Tensor:
+    """Windows [16, 256] of the last third of a kind; `bos`: with BOS before them."""
     text = Text(source=f"mixed:{kind}", part=(0.65, 1.0), shuffle=True, nsamples=16, seqlen=256)
-    return token_windows(text, folder, Path()).tensors[IDS]
+    return token_windows(text, folder, Path(), bos=bos).tensors[IDS]
 
 
 @torch.no_grad()
-def nlls(folder: Path) -> dict[str, list[float]]:
+def nlls(folder: Path, bos: bool) -> dict[str, list[float]]:
     """Mean NLL of each window of each kind, by plain transformers in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = {}
     for kind in KINDS:
-        ids = windows(kind, folder)
+        ids = windows(kind, folder, bos)
         parts = [nn.functional.cross_entropy(model(one[None]).logits[0, :-1].float(), one[1:]).item() for one in ids]
         found[kind] = parts
     return found
@@ -142,8 +142,6 @@ def run(folder: Path, ways: list[str], out: Path, seen: str) -> None:
         with out.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    if (folder.name, seen, "dense") not in known:
-        add("dense", nlls=nlls(folder))
     for way in ways:
         if (folder.name, seen, way) in known:
             continue
@@ -151,14 +149,17 @@ def run(folder: Path, ways: list[str], out: Path, seen: str) -> None:
             result = atp_tune.tune(atp_tune.Study.model_validate(study(folder, way, seen)))
             best = result.configuration()
             trained = best.config.recovered
+            if (folder.name, seen, "dense") not in known:
+                known.add((folder.name, seen, "dense"))
+                add("dense", nlls=nlls(folder, best.config.bos))
             untrained = best.config.model_copy(update={"recovered": None})
             pruned, tuned = Path(temporary) / "pruned", Path(temporary) / "trained"
             replace(best, config=untrained).save(pruned)
             bits = best.config.bits.effective if best.config.bits else None
-            add(way, nlls=nlls(pruned), bits=bits)
+            add(way, nlls=nlls(pruned, best.config.bos), bits=bits)
             if trained is not None and trained.kept:
                 best.save(tuned)
-                add(f"{way}, trained", nlls=nlls(tuned), bits=bits, seconds=trained.seconds)
+                add(f"{way}, trained", nlls=nlls(tuned, best.config.bos), bits=bits, seconds=trained.seconds)
 
 
 def ratio(row: dict[str, Any], dense: dict[str, Any], kinds: tuple[str, ...]) -> str:
