@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from time import monotonic, time
@@ -25,7 +25,7 @@ from atp_tune.config.prune import PruneConfig, RecoverConfig, Recovered, Recover
 from atp_tune.config.study import Data, ModelConfig
 from atp_tune.errors import UserError, within
 from atp_tune.events import Place, Step, TrialStarted, calling
-from atp_tune.folders.applying import Shards, folder_scores, sparse_folder, write_applied
+from atp_tune.folders.applying import Shards, Way, folder_scores, sparse_folder, write_applied, write_sparse
 from atp_tune.folders.card import (
     FINETUNED,
     AccuracyChange,
@@ -38,7 +38,7 @@ from atp_tune.folders.card import (
     new_manifest,
     origin,
 )
-from atp_tune.folders.packing import Codes, to_pack
+from atp_tune.folders.packing import Codes
 from atp_tune.folders.training import find_teacher, windows_held_out, windows_read
 from atp_tune.inputs.images import duplicate_images, image_items
 from atp_tune.inputs.items import Items
@@ -360,8 +360,8 @@ def apply_trained(
     with temporary_folder(out) as pruned, temporary_folder(out) as parts:  # beside: relative paths stay right
         if codes is None and config.quantize is not None:
             codes = Codes(parts, config.quantize)
-        place, way = replace(place, watch=calling(place.watch, str(pruned), "the pruned model")), to_pack(config, codes)
-        write_applied(config, pruned, place, replace(way, copies=2))
+        place = replace(place, watch=calling(place.watch, str(pruned), "the pruned model"))
+        write_applied(config, pruned, place, Way(partial(write_sparse, save=codes and codes.save), copies=2))
         return finetune(pruned, out, None, None, recover, place, stays=True, codes=codes)
 
 
