@@ -1,6 +1,7 @@
 """The data of a study, by role: the tables `[texts.*]` of a language model, or `[images.*]` of an image classifier."""
 
 import posixpath
+from math import gcd
 from pathlib import PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -124,8 +125,8 @@ class Text(Source):
     def _drawable(self) -> Self:
         if self.sampling == "random" and self.nsamples is None:
             raise ValueError("nsamples: a random draw needs their number")
-        if (count := len(self.mixed)) and self.stride % count == 0:
-            raise ValueError(f"stride: every {self.stride}th window is of one kind; take no multiple of {count}")
+        if (count := len(self.mixed)) and gcd(count, self.stride) > 1:
+            raise ValueError(f"stride: every {self.stride}th window leaves kinds out; share no divisor with {count}")
         check_once(self.mixed, "source")
         return self
 

@@ -548,8 +548,8 @@ def _of_search(study: "Study") -> Iterator[Row]:
     )
     yield (
         "search.screen.stride",
-        stride and kinds and stride % kinds == 0,
-        f"leaves windows of one kind; take no multiple of {kinds}",
+        stride and kinds and math.gcd(stride, kinds) > 1,
+        f"leaves kinds of windows out; share no divisor with {kinds}",
     )
 
 

@@ -104,7 +104,7 @@ class Codes:
             try:
                 coded = _encoded([weight, *(grid[part] for grid in grids)], self.quantize, turned)
             except ValueError as error:
-                raise UserError(f"--packed: {part} cannot be stored as codes: {error}") from None
+                raise UserError(f"{part}: cannot be stored as codes: {error}") from None
             decoded[part] = coded.decoded()
             file = self.folder / f"{len(self._files)}.safetensors"
             save_file(coded.parts, file)
@@ -122,7 +122,10 @@ class Codes:
         `factors`: shaped as the tensor, equal within a group.
         """
         file, entry = self._files[part]
-        coded = replace(entry, parts=load_file(file)).scaled(factors)
+        try:
+            coded = replace(entry, parts=load_file(file)).scaled(factors)
+        except ValueError as error:
+            raise UserError(f"training: {part}: {error}; lower the learning rate") from None
         save_file(coded.parts, file)
         self._files[part] = file, replace(coded, parts={})
         return coded.decoded()

@@ -168,7 +168,7 @@ def in_16_bits(scale: Tensor, used: Tensor) -> tuple[Tensor, int]:
     largest = scale[used].max() if used.any() else torch.tensor(1.0)
     exponent = max(int(torch.frexp(largest).exponent) - EXPONENT, -126)
     halves = (scale * 2.0**-exponent).where(used, 0).half()
-    if not (halves[used] > 0).all():
+    if not (halves[used] > 0).all() or not halves.isfinite().all():
         raise ValueError("scales of its groups are too far apart for 16 bits")
     return halves, exponent
 
