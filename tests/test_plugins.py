@@ -651,7 +651,7 @@ def test_all_kinds_in_one_study(write: Callable[..., Path], tmp_path: Path) -> N
     assert (found["search.sampler"], found["texts.test.source"]) == ("one", "two:x")
     assert "search.score" not in found
     space = make_space(file.study, BUDGET)
-    assert make_sampler(file.study.search, space)._make is SAMPLERS["one"]  # type: ignore[attr-defined]
+    assert make_sampler(file.study.search, space).make is SAMPLERS["one"]  # type: ignore[attr-defined]
 
 
 # Configurations
