@@ -116,12 +116,9 @@ def test_it_is_its_naive_pass(family: str, way: Any) -> None:
 # --- by the commands
 
 
-REFINED = ("prune.refine=5",)
-
-
 @slow
 def test_a_study_its_best_and_the_folder(place: Path, command: CommandLine) -> None:
-    assert run(place, *REFINED).best_value < run(place, name="alone").best_value
+    assert run(place, "prune.refine=5").best_value < run(place, name="alone").best_value
     assert read_config(place / "tiny.best.json").prune.refine == 5
     words = ("--config", place / "tiny.best.json", "--out", place / "sparse", "--device", "cpu")
     assert command.ok("apply", *words).out.endswith("(+0.000%)\n")
