@@ -217,7 +217,7 @@ def of_training(file: StudyFile, context: Session) -> str:
         filled = filled.model_copy(update={"seqlen": None})
     items = read_items(texts[0], {"test": texts[1]}, folder, filled, file.folder, context.bos)
     teacher = folder if filled.has_teacher else None
-    own = (setup_of(file), folder, Path(), texts[0], items, filled, None, teacher, True)
+    own = (setup_of(file), folder, Path(), texts[0], items, filled, None, teacher, True, None)
     return FinetuningJob(*own).part.name  # type: ignore[arg-type]
 
 

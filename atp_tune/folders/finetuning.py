@@ -314,7 +314,7 @@ def finetune(
         plug_in_texts(pruning.config, own, pruning.base, place.allowed.get("trust_plugins", False))
     if pruning and pruning.config.bits is not None and (codes is None or settings.train == "lora"):
         raise UserError(
-            f"{model}: its weights are rounded, and this would undo it; a study with `recover` trains scales"
+            f"{model}: its weights are rounded, and training would undo that; `recover` in a study trains their scales"
         )
     own_test, (text, test) = test is None, choose(text, test, pruning)
     settings = settings.filled(getattr(pruning.validation if pruning else text, "seqlen", None))
