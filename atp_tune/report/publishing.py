@@ -3,7 +3,7 @@
 A run does this when it has found a better trial, and at its end. `serve` makes the same on request, and a report.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from atp_tune.results.results import is_uniform
 from atp_tune.results.status import best_config, measured_columns
 from atp_tune.results.summary import Summary, front, overview, summarise
 from atp_tune.storage import database
-from atp_tune.storage.attributes import StudySnapshot, readable
+from atp_tune.storage.attributes import Attributes, StudySnapshot, readable
 from atp_tune.storage.database import MADE_ANEW, Database, without_password
 from atp_tune.storage.progress import is_lost
 from atp_tune.utils.cache import temporary_folder, write_atomically
@@ -100,13 +100,13 @@ def note_parts(text: str, version: int, trial: int | None = None) -> dict[str, A
     return {f"{head}note_ver": version, **_parts(f"{head}note_str:", text)}
 
 
-def note_version(attributes: Mapping[str, Any], trial: int | None = None) -> int:
+def note_version(attributes: Attributes, trial: int | None = None) -> int:
     """The version of a stored note; 0 if there is none that a dashboard wrote."""
     version = attributes.get(f"{_head(trial)}note_ver")
     return version if isinstance(version, int) else 0
 
 
-def note_in(attributes: Mapping[str, Any], trial: int | None = None) -> str:
+def note_in(attributes: Attributes, trial: int | None = None) -> str:
     """The text of a stored note; "" if there is none, or if a part is missing or no text."""
     if not note_version(attributes, trial):
         return ""
@@ -156,7 +156,7 @@ def dashboard_figures(summary: Summary) -> dict[str, Any]:
     return attributes
 
 
-def dashboard_note(text: str, stored: Mapping[str, Any], trial: int | None = None, step: int = 1) -> dict[str, Any]:
+def dashboard_note(text: str, stored: Attributes, trial: int | None = None, step: int = 1) -> dict[str, Any]:
     """The note of a study or trial with people's own text below, as system attributes.
 
     `trial`: the trial's id in the storage, None for the study's note. Its version is `step` above the stored one. A
@@ -166,7 +166,7 @@ def dashboard_note(text: str, stored: Mapping[str, Any], trial: int | None = Non
     return note_parts(note, note_version(stored, trial) + step, trial)
 
 
-def without_rests(attributes: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+def without_rests(attributes: Attributes, stored: Attributes) -> dict[str, Any]:
     """Made attributes, and "" for stored parts beyond them: longer figures and notes are stored in more parts."""
     series = {key.rpartition(":")[0] for key in attributes if key.rpartition(":")[2].isdecimal()}
     rests = {key: "" for key in stored if key not in attributes and key.rpartition(":")[0] in series}

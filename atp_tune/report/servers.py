@@ -47,7 +47,7 @@ from atp_tune.results.goals import best_trial, pareto_front
 from atp_tune.results.status import study_columns
 from atp_tune.results.summary import final_numbers, summarise
 from atp_tune.storage import database, opening, progress
-from atp_tune.storage.attributes import ValidatedStudy
+from atp_tune.storage.attributes import Attributes, ValidatedStudy
 from atp_tune.storage.database import Database, Store, error_reason, is_away, may_pass, refuse_link, without_password
 from atp_tune.storage.opening import artifact_folder, is_remote, names_in, network_warning, open_database
 from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
@@ -57,8 +57,6 @@ from atp_tune.utils.compat import FrozenStudy, serve_storage
 #
 # Notes and figures are made when the dashboard asks for them, and are not stored. So they are always current and whole,
 # cost a trial no time, and do not depend on the machine that ran it.
-
-Attributes = Mapping[str, Any]
 
 
 def make_view(address: str, storage: BaseStorage, join: str = "grpc://HOST:13000") -> "DashboardView":

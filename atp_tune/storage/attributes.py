@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from copy import deepcopy as deepcopied
 from math import isfinite
-from typing import Any
+from typing import Any, TypeAlias
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -54,11 +54,12 @@ FOREIGN = "it was not written by atp_tune"
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 
 
+Attributes: TypeAlias = Mapping[str, Any]  # of a trial or a study, by name
 TRIAL, STUDY, SYSTEM = kinds(TrialRecord, ITEMS), kinds(StudyRecord, SCORES), kinds(SystemRecord)
 WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
 
 
-def folded(attrs: Mapping[str, Any]) -> dict[str, Any]:
+def folded(attrs: Attributes) -> dict[str, Any]:
     """The attributes with a table `test_nlls` instead of its rows `test_nlls:dense`, `test_nlls:12` …, and so on.
 
     Rows are stored separately because two hosts may add to one table at the same moment. Earlier versions stored whole
@@ -149,7 +150,7 @@ class StudySnapshot(optuna.Study):
         return deepcopied(trials) if deepcopy else trials
 
 
-def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:
+def checked_trial(trial: FrozenTrial, values: int) -> FrozenTrial:
     """The trial itself if it is valid, else a copy with its valid parts; `values`: number of its study's objectives."""
     user, system = checked(trial.user_attrs, TRIAL), checked(trial.system_attrs, SYSTEM)
     is_ours = _is_ours(trial, values, "kls" in user)
@@ -187,7 +188,7 @@ def _is(kind: TypeAdapter[Any], value: Any) -> bool:
     return True
 
 
-def checked(attrs: Mapping[str, Any], kinds: Mapping[str, TypeAdapter[Any]]) -> dict[str, Any]:
+def checked(attrs: Attributes, kinds: Mapping[str, TypeAdapter[Any]]) -> dict[str, Any]:
     """The attributes without those of the wrong type; attributes without a type in `kinds` stay."""
     return {name: value for name, value in attrs.items() if name not in kinds or _is(kinds[name], value)}
 
@@ -220,12 +221,7 @@ def is_of_trial(key: str) -> bool:
     return key in APART[0]
 
 
-def is_of_study(key: str) -> bool:
-    """Whether a study's user attribute is stored apart, also with a row's name after a colon, as in test_nlls:12."""
-    return key.partition(":")[0] in APART[1]
-
-
-def joined(user: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def joined(user: Attributes, system: Attributes) -> tuple[dict[str, Any], dict[str, Any]]:
     """User and system attributes as they were before details were separated; a detail replaces a user attribute."""
     details = {key.removeprefix(PREFIX): value for key, value in system.items() if key.startswith(PREFIX)}
     others = {key: value for key, value in system.items() if not key.startswith(PREFIX)}
@@ -235,7 +231,7 @@ def joined(user: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[dict[str
 class AttributeStorage(RDBStorage):
     """A storage of Optuna's that stores several attributes in one transaction, and details apart."""
 
-    def set_trial_user_attrs(self, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    def set_trial_user_attrs(self, trial_id: int, attributes: Attributes) -> None:
         """Stores several attributes in one transaction: each transaction waits for the disk."""
         with transaction(self.scoped_session, True) as session:
             if self.engine.name not in UPSERTS:
@@ -249,7 +245,7 @@ class AttributeStorage(RDBStorage):
             for model, values in ((TrialUserAttributeModel, shown), (TrialSystemAttributeModel, details)):
                 self._upsert(session, model, "trial_id", trial_id, values)
 
-    def set_study_system_attrs(self, study_id: int, attributes: Mapping[str, Any]) -> None:
+    def set_study_system_attrs(self, study_id: int, attributes: Attributes) -> None:
         """Stores several system attributes of a study in one transaction, so that readers see all or none."""
         if self.engine.name not in UPSERTS:
             for key, value in attributes.items():
@@ -258,7 +254,7 @@ class AttributeStorage(RDBStorage):
         with transaction(self.scoped_session, True) as session:
             self._upsert(session, StudySystemAttributeModel, "study_id", study_id, attributes)
 
-    def _upsert(self, session: Any, model: Any, owner: str, id_: int, attributes: Mapping[str, Any]) -> None:
+    def _upsert(self, session: Any, model: Any, owner: str, id_: int, attributes: Attributes) -> None:
         if attributes:
             rows = [{owner: id_, "key": key, "value_json": json.dumps(value)} for key, value in attributes.items()]
             insert = UPSERTS[self.engine.name](model).values(rows)
@@ -285,7 +281,7 @@ class AttributeStorage(RDBStorage):
 
     def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
         """Stores an attribute; a detail apart."""
-        if is_of_study(key):
+        if key.partition(":")[0] in APART[1]:  # also a row of a table, as test_nlls:12
             super().set_study_system_attr(study_id, PREFIX + key, value)
         else:
             super().set_study_user_attr(study_id, key, value)

@@ -16,7 +16,7 @@ import math
 import re
 import shlex
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import datetime
 from functools import partial
@@ -31,13 +31,14 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 from sqlalchemy import event, func, select
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from atp_tune.errors import UserError
-from atp_tune.storage.attributes import AttributeStorage, unreadable
+from atp_tune.storage.attributes import Attributes, AttributeStorage, unreadable
 from atp_tune.storage.progress import GRACE, is_alive
 from atp_tune.utils.compat import TrialHeartbeatModel, TrialModel, transaction
 from atp_tune.utils.system import as_typed, pause
@@ -65,11 +66,6 @@ class Retrying:
     def __reduce__(self) -> tuple[Any, ...]:
         return Retrying, (self._name,)  # a copy begins without an outage
 
-    @property
-    def has_repeated(self) -> bool:
-        """Whether this thread's last call took several attempts, so that an earlier one may have succeeded unseen."""
-        return bool(getattr(self._thread, "has_repeated", False))
-
     def ask(self, attempt: Callable[[], tuple[Answer, str]]) -> Answer:
         """The first answer that comes without a reason to ask again; UserError after `RETRY_SECONDS` of one outage.
 
@@ -82,8 +78,29 @@ class Retrying:
                 has_repeated = True
         finally:
             self._thread.has_repeated = has_repeated  # set at the end: an attempt may make a call of its own
-        self._answered()
+        with self._lock:
+            if self._since is not None:
+                self._since = None
+                log.warning("%s answers again", self._name)
         return answered[0]
+
+    def tell(
+        self,
+        attempt: Callable[[], bool],
+        storage: BaseStorage,
+        trial_id: int,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> bool:
+        """The answer of `attempt`, which tells a trial; no error if an earlier one has told it the same unseen."""
+        try:
+            return attempt()
+        except UpdateFinishedTrialError:
+            has_repeated = getattr(self._thread, "has_repeated", False)
+            trial = storage.get_trial(trial_id) if has_repeated else None
+            if trial is None or (trial.state, trial.values) != (state, list(values) if values else None):
+                raise
+            return True
 
     def _wait(self, reason: str, seconds: float) -> None:
         with self._lock:
@@ -96,17 +113,6 @@ class Retrying:
                 "the same command resumes the study"
             )
         pause(seconds)
-
-    def _answered(self) -> None:
-        with self._lock:
-            if self._since is not None:
-                self._since = None
-                log.warning("%s answers again", self._name)
-
-
-def is_told(trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> bool:
-    """Whether a trial has this state and these values."""
-    return (trial.state, trial.values) == (state, list(values) if values else None)
 
 
 # --- Errors of SQLite files and disks, with what to do, in one line instead of SQLAlchemy's and Optuna's tracebacks.
@@ -329,12 +335,7 @@ class Database(AttributeStorage):
                 session.connection().exec_driver_sql("BEGIN IMMEDIATE")
                 return tell(trial_id, state, values)
 
-        try:
-            return bool(self._ask(locked))
-        except UpdateFinishedTrialError:
-            if not self._retrying.has_repeated or not is_told(self.get_trial(trial_id), state, values):
-                raise
-            return True
+        return self._retrying.tell(lambda: bool(self._ask(locked)), self, trial_id, state, values)
 
     def record_heartbeat(self, trial_id: int) -> None:
         """Sends a heartbeat; an error does not end the heartbeat thread, since the next heartbeat may succeed."""
@@ -384,7 +385,7 @@ class Database(AttributeStorage):
             return bool(connection.exec_driver_sql(YOUNG).scalar())
 
 
-def set_attributes(trial: optuna.Trial, attributes: Mapping[str, Any]) -> None:
+def set_attributes(trial: optuna.Trial, attributes: Attributes) -> None:
     """Stores user attributes of a running trial, in one transaction if the storage is a database."""
     db = getattr(trial.storage, "_backend", trial.storage)  # the storage behind Optuna's cache
     if not isinstance(db, Database):
@@ -456,7 +457,7 @@ def _is_meta(value: Any, name: str) -> bool:
     )
 
 
-def file_names(attributes: Mapping[str, Any]) -> dict[str, str]:
+def file_names(attributes: Attributes) -> dict[str, str]:
     """The file names of a study's artifacts by id, from the study's system attributes."""
     own = {key: value for key, value in attributes.items() if key.startswith(OF_STUDY) and is_kept(key, value)}
     read = {key: json.loads(value) for key, value in own.items()}

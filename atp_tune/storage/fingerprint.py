@@ -47,8 +47,7 @@ def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool 
     if is_new(study):
         if len(study.directions) != len(objectives):  # the process that created it died before it stored the facts
             raise UserError(f"study {name}: was begun with another {OBJECTIVE}; start another with --study-name NAME")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
             study.set_metric_names([METRICS.get(name, name) for name in objectives])  # for the axes of Optuna's plots
         study.set_user_attr("fingerprint", dict(facts))
     study = ValidatedStudy(name, study._storage)
@@ -216,7 +215,7 @@ def _short(study: Study) -> dict[str, Any]:
     }
 
 
-def is_local(source: str, folder: Path = Path()) -> bool:
+def is_local(source: str, folder: Path) -> bool:
     """Whether the source of a model is a local folder or file; relative paths start at `folder`."""
     if source.endswith(".gguf") or source.startswith((".", "/", "~")):
         return True

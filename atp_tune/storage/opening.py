@@ -45,14 +45,6 @@ def new_storage() -> tuple[str, BaseStorage]:
     return address, storage
 
 
-def find_in_memory(address: str) -> BaseStorage:
-    """The storage of an address; UserError if it is gone."""
-    storage = _storages.get(address)
-    if storage is None:
-        raise UserError(f"storage {address}: is gone with its Python process; name a file, as in sqlite:///study.db")
-    return storage
-
-
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to create the tables of a new database
 # Types of network file systems, on which SQLite's locks do not work.
 NETWORK = {
@@ -71,7 +63,11 @@ def open_storage(address: str, create: bool) -> BaseStorage | None:
 
         return connect(address)
     if address.startswith(MEMORY):
-        return find_in_memory(address)
+        if (storage := _storages.get(address)) is None:
+            raise UserError(
+                f"storage {address}: is gone with its Python process; name a file, as in sqlite:///study.db"
+            )
+        return storage
     return open_database(address, create, Database)
 
 
@@ -95,7 +91,14 @@ def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
         if is_there:
             check_whole(file)
     try:
-        return _opened_after_retries(address, url, kind)
+        for pause in PAUSES:  # if another process creates the tables at the same moment
+            try:
+                return _rdb(address, url, kind)
+            except DatabaseError as error:
+                if not isinstance(error, IntegrityError) and "already exists" not in str(error):
+                    raise
+                sleep(pause)
+        return _rdb(address, url, kind)
     except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError, OSError) as error:
         way = way_out(error, address)
         reason = error_reason(error) + (f"; {way}" if way else "")
@@ -137,21 +140,8 @@ def check_is_file(url: URL) -> None:
         raise UserError(f"storage {url.database}: is a folder; name a file, as in sqlite:///{url.database}/study.db")
 
 
-def _opened_after_retries(address: str, url: URL, kind: type[Kind]) -> Kind:
-    """Retries if another process creates the tables at the same moment."""
-    for pause in PAUSES:
-        try:
-            return _rdb(address, url, kind)
-        except DatabaseError as error:
-            if not isinstance(error, IntegrityError) and "already exists" not in str(error):
-                raise
-            sleep(pause)
-    return _rdb(address, url, kind)
-
-
 def _rdb(address: str, url: URL, kind: type[Kind]) -> Kind:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         return kind(
             address.replace("{", "{{").replace("}", "}}"),  # Optuna formats it as a template
             engine_kwargs=engine_options(url),

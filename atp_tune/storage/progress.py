@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import UserError, printable
 from atp_tune.events import Event, EventHandler, Step
-from atp_tune.storage.attributes import checked_trial
+from atp_tune.storage.attributes import Attributes, checked_trial
 from atp_tune.utils.cache import cache_dir, sha256_of_json
 from atp_tune.utils.compat import is_heartbeat_enabled
 
@@ -40,12 +40,12 @@ def identity() -> dict[str, Any]:
     return {"host": platform.node(), "pid": os.getpid(), "process_started": began, "booted": booted}
 
 
-def is_dead(identity: Mapping[str, Any]) -> bool:
+def is_dead(identity: Attributes) -> bool:
     """Whether the process ran on this host and has ended; False for processes of other hosts."""
     return _is_known(identity) and not is_alive(identity)
 
 
-def is_alive(identity: Mapping[str, Any]) -> bool:
+def is_alive(identity: Attributes) -> bool:
     """Whether the process runs on this host; False for processes of other hosts."""
     if not _is_known(identity):
         return False
@@ -57,23 +57,22 @@ def is_alive(identity: Mapping[str, Any]) -> bool:
     return state != psutil.STATUS_ZOMBIE and _is_same(began, identity)
 
 
-def has_rebooted(identity: Mapping[str, Any]) -> bool:
-    """Whether this host was booted after the process began, or its clock was set by more than `GRACE`."""
-    return abs(psutil.boot_time() - float(identity.get("booted", psutil.boot_time()))) > GRACE
+def _moved(identity: Attributes) -> float:
+    """Seconds by which this host's clock was set after the process began, or a much larger number if it was booted."""
+    return psutil.boot_time() - float(identity.get("booted", psutil.boot_time()))
 
 
-def _is_known(identity: Mapping[str, Any]) -> bool:
+def _is_known(identity: Attributes) -> bool:
     return identity.get("host") == platform.node() and "pid" in identity and "process_started" in identity
 
 
-def _is_same(began: float, identity: Mapping[str, Any]) -> bool:
+def _is_same(began: float, identity: Attributes) -> bool:
     """Whether a process's start time is that of the identity, by the clock or by the time since boot.
 
     On Linux, setting the clock moves the start times of all processes, on macOS it does not.
     """
-    moved = psutil.boot_time() - float(identity.get("booted", psutil.boot_time()))
     differs = began - float(identity["process_started"])
-    return min(abs(differs), abs(differs - moved)) <= 1
+    return min(abs(differs), abs(differs - _moved(identity))) <= 1
 
 
 # --- The trace of a process: the last step of its trial, in a small file that another process of the host can read.
@@ -98,8 +97,12 @@ class Trace:
         """The handler, with each `Step` written to the trace first."""
 
         def hear(event: Event) -> None:
-            if isinstance(event, Step):
-                self._write(self._line(event))
+            if isinstance(event, Step):  # `after evaluate 3 of 30`, with the part for a phase that repeats
+                part, done = self._last.get(event.phase, (1, 0))
+                part += event.done <= done
+                self._last[event.phase] = part, event.done
+                again = f", part {part}" if part > 1 else ""
+                self._write(f"after {event.phase} {event.done} of {event.total}{again}")
             watch(event)
 
         return hear
@@ -112,7 +115,9 @@ class Trace:
                 file = _file(study, trial, os.getpid())
                 stack.callback(file.unlink, missing_ok=True)
                 self._file = stack.enter_context(FileIO(file, "w"))
-                stack.enter_context(_crashes_into(self._file))
+                if not faulthandler.is_enabled():  # by pytest, Ray or a user
+                    faulthandler.enable(self._file, all_threads=False)
+                    stack.callback(faulthandler.disable)
             except (OSError, UserError) as error:
                 log.debug("no trace of trial %d: %s", trial, error)
             self._last.clear()
@@ -121,13 +126,6 @@ class Trace:
                 yield
             finally:
                 self._file = None
-
-    def _line(self, step: Step) -> str:
-        """`after evaluate 3 of 30`, with the part for a phase that repeats."""
-        part, done = self._last.get(step.phase, (1, 0))
-        part += step.done <= done
-        self._last[step.phase] = part, step.done
-        return f"after {step.phase} {step.done} of {step.total}" + (f", part {part}" if part > 1 else "")
 
     def _write(self, text: str) -> None:
         if self._file is None:
@@ -160,19 +158,6 @@ def _file(study: str, trial: int, pid: int) -> Path:
 
 def _text(left: bytes) -> str:
     return printable(left.decode(errors="replace").strip())
-
-
-@contextmanager
-def _crashes_into(file: FileIO) -> Iterator[None]:
-    """Writes fatal signals to a file, unless faulthandler is in use already (pytest, Ray, a user)."""
-    if faulthandler.is_enabled():
-        yield
-        return
-    faulthandler.enable(file, all_threads=False)
-    try:
-        yield
-    finally:
-        faulthandler.disable()
 
 
 START = "start"  # attribute of the trials that a study queues before its search
@@ -299,7 +284,7 @@ class CutOff:
     alone: bool = False
 
     @classmethod
-    def read(cls, stored: Mapping[str, Any]) -> "CutOff":
+    def read(cls, stored: Attributes) -> "CutOff":
         """A cut-off from its attribute; values of other types are ignored."""
         step, crash = (value if isinstance(value := stored.get(key), str) else None for key in ("place", "crash"))
         return cls(step, crash, stored.get("alone") is True)
@@ -346,32 +331,24 @@ def requeue_lost(study: optuna.Study, trials: Sequence[FrozenTrial] | None = Non
     dead = [one for one in running if one._trial_id in silent or is_dead(one.user_attrs) or _is_nameless(one)]
     for trial in dead:
         is_silent = trial._trial_id in silent and not is_dead(trial.user_attrs)
-        _fail(study, trial, "sent no heartbeat" if is_silent else "its process died", dead)
+        cut_off = _cut_off(study.study_name, trial, dead).stored()
+        reason = "sent no heartbeat" if is_silent else "its process died"
+        if _end(study, trial, {"cut_off": cut_off, "lost": reason}):  # unless another process has done so
+            forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
     trials = study.get_trials(deepcopy=False) if dead else trials
     queued = {number for trial in trials for number in retry_history(trial)}
     orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
     for trial in orphans:
         queue_again(study, trial)
-    _end_doubles(study, study.get_trials(deepcopy=False) if orphans else trials)
+    # Fails waiting trials that are queued twice: two processes that find the same lost trial both queue it.
+    now = study.get_trials(deepcopy=False) if orphans else trials
+    for number, trial in enumerate(now):
+        if trial.state == TrialState.WAITING and is_double(now, number):
+            with suppress(UpdateFinishedTrialError):
+                if study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):  # no worker has taken it
+                    _end(study, trial, {"lost": SURPLUS})
     ended = [trials[trial.number] for trial in dead if given_up(trials[trial.number])]
     return sorted(trial.number for trial in (*orphans, *ended))
-
-
-def _end_doubles(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
-    """Fails waiting trials that are queued twice: two processes that find the same lost trial both queue it."""
-    for number, trial in enumerate(trials):
-        if trial.state != TrialState.WAITING or not is_double(trials, number):
-            continue
-        with suppress(UpdateFinishedTrialError):
-            if study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):  # no worker has taken it
-                _end(study, trial, {"lost": SURPLUS})
-
-
-def _fail(study: optuna.Study, trial: FrozenTrial, reason: str, dead: Sequence[FrozenTrial]) -> None:
-    """Fails one of the trials found dead, unless another process has done so."""
-    cut_off = _cut_off(study.study_name, trial, dead)
-    if _end(study, trial, {"cut_off": cut_off.stored(), "lost": reason}):
-        forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
 
 
 def end_interrupted(study: optuna.Study, number: int) -> None:
@@ -380,7 +357,7 @@ def end_interrupted(study: optuna.Study, number: int) -> None:
     requeue_lost(study)
 
 
-def _end(study: optuna.Study, trial: FrozenTrial, attributes: Mapping[str, Any]) -> bool:
+def _end(study: optuna.Study, trial: FrozenTrial, attributes: Attributes) -> bool:
     """Fails a trial, with attributes that say why; False if it has ended already."""
     try:
         for name, value in attributes.items():
@@ -398,7 +375,7 @@ def _cut_off(study: str, trial: FrozenTrial, dead: Sequence[FrozenTrial]) -> Cut
         return CutOff()
     others = {_process(other) for other in dead if is_dead(other.user_attrs)} - {_process(trial)}
     step, crash = trace_left(study, trial.number, attrs["pid"])
-    return CutOff(step, crash, alone=not (others or has_rebooted(attrs)))
+    return CutOff(step, crash, alone=not (others or abs(_moved(attrs)) > GRACE))
 
 
 def _process(trial: FrozenTrial) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 from time import monotonic, sleep
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,10 +23,7 @@ from optuna.storages import GrpcStorageProxy
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import UserError
-from atp_tune.storage.database import (
-    Retrying,
-    is_told,
-)
+from atp_tune.storage.database import Retrying
 from atp_tune.storage.progress import HEARTBEAT
 from atp_tune.utils.compat import BaseHeartbeat, storage_client
 
@@ -48,8 +46,6 @@ CHANNEL = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 
-log = logging.getLogger(__name__)
-
 
 def connect(address: str) -> "RemoteStorage":
     """The storage of a grpc:// or grpcs:// URL; UserError for another URL, or if no server answers."""
@@ -62,8 +58,7 @@ def connect(address: str) -> "RemoteStorage":
         raise UserError("storage: not a server's URL; write grpc://HOST:13000, or grpcs://HOST:443 behind TLS")
     name = f"[{host}]" if ":" in host else host
     token = os.environ.get("ATP_TUNE_TOKEN") if url.scheme == "grpcs" else None  # never unencrypted
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         storage = RemoteStorage(name, port, token, url.scheme)
     storage.check()
     return storage
@@ -77,11 +72,6 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
         self._interceptor = Interceptor(f"{scheme}://{host}:{port}", token)
         super().__init__(host=host, port=port)
 
-    @property
-    def address(self) -> str:
-        """The server's URL."""
-        return f"{self._scheme}://{self._host}:{self._port}"
-
     def check(self) -> None:
         """UserError if the server does not answer within `FIRST` seconds, or refuses."""
         end = monotonic() + FIRST
@@ -91,17 +81,13 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
                 self._interceptor.is_known = True
             except grpc.RpcError as error:
                 if error.code() not in AWAY or monotonic() >= end:
-                    raise UserError(f"storage {self.address}: {_reason(error, self._scheme)}") from None
+                    raise UserError(f"storage {self._interceptor.address}: {_reason(error, self._scheme)}") from None
                 sleep(PAUSE)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """Ends or takes a trial; no error if a first attempt, whose answer was lost, told it the same."""
-        try:
-            return super().set_trial_state_values(trial_id, state, values)
-        except UpdateFinishedTrialError:
-            if not self._interceptor.retrying.has_repeated or not is_told(self.get_trial(trial_id), state, values):
-                raise
-            return True
+        tell = partial(super().set_trial_state_values, trial_id, state, values)
+        return self._interceptor.retrying.tell(tell, self, trial_id, state, values)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """Keeps the order of parameters, which Optuna's messages lose."""
@@ -171,7 +157,7 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor):
 
     def __init__(self, address: str, token: str | None) -> None:
         self.is_known = False  # the server has answered as a storage server; until then requests are not retried
-        self._name = address
+        self.address = address
         self.retrying = Retrying(address)
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
 
@@ -182,7 +168,7 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor):
             return continuation(details, request)
         call = self.retrying.ask(lambda: _answered(continuation(details, request)))
         if call.code() == BROKEN and (words := _words(call)).startswith(DATABASE):  # Optuna uses this code too
-            raise UserError(f"{self._name}: {words}")
+            raise UserError(f"{self.address}: {words}")
         return call
 
 
