@@ -290,7 +290,7 @@ SAME_TOP = Measure(
 MEASURES = {measure.name: measure for measure in (PERPLEXITY, KL, KL_99, SAME_TOP, ACCURACY)}
 
 
-def error_over(windows: int | None, unit: str = "windows") -> str:
+def error_over(windows: int | None, unit: str) -> str:
     """Explains ± for a number of windows, or other items, and the factor for a 95 % interval."""
     if windows is None or windows < 2:
         return f"standard error over {unit}"

@@ -17,7 +17,7 @@ import optuna
 import pytest
 from expect import parametrize, slow
 from faults import DOCUMENT, Rows
-from test_annotations import FOUND, SCORES, best_of
+from test_annotations import SCORES, SPEED, best_of
 from test_cache import DEAD
 from test_pushing import Site, site
 from tinystudy import HANGS, CommandLine, stored, study_file
@@ -70,7 +70,7 @@ def by_trial(place: Path, writer: int) -> Round:
         study.set_user_attr(f"draws:1000:{first + k}", [1.0])
         study.set_user_attr(f"refits:1000:2:{first + k}", [1.0])
         for key in record.FOUND:
-            results.store(study, key, first + k, FOUND)
+            results.store(study, key, first + k, SPEED.model_dump(mode="json"))
 
     return store
 
@@ -89,8 +89,9 @@ def attach(place: Path, writer: int) -> Round:
 
     def speed(k: int) -> None:
         zeros = {"self_attn.q_proj": k / ROUNDS}
-        results.store(study, "speed", config.trial, {**FOUND, "zeros": zeros})
-        results.attach(path, config, "speed", {**FOUND, "zeros": zeros})
+        own = SPEED.model_copy(update={"zeros": zeros})
+        results.store(study, "speed", config.trial, own.model_dump(mode="json"))
+        results.attach(path, config, "speed", own)
         found = read_config(path).speed
         assert found and found.zeros == zeros
 

@@ -20,7 +20,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from atp_tune.cli.terminal import console, echo, interruptible, markdown, table
 from atp_tune.config.best import read_config
-from atp_tune.config.finding import known
 from atp_tune.config.plugged import permission
 from atp_tune.config.studyfile import StudyFile, read
 from atp_tune.errors import UserError, printable
@@ -32,6 +31,7 @@ from atp_tune.results.formatting import (
     continuations_note,
     duration,
     in_one_line,
+    is_known,
     limit_words,
     meaning_of_errors,
     sizes_note,
@@ -205,8 +205,7 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
     config, out = _from_here(best), next((free for free in names if not Path(free).exists()), name)
     # The words that name the stored study from here.
-    is_known = file.path.absolute() in [path.absolute() for path in known()]
-    study = ["--study", file.name if is_known else _from_here(file.path)]
+    study = ["--study", file.name if is_known(file.path) else _from_here(file.path)]
     study += ["--study-name", printable(summary.name)] if summary.name != file.name else []
     url = file.study.storage
     is_elsewhere = url is not None and url != read(file.path).get("storage")

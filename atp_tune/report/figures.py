@@ -174,7 +174,7 @@ def _allocation(trial: FrozenTrial) -> str:
 
 def add_gp_posterior(figure: go.Figure, posterior: Any, points: Points) -> None:
     """Adds a line and a translucent band per pruner; skips curves that are incomplete."""
-    curves = posterior.get("curves") if isinstance(posterior, dict) else None
+    curves = (posterior or {}).get("curves")
     images = points.results.counts.get("validation", 1)
     for pruner, curve in curves.items() if isinstance(curves, dict) else ():
         # A whole curve has four equally long lists of numbers, positive where a log axis shows them.
@@ -352,7 +352,7 @@ def draw_error(summary: Summary) -> go.Figure | None:
     def errors(trial: FrozenTrial) -> list[float | None]:
         """None for 0, as after a dense block, which a log axis cannot show; [] without any."""
         numbers = trial.user_attrs.get("errors") or []
-        shown = [rounded([e], 4)[0] if isinstance(e, float) and e > 0 and isfinite(e) else None for e in numbers]
+        shown = [rounded([e], 4)[0] if e > 0 and isfinite(e) else None for e in numbers]
         return shown if any(shown) else []
 
     worst = None if points.worst == points.uniform else points.worst
@@ -425,7 +425,7 @@ def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
     figure = new_figure("Perplexity against β", "β, common difference per block", "perplexity, validation text")
     views = []
     for k, points in enumerate(map(Points, summaries)):
-        is_there = "perplexity" in points.summary.objectives
+        is_there = "perplexity" in points.results.objectives
         points.trials = [t for t in points.trials if is_there and "beta" in t.params and "sparsity" not in t.params]
         if points.trials:
             views.append(points.view())

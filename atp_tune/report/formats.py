@@ -146,8 +146,7 @@ def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, flo
         return {}
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # here, since it imports sklearn
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # experimental, and complains of conditional parameters
+    with warnings.catch_warnings(action="ignore"):  # experimental, and complains of conditional parameters
         try:
             evaluator = PedAnovaImportanceEvaluator()
             importances = get_param_importances(
@@ -418,10 +417,9 @@ def machine(studies: Sequence[Contents]) -> bytes:
 
     Numbers that are not finite are null.
     """
-    latest = max((contents.made for contents in studies), default=None)
     document = {
         "format": FORMAT,
-        "made": latest.isoformat(timespec="seconds") if latest else None,
+        "made": max(contents.made for contents in studies).isoformat(timespec="seconds"),
         "studies": [_document(contents) for contents in studies],
     }
     return (json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -51,13 +51,10 @@ def method_words(trial: FrozenTrial) -> str:
     return f"{method_in(trial.params)} + {allocation}" + (f" ({listed})" if listed else "")
 
 
-def trial_line(event: TrialEnded, plan: str, seconds: float, left: str = "") -> str:
+def trial_line(event: TrialEnded, plan: str, seconds: float, left: str) -> str:
     """The line of a trial that ended: its values or the reason, its time, and the best so far; `left`: time to go."""
-    values = ((MEASURES[name], value) for name, value in event.scores.items())
-    value = (
-        ", ".join(f"{measure.column} {measure.written(value)}" for measure, value in values)
-        or f"failed: {event.reason}"
-    )
+    scores = (f"{MEASURES[name].column} {MEASURES[name].written(value)}" for name, value in event.scores.items())
+    value = ", ".join(scores) or f"failed: {event.reason}"
     title = f"[{event.done}/{event.total}] {event.what} {event.number}: {plan}"
     return f"{title}: {value} in {seconds:.0f} s ({best_so_far(event)}{left})"
 
@@ -199,13 +196,17 @@ def resume_command(summary: Summary, *more: str, here: bool = True) -> str:
     """
     file = summary.made_from
     assert file is not None
-    is_known = file.path.absolute() in [path.absolute() for path in known()]
-    study = file.name if is_known else str(file.path) if here else file.path.name
+    study = file.name if is_known(file.path) else str(file.path) if here else file.path.name
     words = ["--study", study, *(["--study-name", summary.name] if summary.name != file.name else [])]
     for override in file.overrides:
         key, _, value = override.partition("=")
         words += ["--trials", value] if key == "search.trials" else ["--set", override]
     return as_typed(shlex.join(["python", "tune.py", *words, *permission(file.study), *more]))
+
+
+def is_known(path: Path) -> bool:
+    """Whether the name of a study file finds it here."""
+    return path.absolute() in [each.absolute() for each in known()]
 
 
 def wanted(study: Study) -> str:
@@ -215,7 +216,6 @@ def wanted(study: Study) -> str:
     return f"{percent(study.sparsity)} sparsity" + ("" if study.bits is None else f" at {study.bits:g} bits")
 
 
-@dataclass(frozen=True)
 class Amount:
     """The amount that a study shares out over blocks, in words.
 
@@ -226,16 +226,16 @@ class Amount:
     told      the target and what the best has of it, as a sentence; `share`: that amount
     """
 
-    column: str = "sparsity"
-    several: str = "sparsities"
-    counted: str = "zeros"
-    method: str = "pruner"
-    form: str = "sparse"
-    title: str = "Sparsity of each block"
-    axis: str = "sparsity (share of zeros)"
-    top: float = 1
-    row: tuple[str, str] = ("sparsity", "realised")
-    told: str = "Sparsity {}{}."
+    column = "sparsity"
+    several = "sparsities"
+    counted = "zeros"
+    method = "pruner"
+    form = "sparse"
+    title = "Sparsity of each block"
+    axis = "sparsity (share of zeros)"
+    top = 1
+    row = ("sparsity", "realised")
+    told = "Sparsity {}{}."
 
     def of(self, trial: FrozenTrial, summary: Summary) -> str:
         """The share of zeros that a trial counted; "" if not known."""
@@ -252,20 +252,19 @@ class Amount:
         return "" if realised is None else f", {realised:.4f} counted"
 
 
-@dataclass(frozen=True)
 class Bits(Amount):
     """Bits per weight, where weights are rounded and none is pruned."""
 
-    column: str = "bits"
-    several: str = "bits"
-    counted: str = "bits"
-    method: str = "quantizer"
-    form: str = "rounded"
-    title: str = "Bits of each block"
-    axis: str = "bits per weight, without scales"
-    top: float = 9
-    row: tuple[str, str] = ("effective_bits", "effective_bits")
-    told: str = "{} per weight{}."
+    column = "bits"
+    several = "bits"
+    counted = "bits"
+    method = "quantizer"
+    form = "rounded"
+    title = "Bits of each block"
+    axis = "bits per weight, without scales"
+    top = 9
+    row = ("effective_bits", "effective_bits")
+    told = "{} per weight{}."
 
     def of(self, trial: FrozenTrial, summary: Summary) -> str:
         """A trial's bits per weight without and with scales; "" if not known."""
@@ -286,6 +285,9 @@ class Bits(Amount):
         """The bits of the best trial, with scales too."""
         bits = self.of(summary.best_trial, summary) if summary.best_trial else ""
         return bits and f", {bits} in the best"
+
+
+ZEROS, BITS = Amount(), Bits()
 
 
 # --- What a study came to, and what is unusual in it, in sentences: the same on the screen, in notes and reports.
@@ -334,7 +336,8 @@ def study_remarks(summary: Summary) -> list[str]:
     by = f"{steps} step{'s' * (steps > 1)} of conjugate gradients"
     refined = f"Pruned weights are refined by {by}, those of uniform too." if steps else ""
     trained = recovery_note(summary)
-    remarks = (sign_of_beta(summary), _beginning(summary), refined, summary.rounded, trained, _mixture(summary))
+    bos = f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}." if summary.bos else ""
+    remarks = (sign_of_beta(summary), bos, refined, summary.rounded, trained, _mixture(summary))
     return [remark for remark in remarks if remark]
 
 
@@ -348,13 +351,6 @@ def _mixture(summary: Summary) -> str:
         f"{len(summary.unlike)} of {len(summary.trials)} trials ran {others}: perplexities of different devices differ "
         f"in the last digits, those of different number formats by per cents{batches}."
     )
-
-
-def _beginning(summary: Summary) -> str:
-    """One sentence for a study whose windows begin with BOS; else ""."""
-    if not summary.bos:
-        return ""
-    return f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}."
 
 
 def recovery_note(summary: Summary) -> str:

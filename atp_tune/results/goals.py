@@ -22,7 +22,16 @@ from atp_tune.measures import ACCURACY, PERPLEXITY, Limit, Role, excess, knee
 from atp_tune.metrics import Speed
 from atp_tune.plan import percent
 from atp_tune.results.formatting import against_uniform, drawn, limit_words, method_words
-from atp_tune.results.results import DENSE, NOTHING, Model, allocation_name, attached, is_uniform, uniform_beside
+from atp_tune.results.results import (
+    DENSE,
+    NOTHING,
+    Model,
+    allocation_name,
+    attached,
+    is_uniform,
+    uniform_beside,
+    uniform_trials,
+)
 from atp_tune.storage.attributes import readable
 from atp_tune.storage.fingerprint import facts_in, stored_objectives
 from atp_tune.storage.progress import measured, objective_values, order, ranked, target_sparsity
@@ -139,7 +148,7 @@ class AtSparsity:
 
     def rows(self, summary: "Summary") -> list[FrozenTrial]:
         """The trials in the table of results, below dense."""
-        return summary.uniforms + [trial for trial in summary.ranks if not is_uniform(trial)]
+        return uniform_trials(self.study) + [trial for trial in summary.ranks if not is_uniform(trial)]
 
     def columns(self, summary: "Summary") -> Iterator[Column]:
         """Columns of changes of the perplexity, also over draws."""
@@ -185,7 +194,7 @@ class OverInterval(AtSparsity):
     is_open = True
 
     interval: Interval
-    limit: Limit = field(default_factory=lambda: LIMIT)  # where there is no knee
+    limit: Limit  # of a front where there is no knee
 
     def best(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The knee of the front, without one the sparsest within `LIMIT`."""
@@ -354,11 +363,10 @@ class OverInterval(AtSparsity):
         results, main = summary.results, summary.results.main
         points = [point for point in summary.points if point.on_front]
         # The ends of the front, and how many of its points gain by more than chance.
-        scores = (results.score(point.trial, "validation", main) for point in (points[0], points[-1]))
-        values = (f"{main.column} {score.alone if score else 'not known'}" for score in scores)
-        ends = [
-            f"{percent(point.sparsity)} ({value})" for point, value in zip((points[0], points[-1]), values, strict=True)
-        ]
+        ends = list[str]()
+        for point in (points[0], points[-1]):
+            score = results.score(point.trial, "validation", main)
+            ends.append(f"{percent(point.sparsity)} ({main.column} {score.alone if score else 'not known'})")
         if len(points) == 1:
             return f"Pareto front: one point, {ends[0]}"
         changes = [results.against_uniform(point.trial, main) for point in points]
@@ -441,10 +449,9 @@ class WithinLimit(OverInterval):
 def goal_in(study: optuna.Study) -> AtSparsity:
     """The goal of a stored study."""
     limit, sparsity = study.user_attrs.get("limit"), facts_in(study).get("sparsity")
-    if not (isinstance(sparsity, list) and len(sparsity) == 2):
+    if not isinstance(sparsity, list):
         return AtSparsity(study)
-    interval = sparsity[0], sparsity[1]
-    return WithinLimit(study, interval, limit) if limit else OverInterval(study, interval)
+    return (WithinLimit if limit else OverInterval)(study, (sparsity[0], sparsity[1]), limit or LIMIT)
 
 
 def chosen(study: optuna.Study, options: Mapping[str, Any]) -> int | Choice | None:

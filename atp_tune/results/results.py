@@ -256,15 +256,13 @@ KINDS: dict[Key, TypeAdapter[Any]] = {
 }  # fmt: skip
 
 
-def attach(
-    path: Path, config: Config, key: Key, value: BaseModel | Mapping[str, Any], address: str | None = None
-) -> list[str]:
+def attach(path: Path, config: Config, key: Key, value: BaseModel, address: str | None = None) -> list[str]:
     """Stores a measurement of a configuration in its file and on its study, if found; the names of both, if written.
 
     `address`: the study's storage, else SQLite files beside the configuration and its study file are searched. A file
     that holds another trial by now is not changed. UserError if the study is not in the storage of `address`.
     """
-    fields = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
+    fields = value.model_dump(mode="json")
     study = config_study(path, config, address)
     if study is not None:  # first: a run that writes the file takes what the study has
         store(study, key, config.trial, fields)

@@ -26,13 +26,12 @@ from atp_tune.config.best import (
     Sparsity,
     dumps,
 )
-from atp_tune.config.finding import known
 from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.measures import MEASURES, Accuracy, Limit
 from atp_tune.metrics import OverDraws
 from atp_tune.plan import Plan, method_in
-from atp_tune.results.formatting import dense_speed, method_words, plan_words, sign_of_beta, trial_remark
+from atp_tune.results.formatting import dense_speed, is_known, method_words, plan_words, sign_of_beta, trial_remark
 from atp_tune.results.goals import Point, best_trial
 from atp_tune.results.results import DENSE, Model, allocation_name, allocation_parameters, with_attached
 from atp_tune.results.results import Against as Change
@@ -102,9 +101,10 @@ def stored_study(file: StudyFile, study_name: str | None) -> optuna.Study:
     db = open_storage(file.storage_url, create=False)
     study = find_study(db, study_name or file.name) if db else None
     if study is None:
-        by_name = file.path.absolute() in [path.absolute() for path in known()]
         other = ["--study-name", study_name] if study_name else []
-        command = shlex.join(["python", "tune.py", "--study", file.name if by_name else str(file.path), *other])
+        command = shlex.join(
+            ["python", "tune.py", "--study", file.name if is_known(file.path) else str(file.path), *other]
+        )
         raise UserError(f"study {study_name or file.name}: has no trials yet; run: {command}")
     return study
 
@@ -345,7 +345,7 @@ def make_status(summary: Summary, now: datetime) -> Status:
         ranks=ranks,
         trials=tuple(_trial(summary, trial) for trial in summary.trials),
         screening=summary.screening,
-        objective=summary.objectives,
+        objective=summary.results.objectives,
         front=tuple(trial.number for trial in summary.front),
         bos=summary.bos,
         uniform_draws=summary.over_draws.get(uniform.number) if uniform else None,

@@ -18,8 +18,9 @@ from atp_tune.measures import PERPLEXITY, TEXTS, Limit, Perplexity, Role, by_kin
 from atp_tune.metrics import Answers, BosEffect, Continuations, OverDraws, Speed, over_draws
 from atp_tune.plan import percent
 from atp_tune.results.formatting import (
+    BITS,
+    ZEROS,
     Amount,
-    Bits,
     dense_speed,
     has_bytes,
     megabytes,
@@ -41,7 +42,6 @@ from atp_tune.results.results import (
     is_uniform,
     stored_answers,
     uniform_beside,
-    uniform_trials,
 )
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.attributes import StudySnapshot
@@ -67,7 +67,7 @@ class Summary:
     made_from     its study file with all overrides; None from an early version
     requested     trials that were asked for, if the study ended after fewer
     sizes         weights per block; `in_tower`: so many, the first, are of a vision tower
-    ranks         the best trial of each allocation; `uniforms`: the uniform trial of each pruner
+    ranks         the best trial of each allocation
     gp_posterior  the GP's posterior of perplexity over β; None without a GP
     unlike        trial → device, dtype or batch sizes unlike the study's first trial, as text
     over_draws    test perplexity over draws of the calibration text by trial
@@ -84,7 +84,6 @@ class Summary:
     answers       of an image classifier, what dense, uniform and best see in a few test images
     kinds         test perplexity by kind of a mixed text, of `dense`, of trials by number, and of the best `trained`
     choices       the points that are as good as the best
-    objectives    names of what trials minimise, in the order of their values
     recovered     how the training of the best trial's kept weights went; None without
     uniform_trial     with the best trial's pruner and sparsity
     is_tested     the best trial is measured on the test text
@@ -104,7 +103,6 @@ class Summary:
     amount: Amount
     made_from: StudyFile | None
     sizes: tuple[int, ...]
-    uniforms: list[FrozenTrial]
     complete: bool
     requested: int | None
     in_tower: int
@@ -128,7 +126,6 @@ class Summary:
     training: str
     kinds: Mapping[str, Mapping[str, Perplexity]]
     choices: Sequence[Point]
-    objectives: tuple[str, ...]
     recovered: Recovered | None
     uniform_trial: FrozenTrial | None
     is_tested: bool
@@ -157,11 +154,10 @@ def summarise(study: optuna.Study) -> Summary:
         ranks=goal.leaders(),
         results=results,
         goal=goal,
-        amount=Bits() if shared else Amount(),
+        amount=BITS if shared else ZEROS,
         made_from=made_from(study),
         sizes=tuple(study.user_attrs.get("sizes", ())),
         in_tower=in_tower(study.user_attrs.get("blocks")),
-        uniforms=uniform_trials(study),
         complete=_is_complete(study),
         requested=progress.requested(study),
         gp_posterior=study.user_attrs.get("gp_posterior"),
@@ -176,7 +172,6 @@ def summarise(study: optuna.Study) -> Summary:
         over_draws=_over_draws(study),
         points=points,
         choices=points if goal.is_open else (),
-        objectives=results.objectives,
         recovered=results.recovered,
         uniform_trial=uniform,
         is_tested=best is not None and tested[-1],
@@ -361,6 +356,14 @@ def overview(summary: Summary, hidden: str = "") -> Table:
     return make_table(columns, [DENSE, *summary.goal.rows(summary), *trained], summary.best_trial, "method", "limit")
 
 
+def _of_trial(cell: Callable[[FrozenTrial], object]) -> Callable[[Model], object]:
+    """The cell of a trial; "" for another model, and where it has none."""
+    return lambda model: "" if isinstance(model, str) or (value := cell(model)) is None else value
+
+
+NUMBER: Column = ("trial", _of_trial(lambda trial: trial.number))
+
+
 def _plan(summary: Summary) -> Iterator[Column]:
     def trial_of(model: Model) -> FrozenTrial | None:
         return summary.best_trial if model == TRAINED else None if isinstance(model, str) else model
@@ -377,7 +380,7 @@ def _plan(summary: Summary) -> Iterator[Column]:
         return summary.amount.of(trial, summary) or None if target is None else percent(target)
 
     yield "method", method
-    yield "trial", lambda model: "" if isinstance(model, str) else model.number
+    yield NUMBER
     yield summary.amount.column, amount
 
 
@@ -416,13 +419,9 @@ def _sizes(summary: Summary) -> Iterator[Column]:
 
 def trials(summary: Summary, shown: Sequence[FrozenTrial] | None = None) -> Table:
     """Every trial, or some of them, on the validation text."""
-    results, best = summary.results, summary.best_trial
-
-    def of(cell: Callable[[FrozenTrial], object]) -> Callable[[Model], object]:
-        return lambda model: "" if isinstance(model, str) or (value := cell(model)) is None else value
-
+    results, best, of = summary.results, summary.best_trial, _of_trial
     columns: list[Column] = [
-        ("trial", of(lambda trial: trial.number)),
+        NUMBER,
         ("state", of(lambda trial: trial.state.name.lower())),
         ("plan", of(plan_words)),
         *((by.column, of(partial(results.score, text="validation", measure=by))) for by in results.measures),
@@ -439,8 +438,8 @@ def front(summary: Summary) -> Table | None:
     if summary.points or not summary.front:
         return None
     columns: list[Column] = [
-        ("trial", lambda m: None if isinstance(m, str) else m.number),
-        ("method", lambda m: None if isinstance(m, str) else method_words(m)),
+        NUMBER,
+        ("method", _of_trial(method_words)),
         *(
             (f"validation {by.column}", partial(results.score, text="validation", measure=by))
             for by in results.measures
