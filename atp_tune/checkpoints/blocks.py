@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from atp_tune.checkpoints.convert import MODEL_TYPE, one_line
+from atp_tune.checkpoints.convert import MODEL_TYPE, as_user_error
 from atp_tune.checkpoints.files import SLIM, check_plain, config_in
 from atp_tune.config.typed import joined
 from atp_tune.errors import UserError
@@ -55,10 +55,8 @@ def auto_class(folder: Path) -> Any:
 
 def model_config(folder: Path, trusted: bool) -> Any:
     """The transformers config of a folder; UserError if it cannot be read. `trusted`: code in it may run."""
-    try:
+    with as_user_error(f"model {folder}: transformers cannot read its config.json"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
-    except Exception as error:  # configs raise many types
-        raise UserError(f"model {folder}: transformers cannot read its config.json: {one_line(error)}") from error
 
 
 def hidden_width(config: Any, of_images: bool) -> int:
@@ -367,15 +365,15 @@ def _leaves(name: str, members: nn.ModuleList | nn.Sequential) -> Iterator[tuple
 
 def _lists(name: str, module: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
     """The outermost lists in a module, or the module itself, of blocks: all with linears inside."""
-    if isinstance(module, nn.ModuleList | nn.Sequential) and _holds_blocks(module):
+    if (
+        isinstance(module, nn.ModuleList | nn.Sequential)
+        and len(module)
+        and all(_has_linear(member) and not isinstance(member, nn.Linear) for member in module)
+    ):
         yield name, module
         return
     for key, child in module.named_children():
         yield from _lists(f"{name}.{key}", child)
-
-
-def _holds_blocks(members: nn.ModuleList | nn.Sequential) -> bool:
-    return len(members) > 0 and all(_has_linear(member) and not isinstance(member, nn.Linear) for member in members)
 
 
 def _has_linear(module: nn.Module) -> bool:

@@ -33,7 +33,7 @@ from atp_tune.checkpoints.blocks import (
     hidden_width,
     is_image_classifier,
 )
-from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.convert import as_user_error, one_line
 from atp_tune.checkpoints.devices import (
     DTYPES,
     Stream,
@@ -322,7 +322,10 @@ class LentModel(ModelFolder):
         return sum(parameter.nbytes for parameter in self.model.parameters()), int(self.model.dtype.itemsize)
 
     def _stamps(self) -> dict[str, tuple[int, int, int]]:
-        return {name: (tensor.data_ptr(), tensor.nbytes, _version(tensor)) for name, tensor in _tensors(self.model)}
+        return {  # places, and numbers of writes, which inference tensors do not count
+            name: (tensor.data_ptr(), tensor.nbytes, 0 if tensor.is_inference() else tensor._version)
+            for name, tensor in _tensors(self.model)
+        }
 
 
 _lent: dict[str, LentModel] = {}
@@ -351,11 +354,9 @@ def lent(model: Any, tokenizer: Any) -> Iterator[LentModel]:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             given = "is needed beside a model in memory" if tokenizer is None else f"is a {type(tokenizer).__name__}"
             raise UserError(f"tokenizer: {given}; give the model's own, from AutoTokenizer.from_pretrained")
-        try:
+        with as_user_error("tokenizer: cannot be saved and read again"):
             tokenizer.save_pretrained(folder)
             again = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # tokenizers raise many types
-            raise UserError(f"tokenizer: cannot be saved and read again: {one_line(error)}") from error
         is_same = (
             again(SAMPLE).input_ids == tokenizer(SAMPLE).input_ids and again.bos_token_id == tokenizer.bos_token_id
         )
@@ -427,8 +428,3 @@ def _config(model: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def _version(tensor: Tensor) -> int:
-    """Number of writes to a tensor; inference tensors do not count them."""
-    return 0 if tensor.is_inference() else tensor._version

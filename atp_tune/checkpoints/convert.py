@@ -4,7 +4,6 @@ import functools
 import hashlib
 import io
 import json
-import logging
 import re
 import shutil
 import subprocess
@@ -39,7 +38,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
 from atp_tune.utils.cache import cache_dir, check_room, folder_atomically, keep, sha256_of, temporary_folder, write_out
 from atp_tune.utils.registry import FrozenModel
-from atp_tune.utils.system import check_writable
+from atp_tune.utils.system import check_writable, errors_alone
 
 if TYPE_CHECKING:
     import torch
@@ -147,16 +146,8 @@ def gguf_origin(folder: Path) -> Table:
 @contextmanager
 def quiet(*libraries: str) -> Iterator[None]:
     """Suppresses progress bars and warnings of libraries; real problems are exceptions."""
-    loggers = [logging.getLogger(name) for name in libraries]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with errors_alone(*libraries), redirect_stderr(io.StringIO()):
+        yield
 
 
 def one_line(error: Exception) -> str:
@@ -168,6 +159,17 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """Turns errors of other libraries, which are of many types, into UserErrors of one line that begin with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {one_line(error)}") from error
+
+
+@contextmanager
 def written_folder(source: Path, target: Path) -> Iterator[Path]:
     """Yields the folder that becomes `target`; turns errors of transformers into a UserError about `source`."""
     import transformers.utils.logging  # noqa: F401  (its log handler keeps the real stderr)
@@ -175,13 +177,8 @@ def written_folder(source: Path, target: Path) -> Iterator[Path]:
     files = [source] if source.is_file() else [file for file in source.iterdir() if file.suffix in WEIGHTS]
     check_room(target, sum(file.stat().st_size for file in files))  # at least: most are unpacked to more bits
     with folder_atomically(target, shared=True) as folder, quiet("transformers"):
-        try:
+        with as_user_error(f"model.source: transformers cannot convert {source}"):
             yield folder
-        except UserError:
-            raise
-        except Exception as error:  # parsers of unknown files raise many types
-            reason = one_line(error)
-            raise UserError(f"model.source: transformers cannot convert {source}: {reason}") from error
         for file in folder.iterdir():
             file.chmod(0o644)  # transformers makes weights readable by their owner only
 

@@ -182,8 +182,12 @@ def from_fp8(codes: Tensor, scales: Tensor, table: Table) -> Tensor:
     usual = (1, 32) if table.get("quant_method") == "mxfp8" else (128, 128)
     block = table.get("weight_block_size", usual) or (0, 0)
     for dim in (-2, -1):
-        size, count = values.shape[dim], scales.shape[dim]
-        scales = scales.repeat_interleave(_tile(size, count, block[dim]), dim).narrow(dim, 0, size)
+        size, count, tile = values.shape[dim], scales.shape[dim], block[dim]
+        if not tile or -(-size // tile) != count:  # so that `count` tiles, the last perhaps incomplete, cover `size`
+            if count == 0 or size % count:
+                raise ValueError(f"{count} scales for {size} values")
+            tile = size // count
+        scales = scales.repeat_interleave(tile, dim).narrow(dim, 0, size)
     return values * scales
 
 
@@ -197,15 +201,6 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 def _by_blocks(values: Tensor, scales: Tensor, block: int) -> Tensor:
     return values * scales.repeat_interleave(block)[: len(values)]
-
-
-def _tile(size: int, count: int, block: int) -> int:
-    """Length of a tile such that `count` tiles, the last perhaps incomplete, cover `size`."""
-    if block and -(-size // block) == count:
-        return block
-    if count == 0 or size % count:
-        raise ValueError(f"{count} scales for {size} values")
-    return size // count
 
 
 def _from_e2m1(packed: Tensor) -> Tensor:

@@ -59,17 +59,14 @@ def _check_shards(folder: Path) -> None:
     if not index.is_file():
         return
     files = read_table(index).get("weight_map")
-    shards = set(files.values()) if isinstance(files, dict) and all(map(_is_name, files.values())) else None
-    if shards is None:
+    names: list[Any] = [*files.values()] if isinstance(files, dict) else [None]
+    # Each must be the name of a file in the index's own folder.
+    if any(not isinstance(one, str) or not one.endswith(".safetensors") or PurePath(one).name != one for one in names):
         raise UserError(f"model.source: {index} names weights that are no *.safetensors of its folder; do not use it")
+    shards = {*names}
     if missing := sorted(name for name in shards if not (folder / name).is_file()):
         lack = f"{len(missing)} of {len(shards)} weight files, {missing[0]} first"
         raise UserError(f"model.source: {folder} lacks {lack}; copy or download it again")
-
-
-def _is_name(value: Any) -> bool:
-    """Whether an entry of an index is a file name in its own folder."""
-    return isinstance(value, str) and value.endswith(".safetensors") and PurePath(value).name == value
 
 
 def check_code(folder: Path, trusted: bool) -> None:
@@ -196,14 +193,9 @@ def read_sizes(folder: Path) -> ModelSizes:
 
 def has_experts(folder: Path) -> bool:
     """Whether a model has mixtures of experts, by the numbers of experts in its config."""
-    return _counts_experts(read_table(folder / "config.json"))
-
-
-def _counts_experts(table: Table) -> bool:
-    counts = (value for key, value in table.items() if "expert" in key and type(value) is int)
-    return any(count > 1 for count in counts) or any(
-        _counts_experts(value) for value in table.values() if isinstance(value, dict)
-    )
+    parts = nested_configs(read_table(folder / "config.json"), depth=99)
+    counts = (value for part in parts for key, value in part.items() if "expert" in key and type(value) is int)
+    return any(count > 1 for count in counts)
 
 
 def check_claims(folder: Path) -> None:
@@ -223,7 +215,7 @@ def check_claims(folder: Path) -> None:
                     "folder without the other"
                 )
     values = sum(prod(entry["shape"]) for entry in tensors)
-    for table in (config, *(one for one in config.values() if isinstance(one, dict))):
+    for table in nested_configs(config, depth=1):
         for keys, most, what in ((_COUNTS, len(tensors), "tensors"), (_SIDES, values, "values")):
             if key := next((key for key in keys if type(table.get(key)) is int and table[key] > most), None):
                 raise UserError(

@@ -5,7 +5,6 @@ else can read them, and they may name a person or a customer; the last part of e
 """
 
 import json
-import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from atp_tune.plugins import digest as digest_of
 from atp_tune.plugins import is_place
 from atp_tune.storage.fingerprint import is_local
 from atp_tune.utils.cache import temporary_folder
+from atp_tune.utils.system import errors_alone
 
 # --- Uploads a sparse checkpoint to the Hugging Face hub, with the login that the hub's own tools keep.
 
@@ -136,11 +136,8 @@ def _check_visibility(name: str, private: bool, repo: Any) -> None:
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
     """Turns errors of the hub and of the network into a UserError of one line."""
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with errors_alone("huggingface_hub"), warnings.catch_warnings(action="ignore"):
             yield
     except UserError:
         raise
@@ -148,8 +145,6 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise UserError(f"{name}: there is no login to the hub; {LOGIN}") from None
     except Exception as error:  # network and library raise many types
         raise UserError(f"{name}: {_message(error)}") from error
-    finally:
-        log.setLevel(level)
 
 
 def _message(error: BaseException) -> str:

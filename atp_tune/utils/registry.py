@@ -269,15 +269,13 @@ class OneOf:
         return of_names if self.other is None else {"anyOf": [of_names, {**handler(schema), "pattern": self.other}]}
 
     def _check(self, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, str) and (value in self.names or self._is_other(value, info.context)):
-            return value
+        if isinstance(value, str):
+            is_other = self.other is not None and re.fullmatch(self.other, value, re.ASCII)
+            is_stored = info.context == STORED and _STORED_NAME.fullmatch(value)
+            if is_other or is_stored or value in self.names:
+                return value
         *others, last = map(repr, self.names)
         raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
-
-    def _is_other(self, value: str, context: Any) -> bool:
-        if self.other is not None and re.fullmatch(self.other, value, re.ASCII):
-            return True
-        return context == STORED and _STORED_NAME.fullmatch(value) is not None
 
 
 def relocated(error: ValidationError, *path: str) -> list[InitErrorDetails]:

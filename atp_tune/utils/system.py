@@ -107,6 +107,19 @@ LOGGERS = ("bitsandbytes",)  # PEFT imports it; on a CPU with AVX-512 BF16 it th
 
 
 @contextmanager
+def errors_alone(*libraries: str) -> Iterator[None]:
+    """The loggers of libraries let errors alone pass within."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, libraries)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+@contextmanager
 def silenced() -> Iterator[None]:
     """Silences them within; what is said, shown and warned of is as before at the end."""
     import optuna
@@ -116,18 +129,12 @@ def silenced() -> Iterator[None]:
     os.environ.update(variables)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    levels = {logger: logger.level for logger in map(logging.getLogger, LOGGERS)}
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
     _set(("ERROR", False))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with errors_alone(*LOGGERS), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
-        for logger, level in levels.items():
-            logger.setLevel(level)
         for name in variables:
             os.environ.pop(name, None)
         _set(before)
@@ -148,8 +155,7 @@ def _set(what: tuple[Any, bool]) -> None:
         return
     verbosity, shows_bars = what
     module.set_verbosity(getattr(module, verbosity, module.WARNING) if isinstance(verbosity, str) else verbosity)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a variable that switches off the bars of downloads
+    with warnings.catch_warnings(action="ignore"):  # of a variable that switches off the bars of downloads
         (module.enable_progress_bar if shows_bars else module.disable_progress_bar)()
 
 
@@ -262,15 +268,11 @@ def written(text: str, base: Path, key: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return path
     except (OSError, ValueError, RuntimeError) as error:
-        shown = text if len(text) < 100 else f"{text[:99]}…"
-        raise UserError(f'{key}: "{shown}": {_reason(error)}; give another path') from None
+        shown, reason = text if len(text) < 100 else f"{text[:99]}…", getattr(error, "strerror", error)
+        if isinstance(error, ValueError):  # Python's own message differs between versions
+            reason = "has a character that no path can have"
+        raise UserError(f'{key}: "{shown}": {reason}; give another path') from None
     return path
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ValueError):  # Python's own message differs between versions
-        return "has a character that no path can have"
-    return str(error.strerror if isinstance(error, OSError) else error)
 
 
 def is_special(path: Path) -> bool:
