@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from atp_tune.checkpoints.checkpoint import Checkpoint
-    from atp_tune.inputs.items import Items
+    from atp_tune.inputs.items import ByRole, Items
 
 
 Batch = Any  # items on the compute device, with length and slices; for texts a tensor of ids [windows, tokens]
@@ -31,10 +31,10 @@ class InputKind(Protocol):
     called: str
     has_steps: bool
 
-    def of(self, items: Mapping[str, "Items"]) -> "InputKind":
+    def of(self, items: "ByRole") -> "InputKind":
         """The kind for items of this shape, such as images of one size."""
 
-    def read(self, texts: Mapping[str, Any], folder: ModelFolder, base: Path, bos: bool) -> Mapping[str, "Items"]:
+    def read(self, texts: Mapping[str, Any], folder: ModelFolder, base: Path, bos: bool) -> "ByRole":
         """The items of each role; relative paths start at `base`. UserError for bad input or shared items."""
 
     def draws(
@@ -49,16 +49,19 @@ class InputKind(Protocol):
     def many(self, text: Any, positions: int, folder: ModelFolder, base: Path, bos: bool) -> "Items":
         """Reads as many items of a calibration text as hold `positions` positions, fewer if the text is shorter."""
 
-    def check_disjoint(self, items: Mapping[str, "Items"]) -> None:
+    def check_disjoint(self, items: "ByRole") -> None:
         """UserError if two roles share an item."""
 
-    def check_fit(
-        self, checkpoint: "Checkpoint", items: Mapping[str, "Items"], embed: Callable[[Batch], "Tensor"]
-    ) -> None:
-        """UserError if a model cannot take the items; `embed` computes the hidden states that enter block 0."""
+    def check_fit(self, checkpoint: "Checkpoint", items: "ByRole", embed: Callable[[Batch], "Tensor"]) -> None:
+        """UserError if a model cannot take the items; `embed` computes the hidden states that enter block 0.
 
-    def facts(self, items: Mapping[str, "Items"]) -> dict[str, bool]:
-        """Facts besides the content of the items, by key of a study file."""
+        By default nothing is checked: what a model cannot take is seen when its replay is verified.
+        """
+        return
+
+    def facts(self, items: "ByRole") -> dict[str, bool]:
+        """Facts besides the content of the items, by key of a study file; by default none."""
+        return {}
 
     def forward(self, model: "nn.Module", batch: Batch) -> Any:
         """The output of the model for a batch, without state from earlier batches."""

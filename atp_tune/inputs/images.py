@@ -1,6 +1,6 @@
 """Labelled images as a kind of input: a model is called with pixels [images, channels, height, width]."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.data import ImageSet
 from atp_tune.errors import UserError, within
 from atp_tune.inputs import InputKind, cut_draws
-from atp_tune.inputs.items import LABELS, PIXELS, Items, shared
+from atp_tune.inputs.items import LABELS, PIXELS, ByRole, Items, shared
 from atp_tune.inputs.pictures import ImageProcessor, Pictures, cached_pixels, class_indices, pictures, sides
 
 DOUBLES = 0.01  # share of a role's images that an earlier role may have too; they are left out
@@ -22,14 +22,14 @@ PATCH = 4  # pixels between positions in the first blocks of models with stages
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabelledImages(InputKind):
     """The `InputKind` of image classifiers; its items are `Items`. `shape`: channels, height, width of an image."""
 
     shape: tuple[int, ...] = ()
     called = "an image"
     has_steps = True
 
-    def of(self, items: Mapping[str, Items]) -> "LabelledImages":
+    def of(self, items: ByRole) -> "LabelledImages":
         """The kind for images of the size of these; UserError if they differ in size."""
         shapes = {role: tuple(images.tensors[PIXELS].shape[1:]) for role, images in items.items()}
         (first, shape), *others = shapes.items()
@@ -40,7 +40,13 @@ class LabelledImages:
 
     def read(self, texts: Mapping[str, ImageSet], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Items]:
         """The images of each role; UserError for bad input, or if two roles share an image."""
-        check_classifier(folder)
+        if not classifies_images(folder.path):
+            config = model_config(folder.path, folder.trusted)
+            names = ", ".join(getattr(config, "architectures", None) or ["no class"])
+            raise UserError(
+                f"model.source: {folder.id} is no image classifier of transformers (its config.json names {names}); "
+                "give one"
+            )
         items = {role: read_images(role, wanted, folder, base) for role, wanted in texts.items()}
         doubles = duplicate_images(items)
         return {role: images.without(doubles[role]) if doubles[role] else images for role, images in items.items()}
@@ -66,16 +72,9 @@ class LabelledImages:
         more = text.model_copy(update={"nsamples": _pool_size(text, positions, folder, base), "stride": 1})
         return read_images("calibration", more, folder, base, at_most=True)
 
-    def check_disjoint(self, items: Mapping[str, Items]) -> None:
+    def check_disjoint(self, items: ByRole) -> None:
         """UserError if two roles share more than a few images, pixel by pixel: sources have some images twice."""
         duplicate_images(items)
-
-    def check_fit(self, checkpoint: Checkpoint, items: Mapping[str, Items], embed: Callable[[Items], Tensor]) -> None:
-        """Checks nothing: that the model takes images of this size is seen when its replay is verified."""
-
-    def facts(self, items: Mapping[str, Items]) -> dict[str, bool]:
-        """No facts besides the content."""
-        return {}
 
     def forward(self, model: nn.Module, batch: Items) -> Any:
         """The output of the model for images, in its dtype."""
@@ -101,7 +100,7 @@ def _pool_size(text: ImageSet, positions: int, folder: ModelFolder, base: Path) 
     return max(1, positions // one.positions)
 
 
-def duplicate_images(items: Mapping[str, Items]) -> dict[str, dict[int, str]]:
+def duplicate_images(items: ByRole) -> dict[str, dict[int, str]]:
     """The images that an earlier role has too, with that role, by role; UserError if they are more than a few."""
     by_role = shared(items)
     for role, doubles in by_role.items():
@@ -112,16 +111,6 @@ def duplicate_images(items: Mapping[str, Items]) -> dict[str, dict[int, str]]:
                 f"{len(doubles) - 1} others; give them other images or parts"
             )
     return by_role
-
-
-def check_classifier(folder: ModelFolder) -> None:
-    """UserError if a folder holds no image classifier that transformers loads."""
-    if classifies_images(folder.path):
-        return
-    names = ", ".join(getattr(model_config(folder.path, folder.trusted), "architectures", None) or ["no class"])
-    raise UserError(
-        f"model.source: {folder.id} is no image classifier of transformers (its config.json names {names}); give one"
-    )
 
 
 def read_images(role: str, wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Items:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -89,7 +89,10 @@ class Items:
         }
 
 
-def shared(items: Mapping[str, Items]) -> dict[str, dict[int, str]]:
+ByRole: TypeAlias = Mapping[str, Items]  # of each role, or text
+
+
+def shared(items: ByRole) -> dict[str, dict[int, str]]:
     """The index of each item that an earlier role has too, with that role, by role."""
     seen: dict[bytes, str] = {}
     doubles: dict[str, dict[int, str]] = {}

