@@ -160,8 +160,8 @@ class Measuring:
         known: dict[str, list[float]] = self._rows.get(row, {}).get("nlls", {})
         for role, text in self._texts.items():
             if role not in known:
-                model = ModelConfig(source=str(folder.absolute()), dtype=self._made.dtype)
-                setup = Setup(model, PruneConfig(), {"test": text}, Place(self._made.base), bos=self._made.bos)
+                model = ModelConfig(source=str(folder.absolute()), dtype=self._made.config.model.dtype)
+                setup = Setup(model, PruneConfig(), {"test": text}, Place(self._made.base), bos=self._made.config.bos)
                 known = {**known, role: folder_scores(setup, folder, role)["test"]["nlls"]}
                 self._keep(row, {**self._rows.get(row, {}), "nlls": known})
 
@@ -186,7 +186,7 @@ class Measuring:
             return settings
         device, calibration, folder = find_device("auto"), self._made.calibration, self._folder()
         texts = {"test": self._made.test}
-        windows = read_items(calibration, texts, folder, settings, self._made.base, self._made.bos)
+        windows = read_items(calibration, texts, folder, settings, self._made.base, self._made.config.bos)
         held = windows_held_out(len(windows), settings)
         teacher = self._dense() if settings.has_teacher else None
         with Checkpoint.load(folder.path, stored_format(folder.path), device, offload="none") as checkpoint:

@@ -14,8 +14,17 @@ from torch import Tensor
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import gguf_origin, raw_bytes
-from atp_tune.checkpoints.devices import DTYPES, device_name
-from atp_tune.checkpoints.files import CODE, copy_small, is_slim, offsets, read_header, read_table, write_table
+from atp_tune.checkpoints.devices import DTYPES, Tensors, device_name
+from atp_tune.checkpoints.files import (
+    CODE,
+    copy_small,
+    is_slim,
+    nested_configs,
+    offsets,
+    read_header,
+    read_table,
+    write_table,
+)
 from atp_tune.checkpoints.models import Ask, ModelFolder
 from atp_tune.config.best import (
     Config,
@@ -39,7 +48,7 @@ from atp_tune.utils.system import check_free, check_writable
 
 OnGone = Callable[[int, Mapping[str, Tensor]], None]  # index of a block, and its channels that are gone, by reader
 Write = Callable[..., None]  # of context, plan, folder and configuration, as `write_sparse`
-Save = Callable[[Checkpoint, PrunedBlock, str], dict[str, Tensor]]  # what is written of a tensor of a block, by name
+Save = Callable[[Checkpoint, PrunedBlock, str], Tensors]  # what is written of a tensor of a block, by name
 
 
 CONFIG = "config.json"
@@ -179,7 +188,7 @@ class Way:
 PLAIN = Way()
 
 
-def write_applied(config: Config, out: Path, place: Place, way: Way = PLAIN) -> Setup:
+def write_applied(config: Config, out: Path, place: Place, way: Way) -> Setup:
     """Prunes to a configuration, and writes the folder `out`; returns the setup to measure it.
 
     `way`: how the folder is written. UserError if `out` exists, or if the model is not the configuration's.
@@ -280,9 +289,9 @@ class Shards:
         assert not locations
 
 
-def rewrite(source: Path, out: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> list[str]:
+def rewrite(source: Path, out: Path, change: Callable[[str, Tensor], Tensors]) -> list[str]:
     """Writes a file of weights with what is made of each of its tensors, and returns the names; it is in memory."""
-    tensors: dict[str, Tensor] = {}
+    tensors: Tensors = {}
     with safe_open(source, framework="pt") as opened:
         metadata = opened.metadata() or {"format": "pt"}
         for name in opened.keys():  # noqa: SIM118 - it is no mapping
@@ -295,7 +304,7 @@ def rewrite(source: Path, out: Path, change: Callable[[str, Tensor], dict[str, T
 def cast(source: Path, out: Path, dtype: torch.dtype) -> None:
     """Writes a file of weights with all its floats in a number format; UserError on overflow."""
 
-    def converted(name: str, stored: Tensor) -> dict[str, Tensor]:
+    def converted(name: str, stored: Tensor) -> Tensors:
         written = stored.to(dtype) if stored.dtype in DTYPES.values() else stored
         if written.is_floating_point() and stored.isfinite().all() and not written.isfinite().all():
             raise UserError(f"--dtype: {name} has values that {dtype} cannot hold; take bfloat16")
@@ -307,7 +316,7 @@ def cast(source: Path, out: Path, dtype: torch.dtype) -> None:
 def declare(folder: Path, dtype: torch.dtype) -> None:
     """Says in the config of a folder in which number format its weights are, and in their index how large they are."""
     table, name = read_table(folder / CONFIG), str(dtype).removeprefix("torch.")
-    for part in (table, *(value for value in table.values() if isinstance(value, dict))):
+    for part in nested_configs(table, depth=1):
         part.update(dict.fromkeys({"dtype", "torch_dtype"} & part.keys(), name))
     table.setdefault("dtype", name)
     write_table(folder / CONFIG, table)

@@ -55,9 +55,6 @@ class PrunedWith:
     calibration: Data
     validation: Data
     test: Data
-    dtype: Literal["float32", "bfloat16", "float16"]
-    dense: Estimate | None  # of the dense model on the test text
-    bos: bool  # windows begin with BOS
 
 
 def origin(folder: Path) -> PrunedWith | None:
@@ -66,9 +63,9 @@ def origin(folder: Path) -> PrunedWith | None:
     if not file.is_file():
         return None
     config = read_config(file)
-    base, texts, dense = folder / config.folder, config.texts, config.scored("dense")
+    base, texts = folder / config.folder, config.texts
     calibration, validation, test = (rooted(text, base) for text in (config.calibration, texts.validation, texts.test))
-    return PrunedWith(config, base, calibration, validation, test, config.model.dtype, dense, config.bos)
+    return PrunedWith(config, base, calibration, validation, test)
 
 
 def new_manifest(folder: Path, device: str) -> Manifest:

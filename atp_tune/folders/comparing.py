@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.replay import Replay
@@ -468,8 +468,10 @@ def classify(files: Sequence[Path], folder: Path, both: bool, place: Place) -> t
                 logits = LABELLED_IMAGES.forward(model, batch).logits  # [images, classes]
             if not logits.isfinite().all():
                 raise UserError(f"classify: the numbers of {own.folder.id} overflow, or are not defined")
-            for indices, values in zip(*_first(logits), strict=True):
-                pairs = zip(indices.tolist(), values.tolist(), strict=True)
+            # The most probable classes, of equal ones that of the lower index, and their probabilities.
+            values, places = logits.float().softmax(1).sort(dim=1, descending=True, stable=True)
+            for row in zip(places[:, :TOP].tolist(), values[:, :TOP].tolist(), strict=True):
+                pairs = zip(*row, strict=True)
                 yield tuple(Guess(index=k, name=class_name(names, k), probability=value) for k, value in pairs)
 
     use = Use("classify", "classify DIR FILE", lambda found: LABELLED_IMAGES.of({"test": images(found)}), True)
@@ -483,9 +485,3 @@ def classify(files: Sequence[Path], folder: Path, both: bool, place: Place) -> t
         Classified(file=str(file), classes=own, dense=other)
         for file, own, other in zip(files, sparse, dense, strict=True)
     )
-
-
-def _first(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices and probabilities [images, at most TOP] of the most probable classes of logits [images, classes]."""
-    values, places = logits.float().softmax(1).sort(dim=1, descending=True, stable=True)
-    return places[:, :TOP], values[:, :TOP]

@@ -99,20 +99,15 @@ def as_recipe(config: Config) -> str:
         stage = {"quantization_stage": {"bits_modifiers": modifier(config)}}
         return f"{_head(config, f'{config.bits.target:g} bits')}{yaml.safe_dump(stage, sort_keys=False, width=100)}"
     if parse(config.prune.pattern).channels:
-        raise _cannot(
-            "llm-compressor", "prune.pattern", config.prune.pattern, "zeroes single weights, no whole channels"
-        )
+        raise _cannot(RECIPE, "prune.pattern", config.prune.pattern, "zeroes single weights, no whole channels")
     if config.plan.method not in MODIFIERS:
-        raise _cannot(
-            "llm-compressor", "pruner", config.plan.method, f"has a modifier for {' and '.join(MODIFIERS)} alone"
-        )
+        raise _cannot(RECIPE, "pruner", config.plan.method, f"has a modifier for {' and '.join(MODIFIERS)} alone")
     if config.prune.refine:
         lack = "has no refinement of kept weights; a study with prune.refine = 0 has none either"
         raise _cannot(RECIPE, "prune.refine", str(config.prune.refine), lack)
     name, settings = MODIFIERS[config.plan.method](config)
-    group = parse(config.prune.pattern).group
-    groups = _by_number(config, group) if group else [_by_sparsity(config)]
-    stage = {f"group{index}_modifiers": {name: {**group, **settings}} for index, group in enumerate(groups)}
+    groups = enumerate(_groups(config))
+    stage = {f"group{index}_modifiers": {name: {**group, **settings}} for index, group in groups}
     recipe = yaml.safe_dump({"sparsity_stage": stage}, sort_keys=False, width=100)
     return f"{_head(config, f'{config.sparsity.target:.4g}')}{recipe}"
 
@@ -122,9 +117,7 @@ def _wanda(config: Config) -> tuple[str, Table]:
     if compare != "row":
         raise _cannot(RECIPE, "prune.wanda.compare", compare, "compares scores of a row")
     if config.plan.by_row:
-        raise _cannot(
-            "llm-compressor", "allocation.name", config.plan.allocation, "gives all rows of a linear one sparsity"
-        )
+        raise _cannot(RECIPE, "allocation.name", config.plan.allocation, "gives all rows of a linear one sparsity")
     return "WandaPruningModifier", {}
 
 
@@ -140,31 +133,26 @@ def _sparsegpt(config: Config) -> tuple[str, Table]:
 MODIFIERS: dict[str, Callable[[Config], tuple[str, Table]]] = {"wanda": _wanda, "sparsegpt": _sparsegpt}
 
 
-def _by_sparsity(config: Config) -> Table:
-    """One modifier: a sparsity for each block, or for each linear by name."""
-    modules = _modules(config)
-    blocks = [rf"re:{re.escape(names(config, 'blocks'))}\.\d+$"]
-    targets = list(modules) if config.plan.by_linear else blocks
-    return {"sparsity": list(modules.values()), "mask_structure": "0:0", "targets": targets}
-
-
-def _by_number(config: Config, group: int) -> list[Table]:
-    """A modifier for each number of zeros in a group of inputs, with the modules that have it."""
-    modules: dict[int, list[str]] = {}
-    for name, sparsity in _modules(config).items():
-        modules.setdefault(round(sparsity * group), []).append(name)
-    return [
-        {"sparsity": zeros / group, "mask_structure": f"{zeros}:{group}", "targets": names}
-        for zeros, names in sorted(modules.items())
-        if zeros
-    ]
-
-
-def _modules(config: Config) -> dict[str, float]:
+def _groups(config: Config) -> list[Table]:
+    """One modifier, with a sparsity for each block, or for each linear by name; of a pattern one for each number of
+    zeros in a group of inputs, with the modules that have it.
+    """
     sparsities = {row["module"]: row["sparsity"] for row in rows(config)}
     if expert := next((name for name in sparsities if name.endswith("]")), None):
         raise _cannot(RECIPE, "linears", expert, "has no name for a single expert in a tensor of many")
-    return sparsities
+    group = parse(config.prune.pattern).group
+    if not group:
+        blocks = [rf"re:{re.escape(names(config, 'blocks'))}\.\d+$"]
+        targets = list(sparsities) if config.plan.by_linear else blocks
+        return [{"sparsity": list(sparsities.values()), "mask_structure": "0:0", "targets": targets}]
+    modules: dict[int, list[str]] = {}
+    for name, sparsity in sparsities.items():
+        modules.setdefault(round(sparsity * group), []).append(name)
+    return [
+        {"sparsity": zeros / group, "mask_structure": f"{zeros}:{group}", "targets": own}
+        for zeros, own in sorted(modules.items())
+        if zeros
+    ]
 
 
 def _head(config: Config, amount: str) -> str:

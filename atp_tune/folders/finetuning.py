@@ -318,13 +318,13 @@ def finetune(
         )
     own_test, (text, test) = test is None, choose(text, test, pruning)
     settings = settings.filled(getattr(pruning.validation if pruning else text, "seqlen", None))
-    config = ModelConfig(source=str(model.absolute()), dtype=pruning.dtype if pruning else "auto")
+    config = ModelConfig(source=str(model.absolute()), dtype=pruning.config.model.dtype if pruning else "auto")
     folder = resolve(config, Path(), place.note, lambda _, size: check_free(out, size))
     small_files(folder.path)  # refuses links before anything runs
     dense_model = None
     if settings.has_teacher:
         dense_model = find_teacher(teacher, pruning, folder, place.note, place.allowed)
-    place, bos = replace(place, base=pruning.base if pruning else Path()), pruning is not None and pruning.bos
+    place, bos = replace(place, base=pruning.base if pruning else Path()), pruning is not None and pruning.config.bos
     measured = {"validation": pruning.validation} if pruning and own_test and pruning.validation != test else {}
     measured["test"] = test
     kinds = {isinstance(each, ImageSet) for each in (text, *measured.values())}
@@ -333,7 +333,7 @@ def finetune(
     if True in kinds:
         settings = settings.model_copy(update={"seqlen": None})
     items = read_items(text, measured, folder, settings, place.base, bos)
-    dense = pruning.dense if pruning and pruning.test == test else None
+    dense = pruning.config.scored("dense") if pruning and pruning.test == test else None
     score = CLASSES if True in kinds else "next-token"
     setup = Setup(config, PruneConfig(), measured, place, bos=bos, score=score)
     with oom_as_user_error("training"):

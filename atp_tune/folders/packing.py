@@ -26,8 +26,8 @@ from atp_tune.checkpoints.convert import (
     Original,
     as_bytes,
     as_text,
+    as_user_error,
     is_packed,
-    one_line,
     quiet,
     raw_bytes,
     sha256_of_tensor,
@@ -42,11 +42,10 @@ from atp_tune.config.prune import PruneConfig, QuantizeConfig
 from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, Step, TrialStarted, ignore_events
-from atp_tune.folders.applying import CONFIG, Way, folder_scores, rewrite, sparse_folder, write_sparse
+from atp_tune.folders.applying import CONFIG, OURS, Way, folder_scores, rewrite, sparse_folder, write_sparse
 from atp_tune.folders.card import ABOUT as PROVENANCE
 from atp_tune.folders.card import CARD, DESCRIPTIONS, FINETUNED, Packed, describe, origin, stored_manifest
 from atp_tune.measures import Perplexity, perplexity
-from atp_tune.packed import modeling_atp_sparse
 from atp_tune.packed.layout import LEAST, Coded, Kind, encode, fits_kernel, pack, spread, zero_share
 from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
@@ -155,7 +154,6 @@ def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Cod
     return encode(weight.contiguous(), grid, width, quantize.group_size, quantize.symmetric, turned)
 
 
-CODE = Path(modeling_atp_sparse.__file__)
 INDEX = "model.safetensors.index.json"
 IMAGES = "AutoModelForImageClassification"
 
@@ -235,9 +233,10 @@ def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> t
     """Perplexity on the test text before and after rounding; None if `source` does not say which text that is."""
     if (pruning := origin(source)) is None:
         return None
-    model = ModelConfig(source=str(source.absolute()), dtype=pruning.dtype, prune=pruning.config.model.prune)
+    config = pruning.config
+    model = ModelConfig(source=str(source.absolute()), dtype=config.model.dtype, prune=config.model.prune)
     place = Place(pruning.base, device, watch=watch)
-    setup = Setup(model, PruneConfig(), {"test": pruning.test}, place, bos=pruning.bos, score=pruning.config.score)
+    setup = Setup(model, PruneConfig(), {"test": pruning.test}, place, bos=config.bos, score=config.score)
     before = perplexity(folder_scores(setup, source, f"checking {source}")["test"]["nlls"])
     with temporary_folder(folder) as rounded:
         unpack_folder(folder, rounded)
@@ -336,8 +335,8 @@ class _Packing:
         names = auto_map(MODEL_TYPE, self.auto)
         config |= {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": names, MODEL_TYPE: table}
         change(CONFIG, json.dumps(config, indent=2) + "\n")
-        shutil.copyfile(CODE, folder / CODE.name)
-        original.added.append(CODE.name)
+        shutil.copyfile(OURS, folder / OURS.name)
+        original.added.append(OURS.name)
         if len(self.shards) > 1:
             index = {"metadata": {}, "weight_map": dict(sorted(self._weight_map.items()))}
             write_table(folder / PACKED_INDEX, index)
@@ -361,10 +360,6 @@ class _Packing:
 
 def empty_model(source: Path) -> Any:
     """The model of a folder without its weights; UserError if there is no such model."""
-    try:
-        with quiet("transformers"), torch.device("meta"):
-            return auto_class(source).from_config(model_config(source, trusted=False))
-    except UserError:
-        raise
-    except Exception as error:  # models raise many types
-        raise UserError(f"model {source}: transformers cannot make its model: {one_line(error)}") from error
+    what = f"model {source}: transformers cannot make its model"
+    with as_user_error(what), quiet("transformers"), torch.device("meta"):
+        return auto_class(source).from_config(model_config(source, trusted=False))

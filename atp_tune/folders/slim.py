@@ -11,7 +11,7 @@ memory.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from atp_tune.allocations.channels import ChannelSet
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.blocks import auto_class, classifies_images, model_config, reads_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.convert import one_line, quiet
+from atp_tune.checkpoints.convert import as_user_error, quiet
 from atp_tune.checkpoints.devices import device_name, free_memory, host_memory
 from atp_tune.checkpoints.files import CODE, FITS, Table, is_slim, read_header, read_table, write_table
 from atp_tune.config.best import Config, read_config
@@ -95,29 +95,26 @@ def _logits(
     context: Session, folder: Path, dtype: torch.dtype, cached: bool = False
 ) -> tuple[Tensor, Tensor | None, str]:
     """Logits of a folder's model for a small batch, and if `cached` also with cached keys, or the reason for none."""
-    try:
-        with quiet("transformers"), Checkpoint.load(folder, dtype, context.checkpoint.device) as checkpoint:
-            replay = Replay(checkpoint, context.inputs)
-            _, batch, _ = context.inputs.examples(checkpoint, 1, POSITIONS)
-            if checkpoint.offload != "none":
-                hidden = replay.embed(batch)
-                for index in range(len(checkpoint.blocks)):
-                    hidden = replay.run(index, checkpoint.weights(index), hidden)
-                return replay.logits(batch, hidden).cpu(), None, "the blocks are copied to the device one by one"
-            logits, model = replay.forward(batch).logits.cpu(), checkpoint.model
-            if not cached:
-                return logits, None, ""
-            # Half of the tokens first, the others after their cached keys and values.
-            half = batch.shape[1] // 2
-            first = model(batch[:, :half], use_cache=True)
-            if getattr(first, "past_key_values", None) is None:
-                return logits, None, "the model keeps none"
-            second = model(batch[:, half:], past_key_values=first.past_key_values, use_cache=True)
-            return logits, torch.cat([first.logits, second.logits], 1).cpu(), ""
-    except UserError:
-        raise
-    except Exception as error:  # models raise many types for shapes that do not fit
-        raise UserError(f"--slim: this model cannot run with fewer channels: {one_line(error)}") from error
+    what = "--slim: this model cannot run with fewer channels"
+    device = context.checkpoint.device
+    with as_user_error(what), quiet("transformers"), Checkpoint.load(folder, dtype, device) as checkpoint:
+        replay = Replay(checkpoint, context.inputs)
+        _, batch, _ = context.inputs.examples(checkpoint, 1, POSITIONS)
+        if checkpoint.offload != "none":
+            hidden = replay.embed(batch)
+            for index in range(len(checkpoint.blocks)):
+                hidden = replay.run(index, checkpoint.weights(index), hidden)
+            return replay.logits(batch, hidden).cpu(), None, "the blocks are copied to the device one by one"
+        logits, model = replay.forward(batch).logits.cpu(), checkpoint.model
+        if not cached:
+            return logits, None, ""
+        # Half of the tokens first, the others after their cached keys and values.
+        half = batch.shape[1] // 2
+        first = model(batch[:, :half], use_cache=True)
+        if getattr(first, "past_key_values", None) is None:
+            return logits, None, "the model keeps none"
+        second = model(batch[:, half:], past_key_values=first.past_key_values, use_cache=True)
+        return logits, torch.cat([first.logits, second.logits], 1).cpu(), ""
 
 
 OWN_CODE = "--slim: a model with code of its own cannot be slim; `apply` without --slim writes it"
@@ -130,7 +127,7 @@ class Cut:
     rows: Tensor | None
     columns: Tensor | None
     transposed: bool
-    shape: list[int] = field(default_factory=list)
+    shape: list[int]
 
     def of(self, stored: Tensor) -> Tensor:
         """The weight, or the bias, as stored, after the cut."""
@@ -235,10 +232,6 @@ class _Cuts:
                 cuts[keys[0]] = cut
         return cuts
 
-    def equal(self) -> list[tuple[ChannelSet, int]] | None:
-        """The channels that stay in each set, if all blocks have the same; else None."""
-        return self.counts[0] if all(counts == self.counts[0] for counts in self.counts) else None
-
     def _name(self, index: int, linear: str) -> str:
         return f"{self.checkpoint.block_names[index]}.{linear}"
 
@@ -262,7 +255,8 @@ def _plain_config(folder: Path, config: Table, cuts: _Cuts) -> Table | None:
 
     A number that is the count of MLP channels may be their new one; numbers of heads scale with key/value heads.
     """
-    if (counts := cuts.equal()) is None or MODEL_TYPE in config:
+    counts = cuts.counts[0]
+    if any(other != counts for other in cuts.counts) or MODEL_TYPE in config:
         return None
     choices: list[list[dict[str, int]]] = []
     for each, kept in counts:

@@ -312,15 +312,6 @@ def opened(
             yield engine
 
 
-def opened_in_memory(pair: Pair, dense: Checkpoint, sparse: Any, task: Workload, name: str) -> closing[Any]:
-    """An engine of two models that lie in memory, in the number format of the dense one; `pair`: of that one's folder.
-
-    Closing it frees neither.
-    """
-    about = about_torch(name, dense.dtype, dense.device)
-    return closing(_engine(about, {"dense": dense.model, "sparse": sparse}, _inputs(pair, dense, task)[0], task))
-
-
 def about_torch(name: str, dtype: torch.dtype, device: torch.device) -> About:
     """The description of an engine that torch runs on this device."""
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each argument that it renames
@@ -379,12 +370,6 @@ def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:
     """Token ids [batch, tokens + steps], the same for all engines."""
     words = int(checkpoint.config.get_text_config().vocab_size)
     return torch.randint(words, (task.batch, task.tokens + task.steps), generator=torch.Generator().manual_seed(0))
-
-
-def opened_semi_structured(pair: Pair, task: Workload, device: torch.device) -> AbstractContextManager[SpeedEngine]:
-    """Opens both models in bfloat16; UserError if the pattern is not 2:4 or the GPU has no sparse tensor cores."""
-    check_semi_structured(pair.pattern, device)
-    return opened(pair, task, device, torch.bfloat16, SEMI_STRUCTURED, compress)
 
 
 def check_semi_structured(pattern: str, device: torch.device) -> None:
@@ -447,7 +432,6 @@ def check_packed(device: torch.device) -> None:
 
 def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Opening]:
     """Opens both models in the fast number format of the device: with the weights as they are, then rounded."""
-    check_packed(device)
     dtype = find_dtype("auto", device)
     kinds: list[Kind] = ["same", "bf16", "int8"] if dtype == torch.float32 else ["same", "int8"]
     names = {kind: PACKED if kind == "same" else f"{PACKED} {kind}" for kind in kinds}
@@ -471,7 +455,8 @@ def measure_in_memory(session: Session, plan: Plan, task: Workload, watch: Event
     pair = Pair(folder.path, folder.path, trusted=folder.trusted)
     dense, packed = (sum(weight.nbytes for weight in model.parameters()) for model in (checkpoint.model, sparse))
     sizes = Sizes(dense=dense, sparse=dense, packed=packed)
-    opening = opened_in_memory(pair, checkpoint, sparse, task, PACKED)
+    about, batch = about_torch(PACKED, checkpoint.dtype, checkpoint.device), _inputs(pair, checkpoint, task)[0]
+    opening = closing(_engine(about, {"dense": checkpoint.model, "sparse": sparse}, batch, task))  # frees neither
     return Speed(sizes=sizes, engines=(measured(opening, PACKED, task, watch),))
 
 
@@ -486,7 +471,7 @@ LEVEL = 3  # of zstd, its default
 ENGINES: dict[str, Callable[[Pair, Workload, torch.device], list[Opening]]] = {
     "torch": lambda pair, task, device: [opened(pair, task, device, dtype) for dtype in dtypes(device)],
     PACKED: opened_packed,
-    SEMI_STRUCTURED: lambda pair, task, device: [opened_semi_structured(pair, task, device)],
+    SEMI_STRUCTURED: lambda pair, task, device: [opened(pair, task, device, torch.bfloat16, SEMI_STRUCTURED, compress)],
 }
 
 
@@ -501,13 +486,13 @@ def default_engine(device: str, pattern: str) -> str:
 def check(engine: str, pattern: str, device: str) -> None:
     """UserError if an engine cannot run here or not with this pattern; called before a model is pruned."""
     require("speed", "speedup", "zstandard")
-    find_device(device)
+    target = find_device(device)
     if engine != "torch" and parse(pattern).channels:
         raise UserError(f"--engine {engine}: runs models with zeros, and this one has fewer channels; take torch")
     if engine == PACKED:
-        check_packed(find_device(device))
+        check_packed(target)
     if engine == SEMI_STRUCTURED:
-        check_semi_structured(pattern, find_device(device))
+        check_semi_structured(pattern, target)
 
 
 def check_positions(pair: Pair, task: Workload) -> None:

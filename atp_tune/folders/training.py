@@ -200,12 +200,6 @@ def trained_linears(checkpoint: Checkpoint) -> list[tuple[int, Linear]]:
     return [(i, x) for i, linears in enumerate(checkpoint.linears) for x in linears if x.expert is None]
 
 
-def recompute_blocks(blocks: nn.ModuleList) -> None:
-    """Gradient checkpointing: each block keeps only its inputs, and is recomputed in the backward pass."""
-    for block in blocks:
-        block.forward = partial(recomputed, block.forward, use_reentrant=False)
-
-
 # --- Steps, held-out losses, saving and resuming.
 
 WARM_UP = 0.05  # of the steps
@@ -251,8 +245,9 @@ class Trainer:
         self._teacher: nn.Module | None = None
         if teacher is not None:
             self._teacher = Checkpoint.load(teacher.path, fast, self._device, offload="none").take_model()
-        if self.memory.recompute:
-            recompute_blocks(checkpoint.blocks)
+        if self.memory.recompute:  # gradient checkpointing: each block keeps only its inputs
+            for block in checkpoint.blocks:
+                block.forward = partial(recomputed, block.forward, use_reentrant=False)
         self._parameters = self.adapters.parameters
         self._share = NLL_SHARES[settings.loss]
         self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=0)
