@@ -84,19 +84,16 @@ def is_faster(tokens: int, rows: int, processors: int | None) -> bool:
     return tokens == 1 or (processors is not None and rows >= 2 * 32 * processors)
 
 
-def _processors(device: torch.device) -> int | None:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _product(forced: bool, x: Tensor, *parts: *kernel.Parts) -> Tensor | None:
     from atp_tune.packed import kernel_triton
 
     if not 1 <= len(x) <= kernel_triton.BATCH or x.dtype not in FLOATS:
         return None
-    if not forced and not is_faster(len(x), len(parts[1]), _processors(x.device)):
-        return None
+    if not forced:
+        is_nvidia = x.is_cuda and torch.version.hip is None
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if is_nvidia else None
+        if not is_faster(len(x), len(parts[1]), processors):
+            return None
     return kernel_triton.product(x, *parts)
 
 

@@ -173,11 +173,6 @@ def _flags() -> frozenset[str]:
     return {"AVX2": _AVX2, "AVX512": _AVX512}.get(torch.backends.cpu.get_cpu_capability(), frozenset())
 
 
-__all__ = [
-    "BATCH", "PackedMatrix", "check_interface", "check_parts", "has_tangents", "kernel_name", "product", "row_offsets",
-    "watched",
-]  # fmt: skip
-
 INTERFACE = 6  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
 BATCH = 8  # tokens up to which each weight is expanded to a vector
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
@@ -342,10 +337,7 @@ def by_tiles(name: str | None, dtype: torch.dtype, values: torch.dtype) -> bool:
     return name == "amx" and dtype == torch.bfloat16 and values in (torch.bfloat16, torch.int8)
 
 
-@cache
-def torch_multiplies_bf16_fast() -> bool:
-    """`system.multiplies_bf16_fast`, looked up once."""
-    return system.multiplies_bf16_fast()
+torch_multiplies_bf16_fast = cache(system.multiplies_bf16_fast)
 
 
 def _slow_linear(x: Tensor, *parts: *Parts) -> Tensor:
@@ -356,11 +348,6 @@ def _slow_linear(x: Tensor, *parts: *Parts) -> Tensor:
     if y is not None:
         return y.view(*x.shape[:-1], rows)
     return functional.linear(x, matrix.rows(0, rows, x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def _fake_linear(x: Tensor, *parts: *Parts) -> Tensor:
-    """The shape and type of the result."""
-    return x.new_empty((*x.shape[:-1], parts[1].shape[0]))
 
 
 def product(loaded: ctypes.CDLL, weight: int, x: Tensor, kind: int, rows: int) -> Tensor | None:
@@ -455,7 +442,9 @@ for name in ("linear", "product"):
     )
 OPERATORS.impl("linear", followed, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 OPERATORS.impl("product", linear, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("atp_sparse::product", _fake_linear, lib=OPERATORS)
+torch.library.register_fake(
+    "atp_sparse::product", lambda x, *parts: x.new_empty((*x.shape[:-1], parts[1].shape[0])), lib=OPERATORS
+)
 
 
 # --- Products with a weight that is not packed, by the loops of the kernel, as of the head of a packed model.

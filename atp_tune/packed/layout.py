@@ -19,6 +19,7 @@ from atp_tune.packed.modeling_atp_sparse import (
     VALUES,
     ZEROS,
     SparseLinear,
+    Table,
     bitmask_of,
     groups_of,
     read_packed,
@@ -98,7 +99,7 @@ class Coded:
     fit int8.
     """
 
-    about: dict[str, Any]
+    about: Table
     parts: dict[str, Tensor]
     fits: bool
 
@@ -187,7 +188,7 @@ def pack_codes(codes: Tensor, code_bits: int) -> Tensor:
     return octets.to(torch.uint8).flatten()[: -(-count * code_bits // 8)].clone()
 
 
-def fits_kernel(about: dict[str, Any]) -> bool:
+def fits_kernel(about: Table) -> bool:
     """Whether the kernel of int8 values has scales for such groups."""
     size: int = about["codes"]["group_size"]
     columns: int = about["shape"][-2 if about.get("transposed") else -1]

@@ -63,6 +63,7 @@ AUTO_CLASSES = {
 }
 PARTS = VALUES, BITMASK, SCALES, CODES, ZEROS = "_values", "_bitmask", "_scales", "_codes", "_zeros"  # ends of names
 _OWN = ("weight_values", "weight_bitmask", "weight_scales", "bias")  # parameters of a packed linear
+Table = dict[str, Any]  # of a config, or of a part of it
 Get = Callable[[str], Tensor | None]  # a tensor of files by its name, if they have it
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -132,7 +133,7 @@ def unpack_codes(packed: Tensor, code_bits: int, count: int) -> Tensor:
     return codes.flatten()[:count]
 
 
-def read_codes(get: Get, name: str, about: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def read_codes(get: Get, name: str, about: Table) -> tuple[Tensor, Tensor]:
     """A tensor of codes q, as integers k = q - z, int16 [..., rows, columns], 0 where no code is kept, and scales,
     float32 of the same shape: a weight is k times its scale.
 
@@ -167,13 +168,13 @@ def _part(get: Get, name: str) -> Tensor:
     return tensor
 
 
-def _packed_shape(about: dict[str, Any]) -> list[int]:
+def _packed_shape(about: Table) -> list[int]:
     """The shape of a packed tensor in its file; `transposed`: the last two sides are exchanged there."""
     *more, rows, columns = about["shape"]
     return [*more, columns, rows] if about.get("transposed", False) else [*more, rows, columns]
 
 
-def unpack_as(about: dict[str, Any], values: Tensor, bitmask: Tensor, scales: Tensor | None = None) -> Tensor:
+def unpack_as(about: Table, values: Tensor, bitmask: Tensor, scales: Tensor | None = None) -> Tensor:
     """The dense tensor by its entry in the table of a config; a `Conv1D`'s is packed transposed."""
     dense = unpack(values, bitmask, _packed_shape(about)[-1], scales)
     if [*dense.shape] != _packed_shape(about):
@@ -181,7 +182,7 @@ def unpack_as(about: dict[str, Any], values: Tensor, bitmask: Tensor, scales: Te
     return dense.mT.contiguous() if about.get("transposed", False) else dense
 
 
-def read_packed(get: Get, name: str, about: dict[str, Any]) -> Tensor:
+def read_packed(get: Get, name: str, about: Table) -> Tensor:
     """A packed tensor, dense; `get` gives its parts by name. ValueError if one is missing.
 
     One of codes is float32.
@@ -193,7 +194,7 @@ def read_packed(get: Get, name: str, about: dict[str, Any]) -> Tensor:
     return unpack_as(about, _part(get, name + VALUES), _part(get, name + BITMASK), get(name + SCALES))
 
 
-def _expanded(get: Get, name: str, about: dict[str, Any], table: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _expanded(get: Get, name: str, about: Table, table: Table) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors in memory of a linear whose file has codes: int8 values are the integers, others weights."""
     codes, scales = read_codes(get, name, about)
     kept = codes != 0
@@ -209,7 +210,7 @@ def _expanded(get: Get, name: str, about: dict[str, Any], table: dict[str, Any])
     yield name + SCALES, groups
 
 
-def checked_table(config: dict[str, Any], model_type: str = MODEL_TYPE) -> dict[str, Any]:
+def checked_table(config: Table, model_type: str = MODEL_TYPE) -> Table:
     """The table of packed tensors, or of narrower linears, in a `config.json`; ValueError if it is damaged."""
     form, table = FORMS[model_type], config.get(model_type)
     if not isinstance(table, dict) or table.get("version") not in form.versions:
@@ -325,7 +326,7 @@ class SparseLinear(nn.Module):
 
     def _of_kernel(self, x: Tensor) -> Any:
         """The weight for the kernel; None where it does not run, or must not."""
-        own: dict[str, Any] = self._parameters  # attributes take a microsecond each
+        own: Table = self._parameters  # attributes take a microsecond each
         parts = values, bitmask, scales, bias = [own[name] if name in own else getattr(self, name) for name in _OWN]
         if (kernel is not None and kernel.watched(x, *parts)) or torch.float64 in (x.dtype, values.dtype):
             return None
@@ -364,7 +365,7 @@ class SparseLinear(nn.Module):
                 self._of_kernel(self.weight_values)  # a graph that is compiled next needs its offsets
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Table:
         return {**self.__dict__, "_matrix": None}  # addresses, which a copy does not share
 
     def extra_repr(self) -> str:
@@ -436,7 +437,7 @@ class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     model_type = MODEL_TYPE
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: Table, **kwargs: Any) -> Any:
         """A config of the family's class with the table of its tensors; ValueError for another format."""
         table = checked_table(config_dict, cls.model_type)
         family: Any = CONFIG_MAPPING[table["family"]]
@@ -483,7 +484,7 @@ def auto_map(model_type: str, auto_class: str = LANGUAGE) -> dict[str, str]:
 def own_config(model_type: str, family: Any, auto_class: str) -> Any:
     """A subclass of a family's config that is saved as one of a model type; its model class is registered."""
 
-    def to_dict(self: Any) -> dict[str, Any]:
+    def to_dict(self: Any) -> Table:
         names = auto_map(model_type, auto_class)
         return {**super(subclass, self).to_dict(), "model_type": model_type, "auto_map": names}
 
@@ -571,7 +572,7 @@ def _own_model(config_class: Any, family: Any, model_type: str, auto_class: str)
     return subclass
 
 
-def _load(load: Any, path: Any, args: Any, config: Any, dequantize: bool, options: dict[str, Any]) -> Any:
+def _load(load: Any, path: Any, args: Any, config: Any, dequantize: bool, options: Table) -> Any:
     """A model and what transformers says of its weights; tensors that stay no packed linears are unpacked in memory.
 
     load: `from_pretrained` of the packed class, or with `dequantize` of the family's.
@@ -597,7 +598,7 @@ def _load(load: Any, path: Any, args: Any, config: Any, dequantize: bool, option
     return load(None, *args, **{**given, "config": config.of_family() if dequantize else config, "state_dict": state})
 
 
-def _replace_linears(model: Any, table: dict[str, Any]) -> None:
+def _replace_linears(model: Any, table: Table) -> None:
     """Puts a `SparseLinear` in the place of each packed linear; ValueError for one that the model cannot have.
 
     The others are sped up.
@@ -620,7 +621,7 @@ def _find(model: nn.Module, name: str, prefix: str) -> Any:
         raise ValueError(f"{prefix}: its model has no linear {name}") from None
 
 
-def _narrow(model: nn.Module, table: dict[str, Any]) -> None:
+def _narrow(model: nn.Module, table: Table) -> None:
     """Gives linears of a model new, random weights [out, in] of the shapes in a table; ValueError for one it lacks."""
     for name, (rows, columns) in table["linears"].items():
         linear = _find(model, name, "slim folder")
@@ -640,7 +641,7 @@ def _narrow(model: nn.Module, table: dict[str, Any]) -> None:
             setattr(linear, side, length)
 
 
-def _check(model: nn.Module, info: dict[str, Any], prefix: str) -> None:
+def _check(model: nn.Module, info: Table, prefix: str) -> None:
     """ValueError for a weight that transformers did not find, and for packed linears whose bits and values disagree.
 
     Linears that are not in memory are checked when they are used.
@@ -667,7 +668,7 @@ def tensors_in(files: Iterable[str | Path]) -> Iterator[tuple[set[str], Get]]:
         yield {*by_name}, lambda name: by_name[name].get_tensor(name) if name in by_name else None
 
 
-def _unpacked(path: Any, hub: dict[str, Any], table: dict[str, Any], linears: bool) -> Iterator[tuple[str, Tensor]]:
+def _unpacked(path: Any, hub: Table, table: Table, linears: bool) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a folder; stored tensors are unpacked, and with `linears` those of packed linears too.
 
     Files are downloaded if they are on the hub.
@@ -697,7 +698,7 @@ class Form(NamedTuple):
     versions: tuple[int, ...]
     parts: tuple[str, ...]
     is_entry: Callable[[Any], bool]
-    prepare: Callable[[Any, dict[str, Any]], None]
+    prepare: Callable[[Any, Table], None]
     variant: dict[str, str]
 
     @property
