@@ -56,11 +56,11 @@ def pruned(config: Config, place: Place, lender: Lender) -> PreTrainedModel:
             keys = [checkpoint.key(i, linear) for i, linear in linears]
             weights = {key: checkpoint.model.get_parameter(key).detach().cpu() for key in keys}
             loaded = None if lender.model is not None else checkpoint.take_model()
-            return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
-    texts = {"calibration": config.calibration}
-    with lent_as(config, lender, place) as there, Session.open(Setup.of_config(config, texts, there)) as session:
-        weights = pruned_weights(session, fit_plan(config, session))
-        loaded = None if lender.model is not None else session.checkpoint.take_model()
+    else:
+        texts = {"calibration": config.calibration}
+        with lent_as(config, lender, place) as there, Session.open(Setup.of_config(config, texts, there)) as session:
+            weights = pruned_weights(session, fit_plan(config, session))
+            loaded = None if lender.model is not None else session.checkpoint.take_model()
     return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
 
 

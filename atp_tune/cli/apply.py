@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from atp_tune.cli.options import Best, BestOptions, DType, UsageError, wrong
-from atp_tune.cli.terminal import echo, gib, markdown, working
+from atp_tune.cli.terminal import echo, gib, interruptible, markdown, working
 from atp_tune.errors import printable
 from atp_tune.utils.system import check_free
 
@@ -265,7 +265,6 @@ def push(words: list[str], *, private: bool = False, options: BestOptions) -> No
 
 def upload(folder: Path, name: str, private: bool) -> None:
     """Uploads a checked folder, if it is as it was written, and prints where it is."""
-    from atp_tune.cli.terminal import interruptible
     from atp_tune.folders import publishing
 
     publishing.verify(folder)
@@ -377,7 +376,6 @@ def finetune(
     for name in (name for name, value in others.items() if value is not None):
         raise wrong(name, f"the model in {model} is {kind}")
     data, measured = (value and read_text(name, value, seqlen) for name, value in given.items())
-    from atp_tune.cli.terminal import interruptible
     from atp_tune.folders.finetuning import finetune as tune
 
     with working() as watch, interruptible():

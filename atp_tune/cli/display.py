@@ -3,7 +3,6 @@
 from datetime import timedelta
 from math import ceil
 from time import monotonic
-from types import TracebackType
 
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
@@ -34,7 +33,7 @@ class Display:
             TimeElapsedColumn(), TimeLeft(), console=console(), transient=True,
         )  # fmt: skip
         self._whole = self.bars.add_task("study", total=None, visible=False, count="", left="")
-        self._remaining = Remaining()
+        self.remaining = Remaining()
         self.is_study = False
         self._began = monotonic()
         self._notes: set[str] = set()
@@ -46,9 +45,7 @@ class Display:
             self.bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -67,16 +64,12 @@ class Display:
             echo(text)
         self._notes.add(text)
 
-    def leave(self, line: "Line") -> None:
-        """Counts the process of a line no more among those that share the trials that are left."""
-        self._remaining.leave(line)
-
     def hear(self, event: Event, line: "Line") -> float | None:
         """Takes an event of a line's process; the seconds that the whole study has yet to take, if they are known."""
         now = monotonic()
         self.is_study = self.is_study or isinstance(event, Ahead)
-        self._remaining.hear(event, now, line)
-        left = self._remaining.left(now)
+        self.remaining.hear(event, now, line)
+        left = self.remaining.left(now)
         if left is not None:
             took, text = now - self._began, f"ETA {timedelta(seconds=ceil(left))}"
             self.bars.update(self._whole, completed=took, total=took + left, left=text, visible=True)
@@ -139,5 +132,5 @@ class Line:
 
     def hide(self) -> None:
         """Removes the bar of a process that has ended."""
-        self._display.leave(self)
+        self._display.remaining.leave(self)
         self._display.bars.update(self._bar, visible=False)

@@ -9,9 +9,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from atp_tune.cli.options import BestOptions, Permissions, checked_prompts, load_study, wrong
-from atp_tune.cli.terminal import echo, markdown, working
+from atp_tune.cli.terminal import as_json, echo, markdown, quiet, working
 from atp_tune.errors import UserError, is_text, printable
-from atp_tune.events import ignore_events
+from atp_tune.events import Event, Message, Place, TrialStarted, ignore_events
 
 if TYPE_CHECKING:
     from atp_tune.config.best import Config
@@ -60,10 +60,8 @@ def evaluate(
         raise wrong("--storage", "only with --config")
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     from atp_tune.config.best import read_config
-    from atp_tune.events import Place
     from atp_tune.report import formats
     from atp_tune.results.results import attach, check
-    from atp_tune.results.status import to_json
 
     path, read = config or Path(), config and read_config(config)
     with working(json) as watch:
@@ -81,7 +79,7 @@ def evaluate(
         )
         stores = attach(path, read, "zero_shot", result, storage) if read else []
     if json:
-        echo(to_json(result))
+        echo(as_json(result))
         return
     scores = formats.zero_shot(result)
     echo(markdown(scores.head, scores.rows))
@@ -119,7 +117,6 @@ def generate(
     from atp_tune.cli.tables import show_continuations
     from atp_tune.metrics import PROMPTS
     from atp_tune.results.results import attach, check
-    from atp_tune.results.status import to_json
 
     with working(json) as watch:
         best = options.best(config, set_)
@@ -130,7 +127,7 @@ def generate(
         result = best.made(watch).generate(prompts or usual, tokens=tokens)
         stores = [] if prompts else attach(*where, "continuations", result, best.storage)
     if json:
-        echo(to_json(result))
+        echo(as_json(result))
         return
     show_continuations(result)
     if not prompts:
@@ -167,16 +164,13 @@ def classify(
         raise wrong("FILE...", "give pictures after the folder")
     if config is not None and not config.is_file():
         raise wrong("--config", f"there is no file {config}")
-    from atp_tune.events import Place
     from atp_tune.folders.comparing import classify
 
     with working(json) as watch:
         there = Place(Path(), device or "auto", vars(may), watch)
         results = classify(files, source, both, there)
-    from atp_tune.results.status import to_json
-
     if json:
-        echo(to_json(results))
+        echo(as_json(results))
         return
     rows = []
     for one in results:
@@ -252,7 +246,6 @@ def speedup(
     from atp_tune.cli.tables import show_summary
     from atp_tune.config.best import read_config
     from atp_tune.config.data import CLASSES
-    from atp_tune.events import Message, Place
     from atp_tune.plan import percent
 
     with working() as watch:
@@ -315,7 +308,10 @@ def _show(speed: "Speed") -> None:
     for table in (
         markdown(
             ("weight files", "dense", "with zeros" if has_zeros else "slim", "smaller"),
-            ((name, _megabytes(dense), _megabytes(sparse), f"{dense / sparse:.2f}×") for name, dense, sparse in files),
+            (
+                (name, f"{dense / 1e6:.1f} MB", f"{sparse / 1e6:.1f} MB", f"{dense / sparse:.2f}×")
+                for name, dense, sparse in files
+            ),
         ),
         markdown(("linear", "zeros"), ((kind, f"{share:.2%}") for kind, share in speed.zeros.items())),
         rates_table(speed),
@@ -355,10 +351,6 @@ def rates_table(speed: "Speed") -> str:
             ratio = spread(rates.ratios, ".2f")
             rows.append((row.name, phase, *both, f"{ratio}×", f"{speed.over_torch(row, phase):.2f}×"))
     return markdown(("engine", "phase", "dense", "sparse", "sparse / dense", "sparse / torch's best dense"), rows)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 # --- `tune.py chat`: talks with a sparse model, and with its dense model.
@@ -526,8 +518,6 @@ def chat(
     options.check("DIR|FILE", model, storage=options.storage)
     from atp_tune.checkpoints.devices import oom_as_user_error
     from atp_tune.cli.display import Display
-    from atp_tune.cli.terminal import quiet
-    from atp_tune.events import Event, Message, Place, TrialStarted
     from atp_tune.folders.comparing import CHAT, BothModels
     from atp_tune.run.generation import ChatOptions
     from atp_tune.utils.cache import cache_dir, temporary_folder

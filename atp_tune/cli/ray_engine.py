@@ -56,7 +56,9 @@ def run_on_ray(job: WorkerJob, display: Display, count: int | None, address: str
             )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         news = _NEWS.options(scheduling_strategy=here).remote()
-        job = replace(job, file=_for_travel(job.file))
+        study = job.file.study.model_copy(update={"storage": job.file.storage_url})
+        # For processes with another current folder.
+        job = replace(job, file=replace(job.file, path=job.file.path.absolute(), study=study))
         workers: list[RayWorker] = [RayWorker(index, display, job, kind, news) for index in range(count)]
         supervise(workers, lambda alive: _listen_to_actors(alive, workers, news))
     finally:
@@ -79,12 +81,6 @@ def _hosts() -> dict[str, str]:
 def _host() -> str:
     """Address of the node of this process."""
     return _hosts()[ray.get_runtime_context().get_node_id()]
-
-
-def _for_travel(file: StudyFile) -> StudyFile:
-    """The study file with absolute paths, for processes with another current folder."""
-    study = file.study.model_copy(update={"storage": file.storage_url})
-    return replace(file, path=file.path.absolute(), study=study)
 
 
 def _listen_to_actors(alive: "Sequence[RayWorker]", workers: "Sequence[RayWorker]", news: Any) -> None:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.options import load_study, wrong
-from atp_tune.cli.terminal import console, echo, trials
+from atp_tune.cli.terminal import STOPS, console, echo, quiet, trials
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
     import optuna
 
-    from atp_tune.config.best import Config
     from atp_tune.report.servers import Served, Service
 
 
@@ -39,7 +38,6 @@ def serve(
         grpc_port 0..65535: Port for workers on other machines.
         artifacts DIR: Folder of the dashboard's files; default: beside the database.
     """
-    from atp_tune.cli.terminal import STOPS, quiet
     from atp_tune.report.servers import choose
     from atp_tune.report.servers import serve as answer
 
@@ -90,7 +88,6 @@ def merge(storages: list[str], *, out: Path, study: str | None = None) -> None:
         study NAME: Name of the study; needed if the databases hold several.
     """
     from atp_tune.api.merging import merge as unite
-    from atp_tune.cli.terminal import quiet
     from atp_tune.results.summary import summarise
 
     with quiet():
@@ -253,21 +250,18 @@ def export(
         if target is not PRINTED:
             write(configuration, kind, target)
     if target is not PRINTED and kind != "json":
-        for note in _notes_on(configuration):
-            print(f"note: {note}", file=sys.stderr)
+        notes = (  # on the parts of a configuration that a table or a recipe does not have
+            (
+                configuration.plan.by_row,
+                "rows of a linear differ in sparsity: this has each linear's mean; `apply` writes the exact plan, and "
+                "--format json has the rows (plan)",
+            ),
+            (
+                configuration.is_trained,
+                "these are the zeros of the plan; `apply` trains the weights it keeps, which another program does not",
+            ),
+        )
+        for holds, note in notes:
+            if holds:
+                print(f"note: {note}", file=sys.stderr)
     print(configuration.to_json() if json else f"{printable(str(target))}\n", end="")
-
-
-def _notes_on(config: "Config") -> list[str]:
-    """Names the parts of a configuration that a table or a recipe does not have."""
-    notes = []
-    if config.plan.by_row:
-        notes.append(
-            "rows of a linear differ in sparsity: this has each linear's mean; `apply` writes the exact plan, and "
-            "--format json has the rows (plan)"
-        )
-    if config.is_trained:
-        notes.append(
-            "these are the zeros of the plan; `apply` trains the weights it keeps, which another program does not"
-        )
-    return notes

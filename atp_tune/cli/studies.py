@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.options import load_study, wrong
-from atp_tune.cli.terminal import echo, gib, table, trials, working
+from atp_tune.cli.terminal import as_json, echo, gib, quiet, table, trials, working
 from atp_tune.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -25,11 +25,10 @@ def studies(*, json: bool = False) -> None:
     Example: `python tune.py studies`
     """
     from atp_tune.config.finding import known
-    from atp_tune.results.status import to_json
 
     entries = [study for path in known() for study in _listed(path)]
     if json:
-        print(to_json(entries))
+        print(as_json(entries))
         return
     rows = table("study", "state", "what")
     rows.columns[0].no_wrap = False  # beside a long name the description would have no room
@@ -87,10 +86,8 @@ def plugins(
         file [FILE.py]...: List the plug-ins of these files too.
         study NAME: List the plug-ins that this study names too.
     """
-    from atp_tune.cli.terminal import quiet
     from atp_tune.config.plugged import entries, named_in
     from atp_tune.plugins import ASK, registered_in
-    from atp_tune.results.status import to_json
 
     if set_ and study is None:
         raise wrong("--set", "only with --study")
@@ -105,7 +102,7 @@ def plugins(
             names += [(one.kind, one.short) for one in named_in(loaded.study)]
         rows = entries(names)
     if json:
-        print(to_json(rows))
+        print(as_json(rows))
         return
     for kind in dict.fromkeys(entry.kind for entry in rows):
         echo(f"{kind}s" if kind != "source of texts" else "sources of texts")
@@ -152,11 +149,10 @@ def env(*, json: bool = False) -> None:
     Example: `python tune.py env`
     """
     from atp_tune.api.environment import environment
-    from atp_tune.results.status import to_json
 
     machine = environment()
     if json:
-        print(to_json(machine))
+        print(as_json(machine))
         return
     for name, text in _lines(machine):
         echo(f"{name and name + ':':<11}{text}")
@@ -230,7 +226,7 @@ def status(
         raise wrong("--every", "only with --watch")
     from atp_tune.cli.tables import show_status
     from atp_tune.cli.tables import watch as follow
-    from atp_tune.results.status import make_status, stored_study, to_json
+    from atp_tune.results.status import make_status, stored_study
     from atp_tune.results.summary import summarise
 
     file = load_study(study, storage, None, set_)
@@ -238,7 +234,7 @@ def status(
         follow(file, study_name or file.name, every or 2, json)
         return
     summary = summarise(stored_study(file, study_name))
-    print(to_json(make_status(summary, datetime.now()))) if json else show_status(summary, file)
+    print(as_json(make_status(summary, datetime.now()))) if json else show_status(summary, file)
 
 
 # --- `tune.py report`: writes a report of one or several studies.
@@ -263,7 +259,6 @@ def report(
         format_ FORMAT: html, md, json, png or latex; default: html.
         out FILE: Default: NAME.report.html beside the study file.
     """
-    from atp_tune.cli.terminal import quiet
     from atp_tune.report import FORMATS, check, report_name, write
     from atp_tune.report.formats import gather
     from atp_tune.results.status import stored_study
@@ -315,11 +310,10 @@ def plan(
 def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> None:
     """Measures and prints the cost of a study, as a table or as one JSON document."""
     from atp_tune.cost.planning import foresee
-    from atp_tune.results.status import to_json
 
     with working(json) as watch:
         forecast = foresee(file, study_name or file.name, watch)
-    echo(to_json(forecast)) if json else _show_forecast(forecast)
+    echo(as_json(forecast)) if json else _show_forecast(forecast)
 
 
 def _show_forecast(forecast: "Forecast") -> None:

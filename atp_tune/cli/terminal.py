@@ -45,6 +45,13 @@ def echo(*texts: Any, **options: Any) -> None:
     console().print(*texts, **options)
 
 
+def as_json(what: Any) -> str:
+    """One JSON document of what a command found, or of several."""
+    from atp_tune.results.status import to_json
+
+    return to_json(what)
+
+
 def table(*columns: str) -> "Table":
     """An empty table for the terminal."""
     from rich import box

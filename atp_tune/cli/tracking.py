@@ -11,8 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.errors import without_secrets
@@ -26,24 +25,6 @@ PROJECT = "atp_tune"  # of Weights & Biases; MLflow calls it an experiment
 TAG = "atp_tune.study"  # by which MLflow finds a run again
 SECONDS = "trial/seconds"  # a number that every trial has
 Beside = Callable[[str], Path]  # the path of a file beside the study's database
-
-
-class Tracker(Protocol):
-    """One run of one tracker; `place`: where it writes, for people."""
-
-    place: str
-
-    def __init__(self, name: str, key: str, beside: Beside) -> None:
-        """`name`: of the study; `key`: of the study too, which stays when its database moves."""
-
-    def steps(self, name: str) -> set[int]:
-        """The steps at which it has a number."""
-
-    def log(self, step: int, numbers: Mapping[str, float], plan: str = "") -> None:
-        """Writes a trial with its plan and state in words, or the final numbers at the step of the last trial."""
-
-    def close(self) -> None:
-        """Flushes all to the disk or the server."""
 
 
 class TensorBoardRun:
@@ -150,6 +131,10 @@ class WandbRun:
         self._run.finish()
 
 
+# One run of one tracker, made of the study's name, of a key of the study, which stays when its database moves, and of
+# `beside`. `place`: where it writes, for people; `steps`: at which it has a number of a name; `log` writes a trial with
+# its plan and state in words, or the final numbers at the step of the last trial; `close`: to the disk or the server.
+Tracker: TypeAlias = TensorBoardRun | MLflowRun | WandbRun
 # Each name is also that of the module that the tracker needs, and of the extra that installs it.
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoardRun, "mlflow": MLflowRun, "wandb": WandbRun}
 
@@ -174,9 +159,7 @@ class Follower:
     def __enter__(self) -> "Follower":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or issubclass(kind, SystemExit):
             self._write(final=True)
         for name in list(self._open):
@@ -243,11 +226,7 @@ def records(summary: Summary) -> Iterator[tuple[int, Numbers, str]]:
                         best[by.name] = better(scores[by.name], best.get(by.name, scores[by.name]))
             # over an interval of sparsities, not shares of the bounds
             drawn = {**trial.params, **allocation_parameters(trial)}
-            parameters = {
-                key: float(value)
-                for key, value in drawn.items()
-                if (isinstance(value, int | float) and not isinstance(value, bool))
-            }
+            parameters = {key: float(value) for key, value in drawn.items() if isinstance(value, int | float)}
             numbers = {
                 f"{table}/{key}": value
                 for table, each in (("trial", scores), ("best", best), ("parameters", parameters))
