@@ -100,9 +100,10 @@ class Plan(FrozenModel):
 
     @property
     def fixed_bits(self) -> int | None:
-        """The bits of every linear, where weights are pruned and then rounded."""
-        bits = self.levels[0].bits
-        return None if self.by_bits or bits is None else int(bits)
+        """The bits of every linear, where weights are pruned and then rounded to as many."""
+        different = {level.bits for level in self.each_linear()}
+        only = next(iter(different))
+        return int(only) if only is not None and len(different) == 1 and not self.by_bits else None
 
     @property
     def amounts(self) -> tuple[float, ...]:
@@ -156,7 +157,8 @@ class Plan(FrozenModel):
         sizes = budget.linear_sizes
         if len(self.levels) != len(budget.sizes):
             raise ValueError(f"levels: {len(self.levels)} for a model of {len(budget.sizes)} blocks")
-        if self.by_bits != bool(budget.widths) or {x.bits for x in self.each_linear()} - {*budget.widths, budget.bits}:
+        of_bits = bool(budget.widths) and budget.size is None
+        if self.by_bits != of_bits or {x.bits for x in self.each_linear()} - {*budget.widths, budget.bits}:
             raise ValueError("levels: are not of what is done to weights here")
         check_whole([[linear.amount for linear in block.linears] for block in self.levels], budget.channels)
         for index, block in enumerate(self.levels):

@@ -101,10 +101,7 @@ class Given:
     def global_sparsities(self, target: float, score: str) -> LinearSparsities:
         return self.shares
 
-    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
-        return self.priced
-
-    def row_priced_sparsities(self, target: float, pruner: str) -> RowSparsities:
+    def by_prices(self, target: float, pruner: str, rows: bool) -> RowSparsities:
         return RowSparsities(self.priced)
 
 

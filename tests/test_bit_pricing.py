@@ -11,11 +11,14 @@ from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
 from torch import Tensor
 from torch.nn import functional
 
-from atp_tune.blocks.gradients import BitPricing, BlockGradients, Costs
+from atp_tune.allocations import Budget
+from atp_tune.allocations.budget import Costs
+from atp_tune.allocations.gradient import cheapest_shares
+from atp_tune.blocks.gradients import BitPricing, BlockGradients
 from atp_tune.blocks.replay import AutoBatch
 from atp_tune.config.prune import QuantizeConfig
 from atp_tune.pruners.rounding import RTN
-from atp_tune.run.dense_model import CalibrationGradients, bit_costs, priced_shares
+from atp_tune.run.dense_model import CalibrationGradients, bit_costs
 from atp_tune.run.session import Session
 
 WIDTHS, GROUP = (2, 3, 5), 8
@@ -82,7 +85,7 @@ def test_costs_are_kept_and_give_a_plan(cache: Any) -> None:
     assert flat(bit_costs(gradients, quantize, "model")) == flat(found)
     assert not said
     shapes = context.checkpoint.shapes
-    shares = priced_shares(found, shapes, WIDTHS, 0.5)
+    shares = cheapest_shares(found, Budget(0.5, (), shapes, widths=WIDTHS))
     assert [len(row) for row in shares] == [len(row) for row in shapes]
     sizes = [shape.size for row in shapes for shape in row]
     mean = sum(s * size for s, size in zip((s for row in shares for s in row), sizes, strict=True)) / sum(sizes)

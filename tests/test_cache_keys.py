@@ -122,7 +122,7 @@ OF_PRUNING = "sparsity", "bits", "model", "prune", "allocation", "texts.calibrat
 REFUSED = "prune.pruners", "bits", "recover.rank", "recover.alpha"  # which do not go with each base
 ELSEWHERE = (  # settings of texts of the hub, of images, of channels and of bits alone, which have tests of their own
     r"texts\.\w+\.(config|split|column|revision|images|draws)|images.*|model\.(revision|sha256|prune)|limit.*|protocol|"
-    r"texts\.bos|prune\.channels\..*|quantize\..*|search\.score|search\.screen\..*|recover"
+    r"texts\.bos|prune\.channels\..*|quantize\..*|search\.score|search\.screen\..*|recover|size"
 )
 
 

@@ -129,11 +129,8 @@ def folders(
     change(model)
     model.save_pretrained(place / "dense", max_shard_size="40KB")
     context = bench_of(model, folder=place / "dense")
-    context.quantize = quantize
-    pruner = "rtn"
-    if any(shares):
-        context.bits, pruner = bits[0], "magnitude"
-    plan = planned(pruner, "uniform", shares, bits=bits)
+    context.quantize, context.prunes = quantize, any(shares)
+    plan = planned("magnitude" if context.prunes else "rtn", "uniform", shares, bits=bits)
     record = Record(context)
     context.measure(plan, [record])
     (place / "codes").mkdir()

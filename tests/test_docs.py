@@ -120,8 +120,10 @@ def test_study_files_are_read(block: Block) -> None:
     table = tomllib.loads(block.text)
     if "images" in table:
         del study["texts"]
-    if "bits" in table and "sparsity" not in table:
+    if {"bits", "size"} & table.keys() and "sparsity" not in table:
         del study["sparsity"], study["prune"]
+    if "size" in table:
+        study["allocation"] = "gradient-rows"
     for key, value in table.items():
         if key == "texts":
             study[key] |= value

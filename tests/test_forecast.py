@@ -75,12 +75,13 @@ RUNS = {
     **{name: STUDIES[name] for name in ("kl", "front", "zeros-bits", "draws", "recover", "allocations")},
     "dense": Golden(settings=("prune.statistics=dense", "texts.calibration.draws=2")),
     "sequential": Golden(settings=("prune.statistics=sequential",)),
+    "size": Golden(settings=("quantize.group_size=16", "allocation=['gradient']"), goal='size = "3.9bpw"'),
     "screening": Golden(settings=("search={screen={trials=6,stride=2,confirm=2}}", "search.objective=kl")),
 }
 
 
 @parametrize("name", few(RUNS, {"kl"}))
-def test_a_run_sends_what_is_foretold(name: str, tmp_path: Path) -> None:
+def test_a_run_sends_what_is_foretold(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens through all blocks, counted where a block runs; what goes back too takes as long as three."""
     sent = 0
 
@@ -89,6 +90,7 @@ def test_a_run_sends_what_is_foretold(name: str, tmp_path: Path) -> None:
         if type(block).__name__ == "LlamaDecoderLayer" and "forward" not in vars(block):  # else the model passes it by
             sent += arguments[0][..., 0].numel() * (3 if torch.is_grad_enabled() else 1)
 
+    monkeypatch.setattr("atp_tune.run.dense_model.COST_TOKENS", 4096)  # as many as the text has
     prepare(RUNS[name], tmp_path)
     study = words("--study", "tiny.toml", *RUNS[name].settings)
     with patch.dict(os.environ, ATP_TUNE_CACHE=str(tmp_path / "cache")), inside(tmp_path):

@@ -10,8 +10,9 @@ from optuna.distributions import CategoricalDistribution
 from test_space import SIZES, study_of
 from test_sparsity_interval import DENSE, INTERVAL, TPE, loss, screened, space_over
 
-from atp_tune.allocations import Budget, LinearSparsities
+from atp_tune.allocations import Budget
 from atp_tune.allocations.budget import Shape
+from atp_tune.allocations.rows import RowSparsities
 from atp_tune.config.search import STEP
 from atp_tune.results.goals import best_trial, limit_excess
 from atp_tune.search.goals import LimitSampler, Screened, Surrogate, WithinLimit
@@ -154,9 +155,9 @@ class Descended:
         self._blocks = blocks
         self.targets: list[float] = []
 
-    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
+    def by_prices(self, target: float, pruner: str, rows: bool) -> RowSparsities:
         self.targets.append(target)
-        return ((target - 0.1, target + 0.1),) * self._blocks
+        return RowSparsities(((target - 0.1, target + 0.1),) * self._blocks)
 
 
 @slow

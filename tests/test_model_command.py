@@ -74,6 +74,15 @@ def test_a_dry_run_writes_nothing(here: Path, command: CommandLine) -> None:
     assert "[recover]" not in answer.out and "\ndraws = " not in answer.out
     assert "Made by: python tune.py Tiny_Llama --texts own.txt --preset quick --device cpu\n" in answer.out
     assert "at most 6 trials, " in answer.out
+    answer = command("Tiny_Llama", "--texts", "own.txt", "--size", "3.3bpw", "--dry-run", "--device", "cpu")
+    assert 'size = "3.3bpw"' in answer.out and "act_order = true" in answer.out and "sparsity" not in answer.out
+    for words, said in (
+        (("--sparsity", "0.5"), "--sparsity: --size finds zeros and bits that fit it; leave one of them out"),
+        (("--max-kl", "0.1"), "--max-kl: --size finds zeros"),
+        (("--allocation", "atp"), "allocation.names: atp has no prices of bits"),
+    ):
+        assert said in command("Tiny_Llama", "--texts", "own.txt", "--size", "3.3bpw", *words).error
+    assert "--size: must be bits a weight" in command("Tiny_Llama", "--size", "small").error
     assert not (here / "studies").exists()
 
 

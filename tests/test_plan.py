@@ -6,6 +6,7 @@ from plans import linears_of, planned
 
 from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.allocations.budget import LinearSparsities, Shape
+from atp_tune.allocations.rows import RowSparsities
 from atp_tune.config.prune import make_plan, parse
 from atp_tune.plan import Plan
 
@@ -33,8 +34,8 @@ def test_linears_are_rounded_all_together(monkeypatch: pytest.MonkeyPatch) -> No
 class Priced:
     """Stands for a model whose descent ends at these sparsities."""
 
-    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
-        return (target - 0.21, target + 0.07), (target + 0.19, target - 0.05)
+    def by_prices(self, target: float, pruner: str, rows: bool) -> RowSparsities:
+        return RowSparsities(((target - 0.21, target + 0.07), (target + 0.19, target - 0.05)))
 
 
 @parametrize("kappa", [0.0, 0.6, 1.0])

@@ -109,7 +109,7 @@ def test_a_linear_without_inputs_is_rounded_to_nearest() -> None:
 
 def bench(family: str, **keys: Any) -> Session:
     work = bench_of(tiny(family))
-    work.quantize = QuantizeConfig(group_size=12, **keys)
+    work.quantize, work.prunes = QuantizeConfig(group_size=12, **keys), False
     return work
 
 

@@ -27,6 +27,7 @@ search = {trials = 6, objective = "accuracy"}
 STUDIES = {
     "interval": STUDY.replace("sparsity = 0.6", "sparsity = [0.3, 0.8]").replace('sampler = "random"\n', ""),
     "bits": STUDY.replace("sparsity = 0.6", "bits = 3.5"),
+    "size": STUDY.replace("sparsity = 0.6", 'size = "3.9bpw"\nallocation = ["gradient"]'),
     "pairs": PAIRS,
     "towers": STUDY_OF_BOTH,
     "pictures": PICTURES,

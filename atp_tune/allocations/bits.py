@@ -9,11 +9,23 @@ A matrix of b bits takes more than b bits a weight: each group has a scale of 16
 zero point of b bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil
 
 SCALE = 16  # bits of a group's scale
 SLACK = 1e-9  # a smaller remainder is a rounding error
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size that the linears of all blocks may take together, masks and scales included: `most` bits.
+
+    `stored`: bits of a matrix, from its rows, columns, bits of a weight, and number of zeros.
+    """
+
+    most: float
+    stored: Callable[[int, int, int, int], int]
 
 
 def share_at(bits: float, widths: Sequence[int]) -> float:
@@ -49,32 +61,34 @@ def rounded(wanted: Sequence[float], sizes: Sequence[int], widths: Sequence[int]
     return tuple(below)
 
 
-def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[int], widths: Sequence[int], bits: float) -> list[int]:
-    """The widths of linears that cost least, their mean weighted by size at most `bits`.
+def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], most: float) -> list[int]:
+    """The choice for each linear that costs least in all, their sizes together at most `most`.
 
-    `costs`: of each linear, one for each of the ascending `widths`. All begin with the fewest bits; steps to more are
-    taken in the order of what they save for each bit, the most first. So each plan on the way is the cheapest of all
-    that take no more bits than it (Everett, "Generalized Lagrange multiplier method", Operations Research 1963). The
-    steps of a linear are those of its lower convex hull. One that exceeds the bits ends its linear; others go on.
+    `costs`, `sizes`: of each linear, one for each of its choices, whose sizes ascend, or are all equal. All begin with
+    the smallest; steps to larger ones are taken in the order of what they save for their size, the most first. So each
+    plan on the way is the cheapest of all that are not larger than it (Everett, "Generalized Lagrange multiplier
+    method", Operations Research 1963). The steps of a linear are those of its lower convex hull. One that exceeds the
+    size ends its linear; others go on. Of equal steps that of the first linear comes first.
     """
-    plan, left = [widths[0]] * len(costs), (bits - widths[0] + SLACK) * sum(sizes)
+    plan, left = [0] * len(costs), most - sum(row[0] for row in sizes) + SLACK * sum(row[-1] for row in sizes)
     steps = [
-        (-saved / (widths[above] - widths[below]) / size, linear, widths[below], widths[above])
-        for linear, (row, size) in enumerate(zip(costs, sizes, strict=True))
-        for below, above, saved in _falls(row, widths)
+        (-saved / (row[above] - row[below]), linear, below, above)
+        for linear, (own, row) in enumerate(zip(costs, sizes, strict=True))
+        for below, above, saved in _falls(own, row)
     ]
     for _, linear, below, above in sorted(steps):
-        needed = (above - below) * sizes[linear]
+        needed = sizes[linear][above] - sizes[linear][below]
         if plan[linear] == below and needed <= left:
             plan[linear], left = above, left - needed
     return plan
 
 
-def _falls(costs: Sequence[float], widths: Sequence[int]) -> list[tuple[int, int, float]]:
-    """The steps down the lower convex hull of costs over widths: places of both ends, and what the step saves."""
+def _falls(costs: Sequence[float], sizes: Sequence[float]) -> list[tuple[int, int, float]]:
+    """The steps down the lower convex hull of costs over sizes: places of both ends, and what the step saves."""
     steps, here = list[tuple[int, int, float]](), 0
-    while here + 1 < len(costs):
-        slopes = {to: (costs[here] - costs[to]) / (widths[to] - widths[here]) for to in range(here + 1, len(costs))}
+    while sizes[here] < sizes[-1]:  # all choices of a matrix of zeros may have one size
+        further = range(here + 1, len(costs))
+        slopes = {to: (costs[here] - costs[to]) / (sizes[to] - sizes[here]) for to in further}
         best = max(slopes, key=lambda to: (slopes[to], to))
         if slopes[best] <= 0:
             break

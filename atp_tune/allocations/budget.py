@@ -5,18 +5,30 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from atp_tune.allocations.bits import Size
     from atp_tune.allocations.channels import BlockChannels
     from atp_tune.allocations.rows import RowSparsities
 
 ROUNDING = 1e-9  # tolerance when a parameter is compared with its bounds
 # Names of parameters in papers and error messages.
-SYMBOLS = {"beta": "β", "gamma": "γ", "split": "δ", "ends": "φ", "value": "ν", "lam": "λ", "epsilon": "ε", "kappa": "κ"}
+SYMBOLS = {
+    "beta": "β",
+    "gamma": "γ",
+    "split": "δ",
+    "ends": "φ",
+    "value": "ν",
+    "lam": "λ",
+    "epsilon": "ε",
+    "kappa": "κ",
+    "zeros": "S",
+}
 
 HALVINGS = 60  # bisection steps for a shift, enough for the precision of a float
 
 Measured = TypeVar("Measured")
 Score = Literal["magnitude", "wanda"]
 TailStart = Literal["peak", "middle"]  # of a spectrum: near its most frequent eigenvalues, or its upper half
+Costs = Sequence[Sequence[Sequence[float]]]  # by block, linear, and width
 LinearSparsities = tuple[tuple[float, ...], ...]  # one per linear of each block
 Sparsities = tuple[float, ...] | LinearSparsities  # one per block if its linears do not differ
 
@@ -50,11 +62,14 @@ class DenseMetricsProtocol(Protocol):
     def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
         """For each linear of each block, the share of its scores that are among the lowest `target` of the model."""
 
-    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
-        """For each linear of each block, its sparsity by prices at this target; see `allocations.gradient`."""
+    def by_prices(self, target: float, pruner: str, rows: bool) -> "RowSparsities":
+        """For each linear of each block, its sparsity by prices at this target; see `allocations.gradient`.
 
-    def row_priced_sparsities(self, target: float, pruner: str) -> "RowSparsities":
-        """Sparsities and offsets of rows, if the pruner takes the lowest scores of each row."""
+        `rows`: with offsets of rows, if the pruner takes the lowest scores of each row.
+        """
+
+    def width_costs(self) -> Costs:
+        """For each linear of each block, what rounding it to each of the widths costs."""
 
     def of_blocks(self, key: str, measure: Callable[[list[Any]], Measured], kind: Any = None) -> tuple[Measured, ...]:
         """Any other measurement: `measure` of each block, made once for each `key`.
@@ -69,9 +84,10 @@ class Budget:
     """Target S (share of zeros over all linears, in [0, 1]) and the number of prunable weights of each block.
 
     `linears` are the shapes of the linears of each block, `pruner` is the name of what prunes them,
-    `channels` are those of each block where whole channels go; `widths` the bits that a block may have where weights
-    are rounded: the target is then a share between the most and the fewest, see `allocations.bits`. `bits` are those
-    of every block, where weights are pruned and then rounded.
+    `channels` are those of each block where whole channels go; `widths` the bits that a block may have where bits are
+    shared out: the target is then a share between the most and the fewest, see `allocations.bits`. `bits` are those
+    of every block, where weights are pruned and then rounded; with a `size` those of each linear follow from it, and
+    the target is the highest sparsity.
     """
 
     target: float
@@ -82,6 +98,7 @@ class Budget:
     channels: tuple["BlockChannels", ...] = ()
     widths: tuple[int, ...] = ()
     bits: int | None = None
+    size: "Size | None" = None
 
     @property
     def score(self) -> Score:

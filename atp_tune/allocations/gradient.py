@@ -34,10 +34,24 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
-from atp_tune.allocations.budget import ROUNDING, Budget, Formula, LinearSparsities, Shape, Sparsities, by_block, level
+from atp_tune.allocations.bits import SLACK, bits_at, cheapest, share_at
+from atp_tune.allocations.budget import (
+    ROUNDING,
+    Budget,
+    Costs,
+    Formula,
+    LinearSparsities,
+    Shape,
+    Sparsities,
+    by_block,
+    level,
+)
 from atp_tune.allocations.rows import RowOffsets, RowSparsities
 
 FARTHEST = 1.5  # highest κ
+OF_SIZE = 0.5  # target of the one descent where the size is given: its end is shifted to other shares of zeros
+HIGHEST = 0.6  # share of zeros there
+SHARES = 0.5, 0.4, 0.0  # of zeros, where the search of such a study begins
 STEPS = 20
 AT_LOWEST = 4  # steps at the lowest target of a path, where few zeros hardly need an allocation
 FURTHER = 8  # steps at each further target of a path
@@ -54,31 +68,41 @@ Prices = Sequence[Sequence[float]]  # one per linear of each block
 class Gradient(Formula):
     """Sparsities that descend along the loss of the pruned model: linears whose weights cost little get sparser.
 
-    The head of this file has the descent.
+    The head of this file has the descent. Where the size is given, the share of `zeros` is a parameter too.
     """
 
     contains = ("uniform",)
     measures_inputs = True
+    name = "gradient"
 
     def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
-        """The interval of `kappa`."""
-        return {"kappa": (0.0, FARTHEST)}
+        """The interval of `kappa`, and that of the share of `zeros` where the size is given."""
+        zeros = {} if budget.size is None else {"zeros": (0.0, budget.target)}
+        return {"kappa": (0.0, FARTHEST), **zeros}
 
     def initial_points(self, budget: Budget) -> list[dict[str, float]]:
-        """The end of the descent, and a point on the way to it."""
+        """The end of the descent, and a point on the way to it; where the size is given, ends at some shares."""
+        if budget.size is not None:
+            return [{"kappa": 1.0, "zeros": zeros} for zeros in SHARES]
         return [{"kappa": 1.0}, {"kappa": 0.6}]
 
-    def end(self, budget: Budget) -> LinearSparsities:
-        """The sparsities at the end of the descent."""
-        return budget.require_dense_metrics("gradient").priced_sparsities(budget.target, budget.pruner)
+    def end(self, budget: Budget) -> RowSparsities:
+        """The end of the descent, with offsets of rows if they differ; where bits are shared out the cheapest plan."""
+        metrics = budget.require_dense_metrics(self.name)
+        if budget.widths:
+            return RowSparsities(cheapest_shares(metrics.width_costs(), budget))
+        return metrics.by_prices(budget.target, budget.pruner, self.name != "gradient")
 
     def sparsities(self, budget: Budget, kappa: float = 1.0) -> Sparsities:
         """One sparsity per linear, or per block if κ = 0; ValueError outside the bounds."""
         budget.check(self.bounds(budget), kappa=kappa)
         if kappa == 0:
             return (budget.target,) * len(budget.sizes)
-        wanted = [budget.target + kappa * (s - budget.target) for s in chain.from_iterable(self.end(budget))]
-        return by_block(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
+        sizes = _sizes(budget.linears)
+        wanted = [budget.target + kappa * (s - budget.target) for s in chain.from_iterable(self.end(budget).linears)]
+        if abs(_mean(wanted, sizes) - budget.target) > 1e3 * SLACK:  # the end of a descent at another target
+            wanted = _levelled(wanted, sizes, budget.target, 0.0, 1.0)
+        return by_block(level(wanted, sizes, budget.target), budget.linears)
 
 
 class GradientRows(Gradient):
@@ -105,21 +129,23 @@ class GradientRows(Gradient):
     texts too.
     """
 
-    def measured(self, budget: Budget) -> RowSparsities:
-        """The end of the descent, with offsets of rows if the pruner takes the lowest scores of each."""
-        return budget.require_dense_metrics("gradient-rows").row_priced_sparsities(budget.target, budget.pruner)
-
-    def end(self, budget: Budget) -> LinearSparsities:
-        """The sparsities at the end of the descent."""
-        return self.measured(budget).linears
+    name = "gradient-rows"
 
     def row_offsets(self, budget: Budget, kappa: float = 1.0) -> RowOffsets | None:
         """The offsets of rows; None where rows do not differ within their linear."""
-        offsets = self.measured(budget).offsets if kappa else None
+        offsets = self.end(budget).offsets if kappa else None
         return offsets and offsets.scaled(kappa)
 
 
 by_linear, by_row = Gradient(), GradientRows()
+
+
+def cheapest_shares(costs: Costs, budget: Budget) -> LinearSparsities:
+    """The shares between most and fewest bits of the cheapest widths, whose mean is at least the target."""
+    sizes, widths = _sizes(budget.linears), budget.widths
+    room = bits_at(budget.target, widths) * sum(sizes)
+    chosen = cheapest([*chain.from_iterable(costs)], [[width * size for width in widths] for size in sizes], room)
+    return by_block([share_at(widths[index], widths) for index in chosen], budget.linears)
 
 
 def path(low: float, high: float) -> tuple[float, ...]:

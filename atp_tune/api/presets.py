@@ -77,6 +77,7 @@ PRESETS = {
 }
 RECOVERED = 256  # tokens per window, at most, on which kept weights are trained, see docs/finetune.md
 WORTH_TRAINING = 0.25  # increase of perplexity by pruning from which on training takes off 8 % at least, as measured
+ROUNDING = {"quantizers": ["gptq"], "group_size": 64, "act_order": True}  # as docs/bits.md measures it
 STRIDE = 4  # every so many-th validation window is screened
 _C4: dict[str, dict[str, Any]] = {
     "calibration": {"source": "c4", "split": "train", "sampling": "random"},
@@ -154,14 +155,14 @@ PRICES = ("gradient-rows",)  # the default; it has one parameter, and by itself 
 class StudyRequest:
     """A model, the share of zeros S in (0, 1), and what else was asked for; None stands for a default.
 
-    S and `limit` are those of `typed.goal`: a limit comes with an interval of S. `texts`: one of `TEXTS`, the path
-    of a file, or a text in memory; or one of these for each role. `recover`: train the kept weights of the best plan.
-    `settings`: tables of overrides that come after, which nothing unasked may contradict. UserError at the start for a
-    wish that nothing can meet.
+    S and `limit` are those of `typed.goal`: a limit comes with an interval of S; with a `size` there is neither.
+    `texts`: one of `TEXTS`, the path of a file, or a text in memory; or one of these for each role. `recover`: train
+    the kept weights of the best plan. `settings`: tables of overrides that come after, which nothing unasked may
+    contradict. UserError at the start for a wish that nothing can meet.
     """
 
     source: str
-    sparsity: float | Interval
+    sparsity: float | Interval | None
     preset: str | None = None
     pruners: tuple[str, ...] = ()
     allocations: tuple[str, ...] = ()
@@ -169,6 +170,7 @@ class StudyRequest:
     limit: Limit | None = None
     recover: bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    size: str | None = None
 
     def __post_init__(self) -> None:
         for option, names, choices in (
@@ -200,7 +202,8 @@ class StudyRequest:
                 limit.append(f"{key.replace('_', '-')}-{100 * value if key == 'max_increase' else value:g}")
         parts = [
             stem,
-            None if limit and self.sparsity == WHOLE_INTERVAL else in_percent(self.sparsity),
+            None if self.sparsity is None or (limit and self.sparsity == WHOLE_INTERVAL) else in_percent(self.sparsity),
+            self.size and f"size-{self.size}",
             *limit,
             self.preset,
             *map(short_name, [*self.pruners, *self.allocations]),
@@ -219,6 +222,7 @@ class StudyRequest:
         for key, stored, wanted in (
             ("model.source", study.model.source, self.model_source),
             ("sparsity", study.sparsity, self.sparsity),
+            ("size", study.size, self.size),
             ("limit", study.limit and study.limit.given, self.limit and dict(self.limit)),
             ("prune.pruners", study.prune.pruners, self.pruners or study.prune.pruners),
             ("allocation.names", study.allocation.names, self.allocations or study.allocation.names),
@@ -270,15 +274,16 @@ class StudyRequest:
         unasked = preset.recovers and not self._of_channels
         is_trained = not self._is_front and (unasked if self.recover is None else self.recover)
         settings = {
-            "description": f"{self.source} at {percent(self.sparsity)}",
-            "sparsity": self.sparsity,
+            "description": f"{self.source} at {self.size or percent(self.sparsity or 0)}",
+            **({"sparsity": self.sparsity} if self.size is None else {"size": self.size, "quantize": ROUNDING}),
             "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),
             "prune": {"pruners": list(self.pruners or ("wanda",))},
             "allocation": {"names": list(allocations)},
             "texts": texts,
             "search": self.search(preset, texts["validation"].get("nsamples"), allocations),
-            "speed": where.type == "cpu" and not self._of_channels,  # where packed weights have their kernel
+            # Where packed weights have their kernel, and zeros are certain.
+            "speed": where.type == "cpu" and not self._of_channels and self.size is None,
             **({"recover": self._recovery(texts["validation"]["seqlen"])} if is_trained else {}),
         }
         try:
@@ -313,7 +318,7 @@ class StudyRequest:
 
         UserError if an interval of sparsities has one window only: at least two are screened, for an error.
         """
-        is_alone = allocations == PRICES and len(self.pruners) < 2
+        is_alone = allocations == PRICES and len(self.pruners) < 2 and self.size is None
         if not isinstance(self.sparsity, tuple):
             return {"trials": preset.trials // 2 if is_alone else preset.trials, "sampler": "gp"}
         if windows == 1:

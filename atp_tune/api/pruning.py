@@ -225,7 +225,7 @@ def prune_study(
 
 
 def _setup(file: StudyFile, texts: dict[str, Data], bos: bool | None, watch: EventHandler) -> Setup:
-    return replace(Setup.of_study(file.study, file.folder, bos, watch), texts=texts, draws=1, sparsities=None)
+    return replace(Setup.of_study(file.study, file.folder, bos, watch), texts=texts, draws=1, path=())
 
 
 def only_plan(file: StudyFile, session: Session, parameters: dict[str, float]) -> Plan:

@@ -153,6 +153,7 @@ def tune(
     max_perplexity: float | None = None,
     max_kl: float | None = None,
     min_accuracy: Mapping[str, float] | None = None,
+    size: str | None = None,
     trials: int | None = None,
     timeout: float | None = None,
     preset: str | None = None,
@@ -184,6 +185,7 @@ def tune(
         max_perplexity: The same, with at most this perplexity on the validation text.
         max_kl: The same, with at most this KL divergence from the dense model, in nats per token.
         min_accuracy: The same, with at least these accuracies on tasks of lm-eval: {"piqa": 0.7}.
+        size: Find zeros and bits that fit it together: "3.3bpw", "100MB" or "40%" of dense.
         trials: Number of trials over all calls; by default the preset's, or the study's.
         timeout: Start no new trial after so many seconds.
         preset: "quick", "balanced" or "thorough"; balanced with a GPU, else quick.
@@ -214,8 +216,9 @@ def tune(
     more: dict[str, Any] = dict(settings or {}) | ({} if trials is None else {"search.trials": trials})
     is_study = arguments.is_study(model)
     if is_study:
-        own = {"sparsity": sparsity, **limits, "preset": preset, "pruner": pruner, "allocation": allocation}
-        for name, value in {"tokenizer": tokenizer, **own, "texts": texts, "recover": recover}.items():
+        own: dict[str, Any] = {"sparsity": sparsity, **limits, "size": size, "preset": preset, "pruner": pruner}
+        own |= {"tokenizer": tokenizer, "allocation": allocation, "texts": texts, "recover": recover}
+        for name, value in own.items():
             if value is not None:
                 raise UserError(f'{name}: a study says it itself; change it with settings, as in {{"sparsity": 0.5}}')
     lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
@@ -230,11 +233,12 @@ def tune(
         else:
             more |= {} if storage is None else {"storage": storage}
             more_tables = tables(arguments.overrides(more))
-            target, limit = goal(sparsity, limits, more_tables)
-            request = StudyRequest(
-                source, target, preset, names(pruner), names(allocation), sources.texts, limit, recover, more_tables
-            )
-            label = study_name or (StudyRequest(type(model).__name__, target) if sources.model else request).name
+            size = more_tables.get("size") if size is None else size
+            target, limit = goal(sparsity, limits, more_tables, size)
+            wishes = (preset, names(pruner), names(allocation), sources.texts, limit, recover, more_tables, size)
+            request = StudyRequest(source, target, *wishes)
+            named = StudyRequest(type(model).__name__, target, size=size) if sources.model else request
+            label = study_name or named.name
             permitted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
             study = request.study(where, permitted, lambda text: watch(Message(text)))
             file = StudyFile(label, Path(f"{label}.toml"), study)

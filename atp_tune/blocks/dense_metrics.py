@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atp_tune.allocations import LinearSparsities
-from atp_tune.allocations.budget import Score, TailStart, ranked_by
+from atp_tune.allocations.budget import Costs, Score, TailStart, ranked_by
 from atp_tune.allocations.gradient import between
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.prune_pass import BlockStatistics
@@ -167,7 +167,8 @@ class DenseMetrics:
     """Measurements of a dense checkpoint; `statistics` measures its inputs, `cache` keeps all results.
 
     `priced` finds sparsities by prices, `priced_by` names what they depend on for a pruner, `by_rows` says whether its
-    rows may differ; `path`: the targets of the one descent for all budgets, else each has its own.
+    rows may differ; `path`: the targets of the one descent for all budgets, else each has its own. `costs` measures
+    those of widths.
     """
 
     checkpoint: Checkpoint
@@ -178,6 +179,7 @@ class DenseMetrics:
     priced_by: Callable[[str], str] = ranked_by
     by_rows: Callable[[str], bool] = lambda pruner: False
     path: Sequence[float] = ()
+    costs: Callable[[], Costs] = tuple
 
     def __post_init__(self) -> None:
         is_mps = self.checkpoint.device.type == "mps"
@@ -207,19 +209,16 @@ class DenseMetrics:
 
         return self._once(("global", target, score), measure)
 
-    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
-        """For each linear of each block, its sparsity by prices."""
-        return self._end(target, pruner, False).linears
-
-    def row_priced_sparsities(self, target: float, pruner: str) -> RowSparsities:
-        """Sparsities by prices with offsets of rows, if the pruner takes the lowest scores of each row."""
-        return self._end(target, pruner, self.by_rows(pruner))
-
-    def _end(self, target: float, pruner: str, rows: bool) -> RowSparsities:
-        targets = tuple(self.path) or (target,)
+    def by_prices(self, target: float, pruner: str, rows: bool) -> RowSparsities:
+        """Sparsities by prices; with offsets of `rows`, if the pruner takes the lowest scores of each row."""
+        targets, rows = tuple(self.path) or (target,), rows and self.by_rows(pruner)
         key = "priced", targets, self.priced_by(pruner), rows
         ends = self._once(key, lambda: self.priced(targets, pruner, rows))
         return between(targets, ends, target)
+
+    def width_costs(self) -> Costs:
+        """For each linear of each block, what rounding it to each of the widths costs."""
+        return self._once(("costs",), self.costs)
 
     def of_blocks(
         self, key: str, measure: Callable[[list[Any]], T], kind: type[Statistics] | None = None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atp_tune.allocations.budget import Costs
 from atp_tune.allocations.gradient import DISTANCE, KEPT, LARGEST
 from atp_tune.allocations.rows import RowOffsets
 from atp_tune.blocks.prune_pass import BlockStatistics, embed, unmeasured
@@ -529,7 +530,6 @@ class RowPricing:
 
 
 Rounded = Callable[[Tensor, int], Tensor]  # a weight [out, in] at so many bits
-Costs = tuple[tuple[tuple[float, ...], ...], ...]  # by block, linear, and width
 
 
 @dataclass(eq=False)

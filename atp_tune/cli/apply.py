@@ -206,7 +206,9 @@ def pack(
     echo(f'load it: import atp_tune, then {done.auto}.from_pretrained("{out}"); or trust_remote_code=True')
     source = origin(folder)
     if source is not None and source.config.bits is not None:
-        floats = f"its weights are rounded to {source.config.bits.target:g} bits, and floats here; to store the bits:"
+        floats = (
+            f"its weights are rounded to {source.config.bits.nominal:.3g} bits, and floats here; to store the bits:"
+        )
         echo(f"{floats} python tune.py apply --config {folder / ABOUT} --out DIR --packed")
 
 

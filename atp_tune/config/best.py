@@ -260,8 +260,8 @@ class Config(FrozenModel, use_attribute_docstrings=True):
         scales, where weights are rounded.
         """
         bits = None
-        if study.bits is not None:
-            bits = Bits(target=study.bits, nominal=plan.mean_bits(sizes), effective=effective)
+        if study.rounds:
+            bits = Bits(target=study.bits, size=study.size, nominal=plan.mean_bits(sizes), effective=effective)
         identity = {"id": study.model.source, **study.model.model_dump(include={"revision", "sha256", "prune"})}
         return cls(
             model=ModelRef.model_validate({**identity, **model}),
@@ -303,10 +303,25 @@ class Config(FrozenModel, use_attribute_docstrings=True):
         return self.plan.by_bits
 
     @property
+    def only_rounds(self) -> bool:
+        """Whether its plan has no zeros: bits are shared out alone, or within a size no zeros were best."""
+        return self.bits is not None and (self.by_bits or self.sparsity.target == 0)
+
+    @property
+    def amounts(self) -> tuple[float, ...]:
+        """The sparsity of each block; its bits where the plan has no zeros."""
+        return tuple(level.bits or 0 for level in self.plan.levels) if self.only_rounds else self.plan.amounts
+
+    @property
+    def quantizer(self) -> str:
+        """The name of the quantizer, where weights are rounded."""
+        return self.quantize.quantizers[0] if self.quantize and not self.by_bits else self.plan.method
+
+    @property
     def target(self) -> float:
         """The amount that the allocation shared out: the target sparsity, or a share between most and fewest bits."""
         if self.by_bits and self.bits is not None and self.quantize is not None:
-            return share_at(self.bits.target, self.quantize.widths)
+            return share_at(self.bits.target or self.bits.nominal, self.quantize.widths)
         return self.sparsity.target
 
     @property

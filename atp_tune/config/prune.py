@@ -22,7 +22,7 @@ from pydantic_core import InitErrorDetails
 
 from atp_tune.allocations import ALLOCATIONS, Budget, bits, channels
 from atp_tune.allocations.bits import share_at, stored_bits
-from atp_tune.allocations.budget import ranked_by
+from atp_tune.allocations.budget import ranked_by, weighted_mean
 from atp_tune.allocations.rows import RowOffsets, offsets_to_text
 from atp_tune.errors import UserError
 from atp_tune.measures import Change, Perplexity
@@ -389,11 +389,43 @@ class Treatments:
 class Bits(FrozenModel):
     """Bits per weight over all linears of all blocks, weighted by size: the target, what blocks have (`nominal`), and
     with the scales and zero points of groups (`effective`, counted).
+
+    `size`: in the place of a target, as in the study.
     """
 
-    target: float = Field(ge=2, le=8)
+    target: float | None = Field(None, ge=2, le=8)
+    size: str | None = None
+
+    @model_validator(mode="after")
+    def _asked(self) -> Self:
+        """Checks that either a target or a size was asked for."""
+        if (self.target is None) == (self.size is None):
+            raise ValueError("target: must be given, or a size, and not both")
+        return self
+
     nominal: float = Field(ge=2, le=8)
     effective: float | None = Field(None, ge=0, le=64)
+
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)(bpw|%|[kMG]?B|[KMG]iB)")
+BYTES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def bits_of_size(text: str, weights: int, others: int, dense: int) -> float:
+    """The bits that a size as typed leaves for so many weights of linears; ValueError if it is none.
+
+    `others`, `dense`: bytes of the weights that are not rounded, and of all weights of the dense model.
+    """
+    match = SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"must be bits a weight of the blocks, bytes of all weights, or a share of the dense model's, such as "
+            f"3.3bpw, 100MB or 40%, got {text}"
+        )
+    number, unit = float(match[1]), match[2]
+    if unit == "bpw":
+        return number * weights
+    return 8 * ((number / 100 * dense if unit == "%" else number * BYTES[unit]) - others)
 
 
 def share_of_bits(study: "Study") -> float:
@@ -466,6 +498,8 @@ def make_plan(
     method: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern | None = None
 ) -> Plan:
     """The plan of one allocation at given parameters, rounded to the pattern; ValueError if inadmissible."""
+    if budget.size is not None:
+        return _within_size(method, allocation, budget, parameters)
     budget, pattern, module = replace(budget, pruner=method), pattern or Pattern(), ALLOCATIONS[allocation]
     shared = module.sparsities(budget, **parameters)
     by_linear = isinstance(shared[0], tuple)
@@ -503,3 +537,47 @@ def make_plan(
         of_linears = [tuple(map(level, *each)) for each in zip(rows, offsets, strict=True)]
         levels = map(level, budget.block_means(rows), [None] * len(rows), of_linears)
     return Plan(method=method, allocation=allocation, parameters=parameters, levels=tuple(levels))
+
+
+def _within_size(method: str, allocation: str, budget: Budget, parameters: dict[str, float]) -> Plan:
+    """The plan within the budget's size: linears sparse by the allocation, then rounded to the widths that cost least.
+
+    `zeros`, a parameter, is the target. By prices, if κ > 0, a linear costs what it does in the dense model, times the
+    share of weights that are kept; else all weights cost alike, 4^-bits.
+    """
+    zeros, size, widths = parameters.get("zeros", 0.0), budget.size, budget.widths
+    assert size is not None
+    budget.check({"zeros": (0.0, budget.target)}, zeros=zeros)
+    here = replace(budget, target=zeros, pruner=method, size=None, widths=())
+    own = {name: value for name, value in parameters.items() if name != "zeros"}
+    plan = make_plan(method, allocation, here, own) if zeros else make_plan(method, "uniform", here, {})
+
+    # Bits of each linear at each width as they are stored, and what the width costs.
+    # Blocks come in an order that spreads the first ones evenly: of equal steps in `cheapest` the first is taken.
+    order = bits.evenly(len(plan.levels))
+    levels = {index: plan.of(index, len(budget.linears[index])) for index in order}
+    pairs = [pair for index in order for pair in zip(budget.linears[index], levels[index], strict=True)]
+    zeros_of = [  # at least so many: without offsets each row of a linear may have as many as the others
+        int(shape.size * (level.sparsity or 0))
+        if level.rows
+        else shape.rows * int(shape.columns * (level.sparsity or 0))
+        for shape, level in pairs
+    ]
+    stored = [
+        [size.stored(shape.rows, shape.columns, width, own) for width in widths]
+        for (shape, _), own in zip(pairs, zeros_of, strict=True)
+    ]
+    costs = [[(row[-1] - row[0]) * 0.25**width for width in widths] for row in stored]
+    if parameters.get("kappa"):
+        measured = budget.require_dense_metrics(allocation).width_costs()
+        flat = [row for index in order for row in measured[index]]
+        costs = [[cost * (1 - (x.sparsity or 0)) for cost in row] for row, (_, x) in zip(flat, pairs, strict=True)]
+
+    # A block's bits are the mean of those of its linears.
+    chosen, blocks = iter(bits.cheapest(costs, stored, size.most)), []
+    of_blocks = {index: [widths[next(chosen)] for _ in levels[index]] for index in order}
+    for index, (block, sizes) in enumerate(zip(plan.levels, budget.linear_sizes, strict=True)):
+        linears = tuple(replace(x, bits=width) for x, width in zip(levels[index], of_blocks[index], strict=True))
+        mean = weighted_mean([level.bits or 0 for level in linears], sizes)
+        blocks.append(replace(block, bits=mean, linears=linears))
+    return plan.model_copy(update={"allocation": allocation, "levels": tuple(blocks), "parameters": parameters})

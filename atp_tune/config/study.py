@@ -13,14 +13,17 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 from pydantic_core import PydanticKnownError
 
 from atp_tune.allocations import ALLOCATIONS
+from atp_tune.allocations.gradient import HIGHEST, OF_SIZE, path
 from atp_tune.config.data import CLASSES, ImageSet, ImageSets, Text, Texts
 from atp_tune.config.prune import (
     OF_ZEROS,
     PER_LINEAR,
+    Pattern,
     PruneConfig,
     QuantizeConfig,
     RecoverConfig,
     Treatments,
+    bits_of_size,
     check_names,
     parse,
     share_of_bits,
@@ -136,7 +139,7 @@ class Study(SettingsTable):
     model_config = ConfigDict(
         json_schema_extra={
             "oneOf": [{"required": ["texts"]}, {"required": ["images"]}],
-            "anyOf": [{"required": ["sparsity"]}, {"required": ["bits"]}],
+            "anyOf": [{"required": [name]} for name in ("sparsity", "bits", "size")],
         }
     )
     description: str = ""
@@ -145,6 +148,8 @@ class Study(SettingsTable):
     ("paper: β is chosen on the text it is tested on; paper-images: that of classifiers, pruned with dense statistics")
     bits: float | None = Field(None, ge=2, le=8)
     """in the place of sparsity: bits per weight over all linears, without scales"""
+    size: str | None = None
+    """in the place of both, which are searched for: 3.3bpw (a weight of blocks, all counted), 100MB, or 40% of dense"""
     sparsity: Target | tuple[Target, Target] | None = Field(None, validate_default=True)
     """target S, the share of zeros over all linears; [low, high] is searched"""
     limit: Annotated[LimitConfig | None, or_none(LimitConfig)] = None
@@ -179,13 +184,17 @@ class Study(SettingsTable):
     @classmethod
     def _needed(cls, value: Any, info: ValidationInfo) -> Any:
         """Missing, unless what may stand in its place is there, or is wrong itself."""
-        instead = "bits" if info.field_name == "sparsity" else "images"
-        if value is None and info.data.get(instead, info) is None:
+        instead = ("bits", "size") if info.field_name == "sparsity" else ("images",)
+        if value is None and all(info.data.get(name, info) is None for name in instead):
             raise PydanticKnownError("missing")
         return value
 
     @model_validator(mode="after")
     def _together(self) -> Self:
+        try:
+            bits_of_size(self.size or "1B", 1, 0, 1)
+        except ValueError as error:
+            raise ValueError(f"size: {error}") from None
         check_together(self)
         return self
 
@@ -203,13 +212,25 @@ class Study(SettingsTable):
     def highest(self) -> float:
         """The highest S, or with `bits` the share between most and fewest, which allocations share out."""
         if self.sparsity is None:
-            return share_of_bits(self)
+            return share_of_bits(self) if self.by_bits else HIGHEST
         return self.sparsity[1] if isinstance(self.sparsity, tuple) else self.sparsity
+
+    @property
+    def path(self) -> tuple[float, ...]:
+        """The targets of the one descent by prices; () if each target has its own."""
+        if self.size is not None:
+            return (OF_SIZE,)
+        return path(*self.interval) if self.interval else ()
 
     @property
     def by_bits(self) -> bool:
         """Whether bits are shared out, and nothing is pruned."""
-        return self.sparsity is None
+        return self.sparsity is None and self.size is None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded."""
+        return self.bits is not None or self.size is not None
 
     @property
     def own_prices(self) -> tuple[str, ...]:
@@ -239,7 +260,7 @@ class Study(SettingsTable):
     @property
     def methods(self) -> Treatments:
         """The treatments of weights."""
-        return Treatments(self.prune, None if self.bits is None else self.quantize, not self.by_bits)
+        return Treatments(self.prune, self.quantize if self.rounds else None, not self.by_bits)
 
     @property
     def fixed_bits(self) -> int | None:
@@ -430,7 +451,7 @@ def _of_texts(study: "Study") -> Iterator[Row]:
     yield from _where(
         tower, 'model.prune = ["language", "vision"]',
         ("images", study.images, "a classifier has no language model; leave model.prune out"),
-        ("bits", study.bits, "are of language models alone"),
+        ("bits" if study.size is None else "size", study.rounds, "are of language models alone"),
         ("prune.pattern", parse(study.prune.pattern).channels, "channels are of language models alone"),
         ("search.score", study.search.score != NEXT_TOKEN, "plug-ins score texts, and these are pairs"),
     )  # fmt: skip
@@ -446,8 +467,8 @@ def _of_weights(study: "Study") -> Iterator[Row]:
     )
     yield (
         "quantize",
-        bits is None and quantize != QuantizeConfig(),
-        "belongs to a study with bits, and this one has a sparsity; leave it out",
+        not study.rounds and quantize != QuantizeConfig(),
+        "belongs to a study with bits or a size, and this one has a sparsity; leave it out",
     )
     yield (
         "bits",
@@ -459,6 +480,16 @@ def _of_weights(study: "Study") -> Iterator[Row]:
         ("bits", bits not in quantize.widths, f"must be one of {', '.join(map(str, quantize.widths))}"),
         ("quantize.quantizers", len(quantize.quantizers) > 1, 'must be one name, as ["gptq"],'),
         ("prune.pattern", pattern.channels, "must be of single weights"),
+    )  # fmt: skip
+    given = [name for name in study.allocation.names if name not in ("uniform", *study.allocation.by_prices)]
+    yield from _where(
+        study.size is not None, "a size is given",
+        ("bits" if bits else "sparsity", bits or study.sparsity, "is searched for; leave it out"),
+        ("limit", study.limit, "needs an interval of sparsities; leave it out"),
+        ("quantize.quantizers", len(quantize.quantizers) > 1, 'must be one name, as ["gptq"],'),
+        ("prune.pattern", pattern != Pattern(), "must be unstructured"),
+        ("allocation.names", given, f"{(*given, '')[0]} has no prices of bits; take gradient-rows or gradient"),
+        ("search.screen", study.search.screen, "measures zeros alone; leave it out"),
     )  # fmt: skip
     yield from _where(
         study.by_bits, "bits are given",
@@ -499,9 +530,10 @@ def _of_the_best(study: "Study") -> Iterator[Row]:
         yield "recover", study.recover and is_given, f'must be left out, or "none", where {reason}'
     yield (
         "recover.train",
-        study.bits and study.recover and study.recover.train == "lora",
+        study.rounds and study.recover and study.recover.train == "lora",
         'must be "scales" where bits are given: LoRA would undo the rounding',
     )
+    yield "speed", study.speed and study.size, "needs zeros, which are not certain where a size is given; leave it out"
     for is_given, what in ((study.by_bits, "bits"), (pattern.channels, 'prune.pattern = "channels"')):
         why = f"packed weights have single zeros, which {what} makes none of; leave it out"
         yield "speed", study.speed and is_given, why

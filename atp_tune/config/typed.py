@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atp_tune.config.plugged import is_task_path
+from atp_tune.config.prune import bits_of_size
 from atp_tune.config.search import STEP
 from atp_tune.errors import UserError
 from atp_tune.measures import Limit
@@ -116,14 +117,22 @@ def parse_accuracies(given: Any) -> dict[str, float]:
 
 
 def goal(
-    sparsity: Any, limits: Mapping[str, Any], settings: Mapping[str, Any]
-) -> tuple[float | Interval, Limit | None]:
+    sparsity: Any, limits: Mapping[str, Any], settings: Mapping[str, Any], size: str | None = None
+) -> tuple[float | Interval | None, Limit | None]:
     """The sparsity, or the interval to search in, and the limit that are asked for; without both, `LIMIT`.
 
-    `limits`: as of `only_limit`; `settings`: tables of overrides of the study file, which may ask for either. UserError
-    for wrong ones.
+    None of both with a `size`. `limits`: as of `only_limit`; `settings`: tables of overrides of the study file, which
+    may ask for either. UserError for wrong ones.
     """
     limit = only_limit(limits)
+    if size is not None:
+        for key in [*([] if sparsity is None else ["sparsity"]), *(limit or ())]:
+            raise UserError(f"{option(key)}: --size finds zeros and bits that fit it; leave one of them out")
+        try:
+            bits_of_size(size, 1, 0, 1)
+        except ValueError as error:
+            raise UserError(f"--size: {error}") from None
+        return None, None
     own = settings.get("limit")
     if limit is None and isinstance(own, Mapping):
         limit = only_limit({key: value for key, value in own.items() if key in (*LOWEST, "min_accuracy")})

@@ -453,9 +453,7 @@ def step_tokens(amounts: Amounts) -> int:
 
 def _path(amounts: Amounts) -> tuple[float, ...]:
     """The targets of a descent by prices."""
-    from atp_tune.allocations.gradient import path
-
-    return path(*amounts.study.interval) if amounts.study.interval else (amounts.study.highest,)
+    return amounts.study.path or (amounts.study.highest,)
 
 
 def plans_anew(amounts: Amounts) -> int:
@@ -474,12 +472,14 @@ def descent_tokens(amounts: Amounts) -> int:
     """Tokens of the descents by prices, counted as those that dense statistics measure, which go through twice.
 
     There is one descent for each score, with rows and without, and for each pruner's own weights. One with rows needs
-    the dense model's final states of what it draws from its pool, at most all, for KL.
+    the dense model's final states of what it draws from its pool, at most all, for KL. With a size widths have prices.
     """
-    from atp_tune.run.dense_model import POOL
+    from atp_tune.blocks.gradients import PASSES
+    from atp_tune.run.dense_model import POOL, items_of_costs
 
-    steps = len(amounts.study.descents) * _steps(amounts)[0]
-    return round(steps * amounts.passes * step_tokens(amounts) + rows_descents(amounts) * POOL) // 2
+    steps, length = len(amounts.study.descents) * _steps(amounts)[0], amounts.tokens.calibration // amounts.windows
+    widths = PASSES * items_of_costs(length) * length if amounts.study.size and steps else 0
+    return round(steps * amounts.passes * step_tokens(amounts) + widths + rows_descents(amounts) * POOL) // 2
 
 
 def _steps(amounts: Amounts) -> tuple[int, int]:

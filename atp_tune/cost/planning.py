@@ -240,7 +240,8 @@ def _descent_bytes(amounts: Known) -> int:
         return 0
     sizes, pool = amounts.sizes.blocks, POOL * (rows_descents(amounts) > 0)
     states = ((len(sizes) + 1) * tokens + pool) * amounts.width * amounts.itemsize
-    errors = len(amounts.study.quantize.widths) * FLOAT32 if amounts.study.by_bits else 0
+    shares_bits = amounts.study.by_bits or amounts.study.size
+    errors = len(amounts.study.quantize.widths) * FLOAT32 if shares_bits else 0
     return states + max(sizes) * (2 * amounts.itemsize + FLOAT32 + errors)
 
 

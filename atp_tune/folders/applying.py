@@ -99,7 +99,7 @@ def plan_config(file: StudyFile, context: Session, plan: Plan) -> Config:
         study, plan, {"fingerprint": context.folder.content, "dtype": context.dtype}, checkpoint.sizes, effective,
         study=file.name,
         trial=None,
-        sparsity=Sparsity(target=study.sparsity or 0.0, realised=study.sparsity or 0.0),
+        sparsity=Sparsity(target=(target := study.sparsity or plan.parameters.get("zeros", 0.0)), realised=target),
         batches=context.batches,
         plugins=records(study, file.folder),
         bos=context.bos,

@@ -266,12 +266,12 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
     # The name of the dense model, without the folders of the machine that pruned it.
     name = Path(short_source(config.model.id).removeprefix("pypi:")).name.partition("==")[0].removesuffix(".gguf")
     allocation = "uniform" if plan.is_uniform else f"{plan.allocation} {shown(plan.parameters)}".strip()
-    quantizer, amount, bits = plan.method, f"{config.sparsity.realised:.1%} sparsity", config.bits
+    amount, bits = f"{config.sparsity.realised:.1%} sparsity", config.bits
     style, width = "6.1%", WIDTH  # of the bar of a block
-    if config.quantize and bits and not config.by_bits:
-        quantizer, amount = config.quantize.quantizers[0], f"{amount} and {bits.nominal:g} bits"
-    elif bits:
+    if bits and config.only_rounds:
         amount, style, width = f"{bits.nominal:.2f} bits", "<4.3g", 4
+    elif bits:
+        amount += f" and {bits.nominal:.3g} bits"
     # The dense model's card says its licence. Other folders' cards name what they were tuned from, often a path.
     own = read_card(folder / CARD)
     metadata = own.data.to_dict() if own else {}
@@ -285,7 +285,7 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
         licence |= {"license": "other", "license_name": UNKNOWN} | ({"license_link": files[0]} if files else {})
     on_hub = config.model.id if config.model.revision else None
     base = metadata.get("base_model") if (folder / ORIGIN).is_file() else on_hub
-    kinds = ["sparse", "pruned"] * (not config.by_bits) + ["quantized"] * (bits is not None)
+    kinds = ["sparse", "pruned"] * (not config.only_rounds) + ["quantized"] * (bits is not None)
     data = ModelCardData(
         base_model=base,
         base_model_relation=base and RELATION,
@@ -302,11 +302,11 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
     updated += ["conjugate gradients"] * (bool(config.prune.refine) and not config.by_bits)
     if channels:
         updated = ["least squares"] * config.prune.channels.refit
-    bars = (f"block {k:>3}  {s:{style}}  {'█' * round(width * s)}" for k, s in enumerate(plan.amounts))
+    bars = (f"block {k:>3}  {s:{style}}  {'█' * round(width * s)}" for k, s in enumerate(config.amounts))
     values = {
         "card_data": data.to_yaml(), "config": config, "plan": plan, "done": done, "packed": packed, "made": hf_config,
         "title": data.model_name, "name": name, "allocation": allocation, "after": SOURCES.get(plan.allocation, ""),
-        "fitted": is_fitted(plan.allocation), "quantizer": quantizer, "channels": channels, "updated": updated,
+        "fitted": is_fitted(plan.allocation), "quantizer": config.quantizer, "channels": channels, "updated": updated,
         "classifies": text.data == "images", "reads_images": reads_images(folder),
         "own_code": packed or is_slim(folder),
         "this": OLDER if done else THIS, **_scores(config, done, allocation),

@@ -86,9 +86,7 @@ def as_yaml(config: Config) -> str:
 
 
 def _shares(config: Config) -> dict[str, str | int]:
-    """The unit of the sparsities, if it is not a single weight; the bits of kept weights, if they are rounded."""
-    if config.plan.fixed_bits is not None:
-        return {"bits": config.plan.fixed_bits}
+    """The unit of the sparsities, if it is not a single weight."""
     return {"shares_of": "whole channels"} if parse(config.prune.pattern).channels else {}
 
 
@@ -182,14 +180,14 @@ def rows(config: Config) -> Iterator[Table]:
 
     UserError if names are missing, or are not names of modules, which a spreadsheet might take for formulas.
     """
-    kind = "bits" if config.by_bits else "sparsity"
     for index, block in enumerate(config.plan.levels):
         linears = names(config, "linears")[index] if block.linears else ("",)
         for linear, level in zip(linears, block.linears or (block,), strict=True):
             name = block_name(names(config, "blocks"), index) + (f".{linear}" if block.linears else "")
             if not NAME.fullmatch(name):
                 raise UserError(f"linears: {name} is not the name of a module")
-            yield {"block": index, "module": name, kind: level.amount}
+            amounts = {"sparsity": level.sparsity, "bits": level.bits}
+            yield {"block": index, "module": name, **{key: own for key, own in amounts.items() if own is not None}}
 
 
 def names(config: Config, key: Literal["blocks", "linears"]) -> Any:

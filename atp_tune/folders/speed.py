@@ -92,7 +92,7 @@ def find_pair(config: Config, sparse: Path | None, place: Place, passing: Path |
     unless the cache has it; one of pruned channels is slim.
     UserError if the dense model is not the configuration's.
     """
-    if config.by_bits:
+    if config.only_rounds:
         raise UserError(
             "speedup: weights are rounded, and run as floats, as fast as the dense model's; "
             "`export` writes recipes for engines that compute with bits"

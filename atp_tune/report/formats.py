@@ -121,7 +121,7 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
         importance=_importance(study, trials) if summary.goal.compares else {},  # the sparsity would have nearly all
         made=now,
         target=target,
-        sparsity=" of ".join(parts) if summary.bits is None else f"{summary.bits:g} bits",
+        sparsity=f"{summary.bits:g} bits" if summary.bits else " of ".join(parts) or facts_in(study).get("size", ""),
         realised=best.user_attrs.get("realised") if best else None,
         description=file.study.description if file else "",
         seconds=sum(sum(spent(trial).values()) for trial in trials),

@@ -210,9 +210,9 @@ def is_known(path: Path) -> bool:
 
 
 def wanted(study: Study) -> str:
-    """The target of a study: `60% sparsity`, `3.5 bits`."""
+    """The target of a study: `60% sparsity`, `3.5 bits`, `100MB`."""
     if study.sparsity is None:
-        return f"{study.bits:g} bits"
+        return study.size or f"{study.bits:g} bits"
     return f"{percent(study.sparsity)} sparsity" + ("" if study.bits is None else f" at {study.bits:g} bits")
 
 
@@ -265,6 +265,7 @@ class Bits(Amount):
     top = 9
     row = ("effective_bits", "effective_bits")
     told = "{} per weight{}."
+    counting = "with scales"
 
     def of(self, trial: FrozenTrial, summary: Summary) -> str:
         """A trial's bits per weight without and with scales; "" if not known."""
@@ -273,7 +274,7 @@ class Bits(Amount):
         if plan is None:
             return ""
         nominal = plan.mean_bits(sizes if len(sizes) == len(plan.levels) else [1] * len(plan.levels))
-        effective = f" ({attrs['effective_bits']:.2f} with scales)" if "effective_bits" in attrs else ""
+        effective = f" ({attrs['effective_bits']:.2f} {self.counting})" if "effective_bits" in attrs else ""
         return f"{nominal:.2f}{effective}"
 
     def of_dense(self, summary: Summary) -> str:
@@ -287,7 +288,29 @@ class Bits(Amount):
         return bits and f", {bits} in the best"
 
 
-ZEROS, BITS = Amount(), Bits()
+class StoredBits(Bits):
+    """Bits per weight, counted with masks too, where weights are pruned and rounded."""
+
+    counting = "stored"
+
+
+class ZerosAndBits(Amount):
+    """Zeros, and bits of the kept weights, which share a size."""
+
+    column = counted = "zeros, bits"
+    told = "Size {}{}."
+
+    def of(self, trial: FrozenTrial, summary: Summary) -> str:
+        """A trial's zeros without those of rounding, and bits of its weights without and with masks and scales."""
+        zeros = trial.user_attrs.get("plan", {}).get("parameters", {}).get("zeros", 0.0)
+        return f"{zeros:.2%}, {StoredBits().of(trial, summary)}"
+
+    def best(self, summary: Summary) -> str:
+        """The zeros and bits of the best trial."""
+        return f"; zeros and bits of the best: {self.of(summary.best_trial, summary)}" if summary.best_trial else ""
+
+
+ZEROS, BITS, BOTH = Amount(), Bits(), ZerosAndBits()
 
 
 # --- What a study came to, and what is unusual in it, in sentences: the same on the screen, in notes and reports.

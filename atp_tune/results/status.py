@@ -86,7 +86,10 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         blocks=study.user_attrs.get("blocks"),
         linears=study.user_attrs.get("linears") if plan.tells_linears else None,
         conv1d=study.user_attrs.get("conv1d", False),
-        sparsity=Sparsity(target=best.params.get("sparsity", spec.sparsity or 0.0), realised=attrs["realised"]),
+        sparsity=Sparsity(
+            target=best.params.get("sparsity", spec.sparsity or plan.parameters.get("zeros", 0.0)),
+            realised=attrs["realised"],
+        ),
         scores={"dense": results.scores(DENSE), "uniform": results.scores(uniform), "best": results.scores(best)},
         batches=fingerprint.stored_batches(best),
         draws=draws,
@@ -151,7 +154,7 @@ def study_columns(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """A study's attributes for the dashboard: its main settings, and no long lists."""
     facts = attrs.get("fingerprint", {})
     sources = [f"{table}.{role}.source" for table in ("texts", "images") for role in ("validation", "test")]
-    names = ("model.source", "model.dtype", "sparsity", "bits", "protocol", *sources)
+    names = ("model.source", "model.dtype", "sparsity", "bits", "size", "protocol", *sources)
     return {**{name: facts[name] for name in names if name in facts}, "trials": attrs.get("total", "not known yet")}
 
 

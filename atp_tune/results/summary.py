@@ -19,6 +19,7 @@ from atp_tune.metrics import Answers, BosEffect, Continuations, OverDraws, Speed
 from atp_tune.plan import percent
 from atp_tune.results.formatting import (
     BITS,
+    BOTH,
     ZEROS,
     Amount,
     dense_speed,
@@ -154,7 +155,7 @@ def summarise(study: optuna.Study) -> Summary:
         ranks=goal.leaders(),
         results=results,
         goal=goal,
-        amount=BITS if shared else ZEROS,
+        amount=BITS if shared else BOTH if "size" in facts else ZEROS,
         made_from=made_from(study),
         sizes=tuple(study.user_attrs.get("sizes", ())),
         in_tower=in_tower(study.user_attrs.get("blocks")),
@@ -180,7 +181,7 @@ def summarise(study: optuna.Study) -> Summary:
         limit=study.user_attrs.get("limit"),
         of_channels=facts.get("prune.pattern") == "channels",
         bits=shared,
-        rounded=_rounded(facts) if "bits" in facts and not shared else "",
+        rounded=_rounded(facts) if {"bits", "size"} & facts.keys() and not shared else "",
         answers=stored_answers(study, best) if best else None,
         kinds=_kinds(results),
         training="" if is_dead(process := study.user_attrs.get("training", {})) else str(process.get("host", "")),
@@ -197,6 +198,8 @@ def _kinds(results: Results) -> dict[str, Mapping[str, Perplexity]]:
 
 def _rounded(facts: Mapping[str, Any]) -> str:
     quantizer = next(iter(facts.get("quantize.quantizers", ())), "a quantizer")
+    if "size" in facts:
+        return f"Kept weights are rounded by {quantizer} within {facts['size']}; uniform has no zeros, and even bits."
     return f"Kept weights are rounded to {facts['bits']:g} bits by {quantizer}, those of uniform too; zeros stay zero."
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atp_tune.allocations import LinearSparsities, Shape
-from atp_tune.allocations.bits import bits_at, cheapest, share_at
-from atp_tune.allocations.budget import Score
+from atp_tune.allocations import LinearSparsities
+from atp_tune.allocations.budget import Costs, Score
 from atp_tune.allocations.gradient import (
     AT_LOWEST,
     DISTANCE,
@@ -121,17 +119,18 @@ class DenseMeasurements:
         priced: Priced,
         priced_by: Callable[[str], str],
         by_rows: Callable[[str], bool],
-        path: Sequence[float] = (),
+        path: Sequence[float],
+        costs: Callable[[], Costs],
     ) -> DenseMetrics:
         """The metrics that allocations need; each is measured once for all budgets.
 
-        `priced`, `priced_by`, `by_rows`, `path`: of sparsities by prices, see `DenseMetrics`.
+        `priced`, `priced_by`, `by_rows`, `path`, `costs`: of plans by prices, see `DenseMetrics`.
         """
 
         def statistics(kind: type[Statistics]) -> Sequence[BlockStatistics]:
             return self.statistics(Measuring(kind))
 
-        checkpoint, own = self.replay.checkpoint, (priced, priced_by, by_rows, path)
+        checkpoint, own = self.replay.checkpoint, (priced, priced_by, by_rows, path, costs)
         return DenseMetrics(checkpoint, statistics, self._metrics, self._step, *own)
 
     @cached_property
@@ -249,7 +248,6 @@ CONSTANTS = (*OF_STEPS, BAND, POOL, TOKENS, FEWER, FEW_ZEROS, WINDOWS)
 COST_TOKENS, COST_ITEMS = 12288, 16  # that costs of bits are measured on: so many tokens, but at least so many items
 
 Ends = tuple[RowSparsities, ...]
-Costs = Sequence[Sequence[Sequence[float]]]
 
 
 @dataclass(eq=False)
@@ -499,15 +497,3 @@ def _measured_costs(gradients: CalibrationGradients, quantize: QuantizeConfig) -
 def items_of_costs(positions: int) -> int:
     """Number of items that costs are measured on, of so many positions each."""
     return max(COST_ITEMS, COST_TOKENS // positions)
-
-
-def priced_shares(
-    costs: Costs, linears: Sequence[Sequence[Shape]], widths: Sequence[int], target: float
-) -> LinearSparsities:
-    """The shares between most and fewest bits of the cheapest widths, whose mean is at least the target.
-
-    `costs`: by block, linear and width, see `BitPricing`.
-    """
-    sizes = [shape.size for row in linears for shape in row]
-    bits = iter(cheapest(list(chain.from_iterable(costs)), sizes, widths, bits_at(target, widths)))
-    return tuple(tuple(share_at(next(bits), widths) for _ in row) for row in costs)

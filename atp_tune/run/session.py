@@ -3,6 +3,7 @@
 Windows are evaluated in the same batches with and without a stopper, so trials have the same values to the last bit.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from atp_tune.allocations import Budget
-from atp_tune.allocations.budget import ranked_by
+from atp_tune.allocations.bits import Size
+from atp_tune.allocations.budget import Costs, ranked_by
 from atp_tune.allocations.channels import BlockChannels
-from atp_tune.allocations.gradient import path
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.channels import ChannelPruner, find_channels, too_sparse
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
@@ -30,9 +31,9 @@ from atp_tune.checkpoints.models import Ask, ModelFolder, resolve
 from atp_tune.config.best import Config
 from atp_tune.config.data import CLASSES, IMAGES, Text
 from atp_tune.config.plugged import plug_in_config
-from atp_tune.config.prune import Pattern, PruneConfig, QuantizeConfig, Treatments, parse
+from atp_tune.config.prune import Pattern, PruneConfig, QuantizeConfig, Treatments, bits_of_size, parse
 from atp_tune.config.study import Data, ModelConfig, Study
-from atp_tune.config.typed import Interval
+from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted, ignore_events
 from atp_tune.inputs import KINDS, Batch, InputKind
 from atp_tune.inputs.items import Items
@@ -49,7 +50,6 @@ from atp_tune.run.dense_model import (
     by_score,
     dense_blocks,
     dense_final_states,
-    priced_shares,
 )
 from atp_tune.scores import SCORES, Score
 from atp_tune.scores.next_token import compare_bos
@@ -65,9 +65,9 @@ class Setup:
 
     `batches`: sizes for `Session.begin`. `draws`: of the calibration text, each with a pool of its own if plans are
     found `by_prices`. `bos`: windows begin with BOS; None if the dense model's perplexity on the calibration text
-    decides. `score`: a row of `scores.SCORES`. `sparsities`: the interval of a study that searches one. `quantize`:
-    weights are rounded, after pruning to `bits` in every block. `ask`: what a command must know before the model is
-    read.
+    decides. `score`: a row of `scores.SCORES`. `path`: the targets of a descent by prices, if a study has several.
+    `quantize`: weights are rounded; if it `prunes` them first, to `bits` in every block, or within a `size`. `ask`:
+    what a command must know before the model is read.
     """
 
     model: ModelConfig
@@ -78,9 +78,11 @@ class Setup:
     draws: int = 1
     bos: bool | None = False
     score: str = "next-token"
-    sparsities: Interval | None = None
+    path: tuple[float, ...] = ()
     quantize: QuantizeConfig | None = None
+    prunes: bool = True
     bits: int | None = None
+    size: str | None = None
     by_prices: bool = False
     ask: Ask = lambda folder, size: None
 
@@ -97,9 +99,11 @@ class Setup:
             draws=data.calibration.draws,
             bos=bos,
             score=study.score,
-            sparsities=study.interval,
+            path=study.path,
             quantize=study.methods.quantize,
+            prunes=not study.by_bits,
             bits=study.fixed_bits,
+            size=study.size,
             by_prices=bool(study.allocation.by_prices),
         )
 
@@ -116,7 +120,9 @@ class Setup:
             bos=config.bos,
             score=config.score,
             quantize=config.quantize,
+            prunes=not config.by_bits,
             bits=config.plan.fixed_bits,
+            size=None if config.bits is None else config.bits.size,
         )
 
     @property
@@ -143,7 +149,9 @@ class Session(Released):
         score: str = "next-token",
         replay: Replay | None = None,
         quantize: QuantizeConfig | None = None,
+        prunes: bool = True,
         bits: int | None = None,
+        size: str | None = None,
         path: tuple[float, ...] = (),
         pool: Callable[[], Items] | None = None,
         draws: Sequence[tuple[Items, Items]] = (),
@@ -152,16 +160,16 @@ class Session(Released):
     ) -> None:
         """`replay`: the verified replay of this checkpoint, if there is one; verifying copies all weights.
 
-        `quantize`: weights are rounded, after pruning to so many `bits`. `path`: targets of a descent by prices over an
-        interval of sparsities; `pool`: what its steps draw from. `draws` of the calibration text: windows, and what
-        plans are fitted to. `bos_effect`: None if not measured. `batches`: those that `compare` begins with.
+        `quantize`, `prunes`, `bits`, `size`, `path`: as of a `Setup`; `pool`: what descents draw from. `draws` of the
+        calibration text: windows, and what plans are fitted to. `bos_effect`: None if not measured. `batches`: those
+        that `compare` begins with.
         """
         self.folder = folder
         self.checkpoint = checkpoint
         self.windows = windows
         self.prune_settings = prune
         self.quantize = quantize
-        self.bits = bits
+        self.prunes, self.bits, self.size = prunes, bits, size
         self.bos_effect = bos_effect
         self.watch = watch
         self.inputs, self.score = KINDS[inputs].of(windows), SCORES[score]
@@ -244,8 +252,10 @@ class Session(Released):
             score=setup.score,
             replay=replay,
             quantize=setup.quantize,
+            prunes=setup.prunes,
             bits=setup.bits,
-            path=() if setup.sparsities is None else path(*setup.sparsities),
+            size=setup.size,
+            path=setup.path,
             pool=pool,
             draws=draws,
             bos_effect=effect,
@@ -353,17 +363,30 @@ class Session(Released):
         """Bytes of all weights in the dense model's files, and of a value of the blocks."""
         return self.folder.stored_bytes()
 
+    def _size(self) -> Size | None:
+        """The size of all linears, if one is given; UserError if even the smallest widths make more."""
+        if self.size is None or self.quantize is None:
+            return None
+        (dense, itemsize), weights, stored = self.stored_bytes, sum(self.checkpoint.sizes), self.quantize.stored_bits
+        others = dense - weights * itemsize
+        shapes, fewest = chain.from_iterable(self.checkpoint.shapes), self.quantize.widths[0]
+        least = sum(stored(shape.rows, shape.columns, fewest) for shape in shapes)
+        most = bits_of_size(self.size, weights, others, dense)
+        if most < least:
+            ends = f"{math.ceil(100 * least / weights) / 100}bpw or {math.ceil((others + least / 8) / 1e4) / 100}MB"
+            raise UserError(f"size: {self.size} is less than {fewest} bits everywhere take, {ends}; give a larger one")
+        return Size(most, stored)
+
     def budget(self, target: float) -> Budget:
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
-        if self.quantize is not None and self.bits is None:
-            by = repr(self.quantize)
-            evidence = self.measured.evidence(self._priced, lambda pruner: by, lambda pruner: False)
-            return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, widths=self.quantize.widths)
-        settings = self.prune_settings
-        evidence = self.measured.evidence(self._priced, settings.priced_by, settings.by_rows, self._path)
+        settings, sizes, shapes = self.prune_settings, self.checkpoint.sizes, self.checkpoint.shapes
+        own = (self._priced, settings.priced_by, settings.by_rows, self._path, self._width_costs)
+        evidence = self.measured.evidence(*own)
         if not self.pattern.channels:
-            return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, bits=self.bits)
-        budget = Budget(target, self.checkpoint.sizes, (), evidence, channels=self.channels)
+            size = self._size()
+            widths = () if self.quantize is None or (self.prunes and size is None) else self.quantize.widths
+            return Budget(target, sizes, shapes, evidence, widths=widths, bits=self.bits, size=size)
+        budget = Budget(target, sizes, (), evidence, channels=self.channels)
         if target > budget.highest:
             raise too_sparse(target, self.channels, self.prune_settings.channels)
         return budget
@@ -376,7 +399,7 @@ class Session(Released):
     @property
     def methods(self) -> Treatments:
         """The treatments of weights."""
-        return Treatments(self.prune_settings, self.quantize, self.bits is not None)
+        return Treatments(self.prune_settings, self.quantize, self.prunes)
 
     def channel_pruner(self, pruner: str) -> ChannelPruner | None:
         """The pruner of whole channels by a pruner's scores; None for other patterns."""
@@ -391,14 +414,8 @@ class Session(Released):
 
     def _priced(self, targets: Sequence[float], pruner: str, rows: bool) -> tuple[RowSparsities, ...]:
         """Ends of descents by prices, measured on windows that no other text shares; `rows`: rows move too."""
-        pool, group = self._pool(), self.pattern.group
-        self.inputs.check_disjoint({**self.windows, "calibration": pool})
-        gradients = CalibrationGradients(self.checkpoint, self.inputs, self.score, pool, self.heads, self.watch)
+        gradients, group = self._gradients(), self.pattern.group
         measured = self.measured.statistics_key(Wanda(), InputNorms)
-        if self.quantize is not None and self.bits is None:
-            costs = bit_costs(gradients, self.quantize, measured)
-            shapes, widths = self.checkpoint.shapes, self.quantize.widths
-            return tuple(RowSparsities(priced_shares(costs, shapes, widths, s)) for s in targets)
         if self.prune_settings.has_own_prices(pruner):
             own = self.prune_settings.pruner(pruner)
             prepared = self.measured.statistics(own) if own.measures else [{} for _ in self.checkpoint.blocks]
@@ -407,6 +424,16 @@ class Session(Released):
         loss = self.prune_settings.loss if rows else None
         descent = by_score(gradients, ranked_by(pruner), lambda index: statistics[index], group, loss)
         return descent.ends(targets, measured)
+
+    def _width_costs(self) -> Costs:
+        """What it costs to round each linear of the dense model to each width."""
+        assert self.quantize is not None
+        return bit_costs(self._gradients(), self.quantize, self.measured.statistics_key(Wanda(), InputNorms))
+
+    def _gradients(self) -> CalibrationGradients:
+        pool = self._pool()
+        self.inputs.check_disjoint({**self.windows, "calibration": pool})
+        return CalibrationGradients(self.checkpoint, self.inputs, self.score, pool, self.heads, self.watch)
 
     def contents(self) -> dict[str, str | bool]:
         """The facts of a value that are not in the study file: SHA-256 of model and windows, number formats, BOS."""
