@@ -39,7 +39,7 @@ SPREAD = 0.25  # standard deviation of the logarithms of the factors
 ZEROS = {"atp": '["atp"]', "gradient": '["gradient"]', "rows": '["gradient-rows"]'}
 ROWS, BITS = '["gradient-rows"]', '["gradient"]'
 GPTQ = {"quantizers": ["gptq"], "group_size": 64, "act_order": True}
-WAYS = {  # name → sparsity, bits, allocation
+WAYS = {  # name → sparsity or size, bits, allocation
     "2 bits": (None, 2, '["uniform"]'),
     "2.5 bits, gradient": (None, 2.5, BITS),
     "3 bits": (None, 3, '["uniform"]'),
@@ -50,6 +50,7 @@ WAYS = {  # name → sparsity, bits, allocation
     "50 % zeros, rows, 4 bits": (0.5, 4, ROWS),
     "50 % zeros, rows, 3 bits": (0.5, 3, ROWS),
     "50 % zeros, rows, 6 bits": (0.5, 6, ROWS),
+    **{f"size {size}": (size, None, ROWS) for size in ("2.78bpw", "3.3bpw", "4.3bpw")},
     **{f"{share} % zeros, {name}": (share / 100, None, own) for share in (50, 60) for name, own in ZEROS.items()},
 }
 
@@ -120,13 +121,15 @@ def study(folder: Path, way: str, seen: str) -> dict[str, Any]:
     sparsity, bits, allocation = WAYS[way]
     text = {"source": f"mixed:{seen}", "shuffle": True, "nsamples": 16, "seqlen": 256}
     parts = {"calibration": [0.0, 0.3], "validation": [0.3, 0.65], "test": [0.65, 1.0]}
+    size = isinstance(sparsity, str)
     return {
-        **({} if sparsity is None else {"sparsity": sparsity}),
-        **({} if bits is None else {"bits": bits, "quantize": GPTQ}),
+        **({} if sparsity is None else {"size" if size else "sparsity": sparsity}),
+        **({} if bits is None else {"bits": bits}),
+        **({"quantize": GPTQ} if bits or size else {}),
         "model": {"source": str(folder.absolute())},
         "allocation": json.loads(allocation),
         "texts": {role: {**text, "part": part} for role, part in parts.items()},
-        "search": {"trials": {'["uniform"]': 1, '["atp"]': 8}.get(allocation, 3)},
+        "search": {"trials": 6 if size else {'["uniform"]': 1, '["atp"]': 8}.get(allocation, 3)},
         "recover": {},
     }
 
@@ -166,7 +169,7 @@ def ratio(row: dict[str, Any], dense: dict[str, Any], kinds: tuple[str, ...]) ->
     """Perplexity over the dense model's, with the paired error over windows, of some kinds together."""
     changes = [a - b for kind in kinds for a, b in zip(row["nlls"][kind], dense["nlls"][kind], strict=True)]
     value = math.exp(fmean(changes))
-    return f"{value:.2f} ± {value * stdev(changes) / math.sqrt(len(changes)):.2f}"
+    return f"{value:.2f}±{value * stdev(changes) / math.sqrt(len(changes)):.2f}"
 
 
 def table(file: Path) -> Iterator[str]:
