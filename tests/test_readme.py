@@ -104,7 +104,7 @@ def shortened(step: list[str] | str) -> list[str] | str:
     """A step with options, or Python, that make it as short as the tiny model."""
     if isinstance(step, str):
         return "import shutil; shutil.rmtree('smol-sparse')\n" + step
-    at_one = "--sparsity" in step and ".." not in step[step.index("--sparsity") + 1]
+    at_one = "--size" in step or ("--sparsity" in step and ".." not in step[step.index("--sparsity") + 1])
     own = [*SHORTER["own"], *(POINT if at_one else INTERVAL)]
     serves = ["--port", "0", "--grpc-port", "0"]  # a machine may use those by default for something else
     return step + (own if step[0] in MODELS else []) + (serves if step[0] == "serve" else [])

@@ -564,8 +564,8 @@ def _within_size(method: str, allocation: str, budget: Budget, parameters: dict[
         for shape, level in pairs
     ]
     stored = [
-        [size.stored(shape.rows, shape.columns, width, own) for width in widths]
-        for (shape, _), own in zip(pairs, zeros_of, strict=True)
+        [size.stored(shape.rows, shape.columns, width, count) for width in widths]
+        for (shape, _), count in zip(pairs, zeros_of, strict=True)
     ]
     costs = [[(row[-1] - row[0]) * 0.25**width for width in widths] for row in stored]
     if parameters.get("kappa"):
