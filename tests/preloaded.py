@@ -43,8 +43,10 @@ with quiet():  # which libraries read as they are imported
     from atp_tune.checkpoints import devices
     from atp_tune.checkpoints.checkpoint import Checkpoint
     from atp_tune.cli import main
+    from atp_tune.plan import Plan
     from atp_tune.pruners.wanda import Wanda
     from atp_tune.run import observers
+    from atp_tune.search.objective import Objective
     from atp_tune.storage import fingerprint, opening, remote
 
     get_checkpoint_conversion_mapping("llama")  # compiles a thousand expressions, once
@@ -116,6 +118,18 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what is called in it, and how oft
 }
 
 
+def held(folder: Path, *numbers: int) -> None:
+    """The trials of these numbers wait, with their plans stored, until `go-NUMBER` is there: who looks on has time."""
+
+    def instead(objective: Objective, trial: optuna.Trial, plan: Plan) -> tuple[float, ...]:
+        while trial.number in numbers and not (folder / f"go-{trial.number}").exists():
+            sleep(0.01)
+        return measure(objective, trial, plan)
+
+    measure = Objective._measure
+    Objective._measure = instead  # type: ignore[method-assign]
+
+
 def in_phase(phase: str, action: Callable[[], None]) -> None:
     at_call(*PHASES[phase], action)
 
@@ -133,8 +147,9 @@ def kill_in_transaction(number: int, journal: Path) -> None:
     event.listen(Engine, "commit", before)
 
 
-def enter(namespace: str) -> None:
-    """The process goes into a network namespace, as `ip netns exec` does, and waits less for a server."""
+def enter(namespace: str, folder: Path, *numbers: int) -> None:
+    """A process in a network namespace, as by `ip netns exec`, that waits less for a server; trials are `held`."""
+    held(folder, *numbers)
     library = ctypes.CDLL(None, use_errno=True)
     with Path("/run/netns", namespace).open() as file:
         if library.setns(file.fileno(), CLONE_NEWNET):

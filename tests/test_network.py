@@ -71,8 +71,9 @@ class Namespace:
     name: str
     cable: str
 
-    def worker(self, *words: str | Path) -> Process:
-        return start(*words, inject=partial(enter, self.name))
+    def worker(self, place: Path, *words: str | Path) -> Process:
+        """A study's worker there, whose trial 2 is `held`."""
+        return start(*words, inject=partial(enter, self.name, place, 2))
 
     def wait_for(self, port: int) -> None:
         """Returns when the server is reached from there: a cable that was just laid may carry nothing yet."""
@@ -126,9 +127,10 @@ def test_a_worker_elsewhere_outlives_a_cut_cable(place: Path, namespace: Namespa
     with serving(place, HERE, free_port(), port):
         words = ("--study", place / "tiny.toml", "--storage", f"grpc://{HERE}:{port}")
         namespace.wait_for(port)
-        worker = namespace.worker(*words, *settings(*overrides))
+        worker = namespace.worker(place, *words, *settings(*overrides))
         wait_for(place / "served.db", 2, worker)
         namespace.cut()
+        (place / "go-2").touch()
         heard = hear(worker, "does not answer; trying again, nothing is lost")
         running = [trial.number for trial in trials(place) if trial.state == TrialState.RUNNING]
         assert worker.poll() is None

@@ -1,5 +1,6 @@
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import optuna
 import pytest
 from expect import refused, slow
 from families import nlls_of
+from preloaded import held
 from test_runner import states
 from test_space import SIZES, space_for, study_of
 from tinystudy import LONG, CommandLine, finish, run, settings, start, stored, study_file, wait_for
@@ -81,7 +83,7 @@ def test_a_screening_that_was_killed_goes_on(place: Path) -> None:
         place / "tiny.toml",
         *settings(*INSIDE, "search.screen.trials=40", "texts.validation.nsamples=250"),
     )
-    process = start(*words)
+    process = start(*words, inject=partial(held, place, 3))
     wait_for(place / "tiny.db", 3, process)
     process.kill()
     process.communicate()
