@@ -21,11 +21,30 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, Protocol
 
-from atp_tune.allocations.budget import ROUNDING, Budget, DenseMetricsProtocol, LinearSparsities, Shape, Sparsities
+from atp_tune.allocations.budget import (
+    ROUNDING,
+    Bounds,
+    Budget,
+    DenseMetricsProtocol,
+    LinearSparsities,
+    Points,
+    Shape,
+    Sparsities,
+)
 from atp_tune.plugins import Checked, guarded
 from atp_tune.utils.registry import Origin, Registry
 
-__all__ = ["ALLOCATIONS", "Allocation", "Budget", "DenseMetricsProtocol", "LinearSparsities", "Shape", "Sparsities"]
+__all__ = [
+    "ALLOCATIONS",
+    "Allocation",
+    "Bounds",
+    "Budget",
+    "DenseMetricsProtocol",
+    "LinearSparsities",
+    "Points",
+    "Shape",
+    "Sparsities",
+]
 
 
 class Allocation(Protocol):
@@ -34,10 +53,10 @@ class Allocation(Protocol):
     contains: tuple[str, ...]
     measures_inputs: bool
 
-    def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
+    def bounds(self, budget: Budget) -> Bounds:
         """The interval of each parameter that keeps all sparsities in [0, 1]."""
 
-    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+    def initial_points(self, budget: Budget) -> Points:
         """The first points of a search."""
 
     @property
@@ -87,7 +106,6 @@ def contains_uniform(name: str) -> bool:
 
 TAKEN = ("pruner", "quantizer", "allocation", "sparsity")  # names of a trial's other parameters
 UNITS = 1e-6  # least tolerance of the mean, beside one weight
-Bounds = dict[str, tuple[float, float]]
 
 
 class CheckedAllocation(Checked):
@@ -106,7 +124,7 @@ class CheckedAllocation(Checked):
                 raise self.wrong("bounds", f"returned {bounds!r}, not a dict of intervals")
             return {name: self._interval(name, ends) for name, ends in bounds.items()}
 
-    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+    def initial_points(self, budget: Budget) -> Points:
         """The plug-in's first points, or the middle of its bounds."""
         names = self.bounds(budget)
         with guarded(self._origin, "initial_points"):

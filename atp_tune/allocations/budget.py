@@ -29,6 +29,8 @@ Measured = TypeVar("Measured")
 Score = Literal["magnitude", "wanda"]
 TailStart = Literal["peak", "middle"]  # of a spectrum: near its most frequent eigenvalues, or its upper half
 Costs = Sequence[Sequence[Sequence[float]]]  # by block, linear, and width
+Bounds = dict[str, tuple[float, float]]  # the interval of each parameter
+Points = list[dict[str, float]]  # values of all parameters
 LinearSparsities = tuple[tuple[float, ...], ...]  # one per linear of each block
 Sparsities = tuple[float, ...] | LinearSparsities  # one per block if its linears do not differ
 
@@ -56,7 +58,7 @@ class DenseMetricsProtocol(Protocol):
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
         """For each block, the share of its Wanda scores above `threshold` times their mean."""
 
-    def tail_exponents(self, start: TailStart = "peak") -> tuple[tuple[float, ...], ...]:
+    def tail_exponents(self, start: TailStart = "peak") -> LinearSparsities:
         """For each linear of each block, the exponent α of the tail of its eigenvalue spectrum, from `start` on."""
 
     def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
@@ -115,7 +117,7 @@ class Budget:
         """Mean block index weighted by size: (L-1)/2 if all blocks have the same size."""
         return sum(i * size for i, size in enumerate(self.sizes)) / sum(self.sizes)
 
-    def check(self, bounds: dict[str, tuple[float, float]], **values: float) -> None:
+    def check(self, bounds: Bounds, **values: float) -> None:
         """Raises ValueError if a value is outside its interval or NaN."""
         for name, value in values.items():
             low, high = bounds[name]
@@ -165,11 +167,11 @@ class Formula:
     contains: tuple[str, ...] = ()
     measures_inputs = False
 
-    def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
+    def bounds(self, budget: Budget) -> Bounds:
         """The interval of each parameter."""
         return {}
 
-    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+    def initial_points(self, budget: Budget) -> Points:
         """The first points of a search."""
         return [{}]
 

@@ -9,9 +9,11 @@ from itertools import chain
 from statistics import fmean
 
 from atp_tune.allocations.budget import (
+    Bounds,
     Budget,
     Formula,
     LinearSparsities,
+    Points,
     Shape,
     Sparsities,
     by_block,
@@ -47,7 +49,7 @@ class ATP(Formula):
 
     contains = ("uniform",)
 
-    def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
+    def bounds(self, budget: Budget) -> Bounds:
         """The admissible interval of `beta`; (0, 0) for a single block."""
         below, above = budget.centre, len(budget.sizes) - 1 - budget.centre
         if below <= 0 or above <= 0:
@@ -55,7 +57,7 @@ class ATP(Formula):
         zeros, kept = budget.target, budget.highest - budget.target
         return {"beta": (-min(zeros / above, kept / below), min(zeros / below, kept / above))}
 
-    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+    def initial_points(self, budget: Budget) -> Points:
         """Half the upper bound, the middle of the increasing progressions."""
         return [{"beta": self.bounds(budget)["beta"][1] / 2}]
 
@@ -88,7 +90,7 @@ class Curve(Formula):
 
     contains = ("uniform", "atp")
 
-    def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
+    def bounds(self, budget: Budget) -> Bounds:
         """The interval of each parameter; (0, 0) for a term that does not apply to the model."""
         wall = min(budget.target, 1 - budget.target)
         shapes = list(chain.from_iterable(budget.linears))
@@ -103,7 +105,7 @@ class Curve(Formula):
         }
         return atp.bounds(budget) | own
 
-    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+    def initial_points(self, budget: Budget) -> Points:
         """The initial point of ATP; then half its `beta`, with half the bound of `ends` and the bound of `value`."""
         bounds = self.bounds(budget)
         middle = {**dict.fromkeys(bounds, 0.0), **atp.initial_points(budget)[0]}
@@ -155,12 +157,12 @@ class OWL(Formula):
 
     measures_inputs = True
 
-    def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
+    def bounds(self, budget: Budget) -> Bounds:
         """The authors' intervals of `M` and `lam`; `lam` is limited so that sparsities stay in [0, 1]."""
         highest = min(budget.target, 1 - budget.target) / 2
         return {"M": (3.0, 10.0), "lam": (min(0.02, highest), min(0.2, highest))}
 
-    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+    def initial_points(self, budget: Budget) -> Points:
         """The authors' defaults, with λ limited to its interval."""
         return [{"M": 5.0, "lam": min(0.08, self.bounds(budget)["lam"][1])}]
 
@@ -192,11 +194,11 @@ class AlphaPruning(Formula):
     spectra are float64.
     """
 
-    def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
+    def bounds(self, budget: Budget) -> Bounds:
         """The interval of `epsilon` covers the values that the authors use."""
         return {"epsilon": (0.2, 0.5)}
 
-    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+    def initial_points(self, budget: Budget) -> Points:
         """The authors' default."""
         return [{"epsilon": 0.3}]
 
@@ -223,7 +225,7 @@ class AlphaPruningLinear(AlphaPruning):
     query, key and value are three matrices in transformers, one in timm.
     """
 
-    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+    def initial_points(self, budget: Budget) -> Points:
         """The authors' default."""
         return [{"epsilon": 0.2}]
 

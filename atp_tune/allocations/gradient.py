@@ -37,10 +37,12 @@ from itertools import chain
 from atp_tune.allocations.bits import SLACK, bits_at, cheapest, share_at
 from atp_tune.allocations.budget import (
     ROUNDING,
+    Bounds,
     Budget,
     Costs,
     Formula,
     LinearSparsities,
+    Points,
     Shape,
     Sparsities,
     by_block,
@@ -75,12 +77,12 @@ class Gradient(Formula):
     measures_inputs = True
     name = "gradient"
 
-    def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
+    def bounds(self, budget: Budget) -> Bounds:
         """The interval of `kappa`, and that of the share of `zeros` where the size is given."""
         zeros = {} if budget.size is None else {"zeros": (0.0, budget.target)}
         return {"kappa": (0.0, FARTHEST), **zeros}
 
-    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+    def initial_points(self, budget: Budget) -> Points:
         """The end of the descent, and a point on the way to it; where the size is given, ends at some shares."""
         if budget.size is not None:
             return [{"kappa": 1.0, "zeros": zeros} for zeros in SHARES]

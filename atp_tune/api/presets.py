@@ -17,7 +17,7 @@ from atp_tune.allocations import ALLOCATIONS
 from atp_tune.config.data import KINDS, MANUAL, MEMORY, MIXED, Text, short_source
 from atp_tune.config.prune import CHANNELS
 from atp_tune.config.study import ModelConfig, Study
-from atp_tune.config.studyfile import toml_value
+from atp_tune.config.studyfile import Table, toml_value
 from atp_tune.config.typed import WHOLE as WHOLE_INTERVAL
 from atp_tune.config.typed import Interval, in_percent
 from atp_tune.errors import UserError, did_you_mean
@@ -79,16 +79,16 @@ RECOVERED = 256  # tokens per window, at most, on which kept weights are trained
 WORTH_TRAINING = 0.25  # increase of perplexity by pruning from which on training takes off 8 % at least, as measured
 ROUNDING = {"quantizers": ["gptq"], "group_size": 64, "act_order": True}  # as docs/bits.md measures it
 STRIDE = 4  # every so many-th validation window is screened
-_C4: dict[str, dict[str, Any]] = {
+_C4: dict[str, Table] = {
     "calibration": {"source": "c4", "split": "train", "sampling": "random"},
     "validation": {"source": "c4", "split": "validation", "part": (0.0, 0.5)},
     "test": {"source": "c4", "split": "validation", "part": (0.5, 1.0)},
 }
-_WIKITEXT2: dict[str, dict[str, Any]] = {
+_WIKITEXT2: dict[str, Table] = {
     role: {"source": "wikitext2", "split": split}
     for role, split in {"calibration": "train", "validation": "validation", "test": "test"}.items()
 }
-HUB_TEXTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
+HUB_TEXTS: Mapping[str, Mapping[str, Table]] = {
     "papers": {**_WIKITEXT2, "calibration": _C4["calibration"]},
     "c4": _C4,
     "wikitext2": _WIKITEXT2,
@@ -98,7 +98,7 @@ WHOLE = (0.0, 1.0)
 PARTS = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}
 
 
-def preset_texts(choice: str | Mapping[str, str], preset: Preset, folder: "ModelFolder") -> dict[str, dict[str, Any]]:
+def preset_texts(choice: str | Mapping[str, str], preset: Preset, folder: "ModelFolder") -> dict[str, Table]:
     """The texts of a study by role: one of `HUB_TEXTS`, a text of which three parts are used, or a text for each role.
 
     They have as many windows as a preset measures, or as a local text has. Documents of a source that is cut into parts
@@ -112,7 +112,7 @@ def preset_texts(choice: str | Mapping[str, str], preset: Preset, folder: "Model
     hub_texts = HUB_TEXTS.get(choice, {}) if isinstance(choice, str) else {}
     choices = dict.fromkeys(PARTS, choice) if isinstance(choice, str) else choice
     seqlen = min(preset.seqlen, context_length(folder) or preset.seqlen)
-    tables: dict[str, dict[str, Any]] = {}
+    tables: dict[str, Table] = {}
     is_shuffled = False
     for role, text in choices.items():
         most, draws = getattr(preset, role), preset.draws if role == "calibration" else 1
@@ -291,7 +291,7 @@ class StudyRequest:
         except ValidationError as error:
             raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
-    def _recovery(self, seqlen: int) -> dict[str, Any]:
+    def _recovery(self, seqlen: int) -> Table:
         """The table `recover`; `seqlen`: of the validation text."""
         return {"seqlen": min(RECOVERED, seqlen), "min_increase": WORTH_TRAINING}
 
@@ -313,7 +313,7 @@ class StudyRequest:
         prune = self.settings.get("prune")
         return isinstance(prune, Mapping) and prune.get("pattern") == CHANNELS
 
-    def search(self, preset: Preset, windows: int | None, allocations: tuple[str, ...]) -> dict[str, Any]:
+    def search(self, preset: Preset, windows: int | None, allocations: tuple[str, ...]) -> Table:
         """The table `search`; `windows`: of the validation text, None if their number is not known.
 
         UserError if an interval of sparsities has one window only: at least two are screened, for an error.
@@ -328,7 +328,7 @@ class StudyRequest:
         by_prices = is_alone and self.pruners in ((), ("wanda",)) and not preset.screens_prices
         stride = STRIDE if windows is None else min(STRIDE, windows // 2)
         screen = {"trials": preset.screened, "confirm": preset.confirmed, "stride": stride}
-        more: dict[str, Any] = {"screen": screen}
+        more: Table = {"screen": screen}
         if self.limit:
             more = ({} if self._of_channels or by_prices else more) | {"trials": preset.limited}
         return {"objective": ["kl" if "max_kl" in (self.limit or {}) else "perplexity"], "sampler": "tpe", **more}

@@ -191,7 +191,7 @@ class DenseMetrics:
             ("outliers", threshold), lambda: tuple(outlier_ratio(block, threshold) for block in self._scores("wanda"))
         )
 
-    def tail_exponents(self, start: TailStart = "peak") -> tuple[tuple[float, ...], ...]:
+    def tail_exponents(self, start: TailStart = "peak") -> LinearSparsities:
         """For each linear of each block, the exponent α; TrialError if a spectrum has no tail."""
         fit = {"peak": tail_exponent, "middle": middle_exponent}[start]
         return self._once(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, JsonValue, ValidationError
 from pydantic_core import InitErrorDetails
 
-from atp_tune.allocations import ALLOCATIONS, Budget, Shape
+from atp_tune.allocations import ALLOCATIONS, Bounds, Budget, Shape
 from atp_tune.config.data import TEXT_SOURCES, Source
 from atp_tune.config.manifest import SHA256
 from atp_tune.config.prune import PruneConfig
@@ -352,7 +352,7 @@ class Entry(FrozenModel):
     origin: str
     about: str
     settings: tuple[Setting, ...] = ()
-    parameters: dict[str, tuple[float, float]] = Field({})
+    parameters: Bounds = Field({})
 
 
 def entries(others: Sequence[tuple[str, str]] = ()) -> list[Entry]:
@@ -369,7 +369,7 @@ def entries(others: Sequence[tuple[str, str]] = ()) -> list[Entry]:
 
 
 def _entry(objects: Registry[Any], name: str) -> Entry:
-    each, origin, parameters = objects[name], objects.origin(name), dict[str, tuple[float, float]]()
+    each, origin, parameters = objects[name], objects.origin(name), Bounds()
     if objects.kind == "allocation":
         with suppress(UserError):  # one that cannot say its bounds without a model
             parameters = each.bounds(EXAMPLE)

@@ -34,6 +34,7 @@ from atp_tune.utils.system import is_special
 # --- Turns the errors of pydantic about a study file into one line: the first mistake, its key, rule and correction.
 
 KeyPath: TypeAlias = tuple[str | int, ...]
+Table: TypeAlias = dict[str, Any]  # of TOML or JSON
 
 _HASH = "must be 64 hexadecimal digits in lower case"
 PATTERNS = {
@@ -290,7 +291,7 @@ def absolute_storage(address: str, folder: Path) -> str:
     return f"{url['scheme']}{folder.absolute() / url['path']}{url['query']}" if url else address
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Table:
     """Reads the tables of a study file."""
     if is_special(path):
         raise UserError(f"{path}: cannot be read: Not a file")
@@ -321,7 +322,7 @@ def _syntax(message: str, lines: int) -> str:
     return f"{position}: {what[0].lower()}{what[1:]}"
 
 
-def override(data: dict[str, Any], text: str, path: Path) -> KeyPath:
+def override(data: Table, text: str, path: Path) -> KeyPath:
     """Sets one `key.path=value` in the tables `data` of the file at `path`; returns the path of the key."""
     if not is_text(text):
         raise UserError(f"{path} with --set {text}: is not UTF-8 text")
@@ -339,9 +340,9 @@ def override(data: dict[str, Any], text: str, path: Path) -> KeyPath:
     return keys
 
 
-def tables(overrides: Sequence[str]) -> dict[str, Any]:
+def tables(overrides: Sequence[str]) -> Table:
     """The tables that overrides make by themselves; UserError for one that is wrong."""
-    data: dict[str, Any] = {}
+    data: Table = {}
     for text in overrides:
         override(data, text, Path("study.toml"))
     return data
@@ -400,14 +401,14 @@ def overridden(file: StudyFile, texts: Sequence[str], plugins: bool) -> StudyFil
     return replace(file, study=study, overrides=(*file.overrides, *rest), trusts_plugins=plugins)
 
 
-def settings(file: StudyFile) -> dict[str, Any]:
+def settings(file: StudyFile) -> Table:
     """The values that a study file and its overrides set, as JSON; no storage, whose URL may hold a password."""
     values = file.study.model_dump(mode="json", exclude_unset=True, exclude={"storage", "device"})
     overrides = [text for text in file.overrides if json.dumps(text, ensure_ascii=False).isprintable()]
     return {"name": file.name, "path": str(file.path.absolute()), "settings": values, "overrides": overrides}
 
 
-def from_settings(stored: dict[str, Any]) -> StudyFile:
+def from_settings(stored: Table) -> StudyFile:
     """Rebuilds a study file from its `settings`; ValueError, KeyError or TypeError if they are not valid."""
     name, path = stored["name"], stored["path"]
     if not isinstance(name, str) or "\0" in path:
@@ -512,16 +513,16 @@ DRAFT = "http://json-schema.org/draft-07/schema#"
 class TomlSchema(GenerateJsonSchema):
     """pydantic's schema for TOML, which has no null: tuples as in draft 7, no titles, which repeat the keys."""
 
-    def nullable_schema(self, schema: core_schema.NullableSchema) -> dict[str, Any]:
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> Table:
         """The schema without null."""
         return self.generate_inner(schema["schema"])
 
-    def default_schema(self, schema: core_schema.WithDefaultSchema) -> dict[str, Any]:
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> Table:
         """The default, unless it is no value."""
         fields = super().default_schema(schema)
         return {key: value for key, value in fields.items() if key != "default" or value is not None}
 
-    def tuple_schema(self, schema: core_schema.TupleSchema) -> dict[str, Any]:
+    def tuple_schema(self, schema: core_schema.TupleSchema) -> Table:
         """`items` for `prefixItems`."""
         fields = super().tuple_schema(schema)
         return {"items" if key == "prefixItems" else key: value for key, value in fields.items()}
@@ -536,7 +537,7 @@ def schema_text() -> str:
     return dumps(study_schema(), 2) + "\n"
 
 
-def study_schema() -> dict[str, Any]:
+def study_schema() -> Table:
     """The schema of study files."""
     return {"$schema": DRAFT, **Study.model_json_schema(schema_generator=TomlSchema)}
 
@@ -547,7 +548,7 @@ def choices() -> dict[str, list[str]]:
     return {key: _names(_resolved(schema, value)) or _default(value) for key, value in _values(schema, schema)}
 
 
-def _values(schema: dict[str, Any], table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def _values(schema: Table, table: Table, prefix: str = "") -> Iterator[tuple[str, Table]]:
     for key, value in table["properties"].items():
         forms = _resolved(schema, value)
         if any("properties" not in form for form in forms):
@@ -557,17 +558,17 @@ def _values(schema: dict[str, Any], table: dict[str, Any], prefix: str = "") -> 
                 yield from _values(schema, form, f"{prefix}{key}.")
 
 
-def _names(forms: list[dict[str, Any]]) -> list[str]:
+def _names(forms: list[Table]) -> list[str]:
     names = [str(name) for form in forms for name in form.get("enum", [form["const"]] if "const" in form else [])]
     return names + ["true", "false"] * any(form.get("type") == "boolean" for form in forms)
 
 
-def _default(value: dict[str, Any]) -> list[str]:
+def _default(value: Table) -> list[str]:
     default = value.get("default", "")
     return [] if default == "" or isinstance(default, list) else [str(default)]
 
 
-def _resolved(schema: dict[str, Any], value: dict[str, Any]) -> list[dict[str, Any]]:
+def _resolved(schema: Table, value: Table) -> list[Table]:
     """The forms of a value, where they are defined."""
     forms = value.get("anyOf", [value])
     return [schema["$defs"][form["$ref"].rpartition("/")[2]] if "$ref" in form else form for form in forms]

@@ -34,7 +34,6 @@ from atp_tune.results.goals import best_trial, limit_excess
 from atp_tune.results.results import is_uniform, uniform_beside
 from atp_tune.search import samplers
 from atp_tune.search.samplers import (
-    Distributions,
     Proposer,
     branch_study,
     make_sampler,
@@ -42,7 +41,7 @@ from atp_tune.search.samplers import (
     wait_for_earlier,
     with_value,
 )
-from atp_tune.search.space import Params, Space, SpaceOverInterval, make_space
+from atp_tune.search.space import Distributions, Params, Space, SpaceOverInterval, make_space
 from atp_tune.storage import progress
 from atp_tune.storage.fingerprint import CHANGED
 

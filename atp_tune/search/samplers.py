@@ -25,7 +25,7 @@ from atp_tune.config.search import SAMPLERS, SearchConfig
 from atp_tune.errors import PluginError, UserError
 from atp_tune.plan import METHODS
 from atp_tune.plugins import guarded, short_name
-from atp_tune.search.space import Params, Space
+from atp_tune.search.space import Distributions, Params, Space
 from atp_tune.storage.progress import counts, order, queue_position, running
 from atp_tune.utils.registry import Origin
 
@@ -41,8 +41,6 @@ REACH = 1 / 40  # of an interval, for the first draw
 DRAWS = 20
 ORDER = ("misses", "nlls")  # attributes by which equal values are ordered
 GRID = 40  # steps of β at which the posterior is stored
-
-Distributions = dict[str, BaseDistribution]
 
 
 def branch_study(
@@ -228,14 +226,12 @@ class Proposer(BaseSampler):
         """Distributions of a point, and the point; none: each parameter is drawn on its own."""
         return {}, {}
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Distributions:
         """The distributions of the trial's point, which is proposed now."""
         self._kinds, self._point = self.propose(study, trial)
         return self._kinds
 
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: Distributions) -> dict[str, Any]:
         """The point."""
         return self._point
 
@@ -276,9 +272,7 @@ class BranchSampler(Proposer):
         branch = whose_turn(_others(study, trial), self.space)
         return self.space.branch_distributions(branch), self._drawn(study, trial, branch, self.space.kinds(branch))
 
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: Distributions) -> dict[str, Any]:
         """The point; of a space that was not inferred here one that the inner sampler draws, as Optuna asks for."""
         if search_space.keys() == self._kinds.keys():
             return self._point
@@ -373,14 +367,12 @@ class CheckedSampler(BaseSampler):
     inner: BaseSampler
     origin: Origin
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Distributions:
         """The search space of the plug-in."""
         with guarded(self.origin, "infer_relative_search_space"):
             return self.inner.infer_relative_search_space(study, trial)
 
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: Distributions) -> dict[str, Any]:
         """The plug-in's proposal; parameters that it leaves out are drawn one by one."""
         with guarded(self.origin, "sample_relative"):
             params = dict(self.inner.sample_relative(study, trial, search_space))

@@ -17,13 +17,14 @@ from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
 
-from atp_tune.allocations import ALLOCATIONS, Budget, contained_in, contains_uniform
+from atp_tune.allocations import ALLOCATIONS, Bounds, Budget, Points, contained_in, contains_uniform
 from atp_tune.config.prune import Pattern, make_plan, parse
 from atp_tune.config.search import STEP
 from atp_tune.config.study import Study
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan, method_in
 
+Distributions = dict[str, BaseDistribution]  # of the parameters of points
 Params = dict[str, Any]  # names and values as Optuna stores them
 Interval = tuple[float, float]
 
@@ -41,7 +42,7 @@ class Space:
 
     budget: Budget
     pruners: tuple[str, ...]
-    intervals: dict[str, dict[str, Interval]]
+    intervals: dict[str, Bounds]
     pattern: Pattern = field(default_factory=Pattern)
     both_signs: bool = False
     method: str = "pruner"
@@ -59,12 +60,12 @@ class Space:
                 params[name] = trial.suggest_float(name, kind.low, kind.high, step=kind.step)
         return self.plan(params)
 
-    def kinds(self, allocation: str) -> dict[str, BaseDistribution]:
+    def kinds(self, allocation: str) -> Distributions:
         """Distributions of the pruner or quantizer, and of an allocation's parameters."""
         own = {name: FloatDistribution(*ends) for name, ends in self.intervals[allocation].items()}
         return {self.method: CategoricalDistribution(self.pruners), **own}
 
-    def branch_distributions(self, allocation: str) -> dict[str, BaseDistribution]:
+    def branch_distributions(self, allocation: str) -> Distributions:
         """Distributions of a point of an allocation, with that of the allocation itself."""
         return {"allocation": CategoricalDistribution(tuple(self.intervals)), **self.kinds(allocation)}
 
@@ -157,7 +158,7 @@ class Space:
             raise UserError(f"search.step: {step:g} is larger than the bound of beta, {high:.6g}")
         return [{"beta": round(k * step, 10)} for k in (*range(1, count + 1), *range(-1, -below - 1, -1))]
 
-    def _starts(self, allocation: str) -> list[dict[str, float]]:
+    def _starts(self, allocation: str) -> Points:
         bounds, points = self.intervals[allocation], ALLOCATIONS[allocation].initial_points(self.budget)
         if self.both_signs and "beta" in bounds:
             points = [*points, *({**point, "beta": -point["beta"]} for point in points)]
@@ -173,9 +174,9 @@ class SpaceOverInterval(Space):
 
     has_leader = False
     sparsities: Interval
-    bounds_at: Callable[[str, Budget], dict[str, Interval]]
+    bounds_at: Callable[[str, Budget], Bounds]
 
-    def kinds(self, allocation: str) -> dict[str, BaseDistribution]:
+    def kinds(self, allocation: str) -> Distributions:
         """The distributions of the sparsity, then those of the allocation's parameters."""
         kinds = super().kinds(allocation)
         return {self.method: kinds[self.method], "sparsity": FloatDistribution(*self.sparsities, step=STEP), **kinds}
@@ -202,7 +203,7 @@ class SpaceOverInterval(Space):
         steps = [low + (high - low) * k / max(1, count - 1) for k in range(count)]
         return list(dict.fromkeys(self.at({}, step)["sparsity"] for step in steps))
 
-    def _starts(self, allocation: str) -> list[dict[str, float]]:
+    def _starts(self, allocation: str) -> Points:
         here = self._there(allocation, sum(self.sparsities) / 2)
         starts = here._starts(allocation)
         for start in starts:
@@ -248,7 +249,7 @@ def _shares(low: float, high: float) -> Interval:
     return (-1.0 if low < 0 else 0.0, 1.0 if high > 0 else 0.0) if low <= 0 <= high else (0.0, 1.0)
 
 
-def _intervals(study: Study, allocation: str, budget: Budget) -> dict[str, Interval]:
+def _intervals(study: Study, allocation: str, budget: Budget) -> Bounds:
     bounds, beta = ALLOCATIONS[allocation].bounds(budget), study.beta
     if "beta" not in bounds or beta == "both":
         return bounds

@@ -10,7 +10,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import FloatDistribution
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -23,7 +23,7 @@ from atp_tune.results.goals import goal_in
 from atp_tune.results.results import Results
 from atp_tune.search.goals import AtSparsity
 from atp_tune.search.samplers import branch_study
-from atp_tune.search.space import Space
+from atp_tune.search.space import Distributions, Space
 from atp_tune.storage import progress
 from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.fingerprint import facts_in, stored_objectives
@@ -96,7 +96,7 @@ def regret_bound(trials: Sequence[FrozenTrial], space: Space, branch: str) -> fl
         return RegretBoundEvaluator(min_n_trials=LEAST, seed=0).evaluate(points, StudyDirection.MINIMIZE)
 
 
-def has_gap(points: Sequence[FrozenTrial], kinds: dict[str, BaseDistribution]) -> bool:
+def has_gap(points: Sequence[FrozenTrial], kinds: Distributions) -> bool:
     """Whether a pruner has a point near the best beside a wide stretch of a parameter without a point.
 
     `points`: an allocation's trials with the logs of their values; `kinds`: its distributions.
