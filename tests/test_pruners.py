@@ -20,7 +20,7 @@ from atp_tune.pruners import PRUNERS, make_pruner, statistics
 from atp_tune.pruners.alps import ALPS
 from atp_tune.pruners.dsnot import DSnoT
 from atp_tune.pruners.sparsegpt import SparseGPT
-from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _device_of_factors, _factor, widens
+from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _factor, precise, widens
 from atp_tune.pruners.wanda import Magnitude, Wanda
 
 Problem = tuple[Tensor, Tensor]  # weight and inputs
@@ -425,10 +425,10 @@ def test_memory_that_the_factor_takes(ordered: bool, matrices: int) -> None:
 
 @parametrize("way", [lambda hessian: hessian.factor(0.01), lambda hessian: hessian.scaled(0.01).inverse(1)])
 def test_where_factors_are_computed(way: Callable[[Hessian], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What MPS may lack is computed where `_device_of_factors` says: here a device without memory."""
-    assert [_device_of_factors(torch.device(name)).type for name in ("cpu", "mps", "cuda")] == ["cpu", "cpu", "cuda"]
+    """What MPS may lack is computed where `precise` says: here a device without memory."""
+    assert [precise(torch.device(name)).type for name in ("cpu", "mps", "cuda")] == ["cpu", "cpu", "cuda"]
     places: list[str] = []
-    monkeypatch.setattr(statistics, "_device_of_factors", lambda device: torch.device("meta"))
+    monkeypatch.setattr(statistics, "precise", lambda device: torch.device("meta"))
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: places.append(matrix.device.type) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         way(hessian_of(problem((1, 12))[1]))

@@ -27,12 +27,11 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.devices import Tensors
 from atp_tune.errors import UserError
-from atp_tune.pruners import Statistics
+from atp_tune.pruners import Measures, Statistics
 from atp_tune.pruners.selection import (
     HessianAndMoments,
     channel_scores,
-    lowest_channels,
-    magnitude_scores,
+    lowest,
     refitted,
 )
 from atp_tune.pruners.settings import ChannelSettings
@@ -250,7 +249,7 @@ class ChannelPruner:
     by_magnitude: bool = False
 
     @property
-    def measures(self) -> type[Statistics] | None:
+    def measures(self) -> Measures:
         """The kind of statistics of a reader's inputs that it needs."""
         if self.settings.refit:
             return HessianAndMoments
@@ -275,8 +274,8 @@ class ChannelPruner:
         by_name = {linear.name: linear for linear in linears}
         for each in self.blocks[index].sets:
             if count := round(each.count * share[each.reader]):
-                mask = lowest_channels(self._scores(each, by_name, weights, statistics.get(each.reader)), count)
                 measured = statistics.get(each.reader)
+                mask = lowest(self._scores(each, by_name, weights, measured)[None], count)[0]
                 number = int(mask.sum())
                 pruned.channels[each.reader] = mask
                 for name, rows in each.writers:
@@ -297,8 +296,9 @@ class ChannelPruner:
     ) -> Tensor:
         matrices = {name: linears[name].matrix(weights[linears[name].key]) for name in each.linears}
         if self.by_magnitude:
-            parts = [(matrices[name], rows) for name, rows in each.writers]
-            return magnitude_scores([*parts, (matrices[each.reader].T, each.columns)])
+            # Squared norm [channels] of all weights of a channel: rows of writers, columns of the reader.
+            parts = [*((matrices[name], rows) for name, rows in each.writers), (matrices[each.reader].T, each.columns)]
+            return torch.stack([part.float().square().sum(1).view(-1, rows).sum(1) for part, rows in parts]).sum(0)
         moments = measured.parts["moments"] if isinstance(measured, HessianAndMoments) else measured
         assert isinstance(moments, InputMoments)
         energies = moments.variances() if self.settings.score == "fluctuation" else moments.norms().square()

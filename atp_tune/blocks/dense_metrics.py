@@ -35,7 +35,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
 from atp_tune.errors import TrialError
 from atp_tune.pruners import Pruner, Statistics
-from atp_tune.pruners.statistics import InputNorms
+from atp_tune.pruners.statistics import InputNorms, precise
 from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.utils.cache import folder_atomically
 
@@ -181,10 +181,6 @@ class DenseMetrics:
     path: Sequence[float] = ()
     costs: Callable[[], Costs] = tuple
 
-    def __post_init__(self) -> None:
-        is_mps = self.checkpoint.device.type == "mps"
-        self._device = torch.device("cpu") if is_mps else self.checkpoint.device  # float64
-
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
         """For each block, the share of its Wanda scores above `threshold` times their mean, in one sweep."""
         return self._once(
@@ -250,7 +246,8 @@ class DenseMetrics:
         """Index of each block, and its linears with matrices [out, in] in the dtype of the model."""
         for index, linears in enumerate(self.checkpoint.linears):
             weights = self.checkpoint.weights(index)
-            yield index, [(linear, linear.matrix(weights[linear.key]).to(self._device)) for linear in linears]
+            device = precise(self.checkpoint.device)
+            yield index, [(linear, linear.matrix(weights[linear.key]).to(device)) for linear in linears]
             self.step(index + 1)
 
     def _scores(self, score: Score) -> Iterator[list[Tensor]]:
@@ -258,13 +255,12 @@ class DenseMetrics:
         norms = self.statistics(InputNorms) if score == "wanda" else None
         for index, block in self._blocks():
             by_name = norms[index] if norms else {}
-            yield [self._score(weight, by_name.get(linear.name)) for linear, weight in block]
-
-    def _score(self, weight: Tensor, statistics: Statistics | None) -> Tensor:
-        magnitudes = weight.float().abs()
-        if not isinstance(statistics, InputNorms):
-            return magnitudes
-        return magnitudes * statistics.norms().to(self._device)
+            scores = []
+            for linear, weight in block:
+                scores.append(weight.float().abs())
+                if isinstance(statistics := by_name.get(linear.name), InputNorms):
+                    scores[-1] = scores[-1] * statistics.norms().to(weight.device)
+            yield scores
 
     def _exponents(
         self, index: int, block: list[tuple[Linear, Tensor]], fit: Callable[[Tensor], float]

@@ -6,7 +6,7 @@ package loads no torch. So it is with a quantizer, registered in `QUANTIZERS`, w
 what comes out are the values, as floats.
 """
 
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 from atp_tune.utils.registry import Registry, SettingsTable
 
@@ -35,6 +35,9 @@ class Statistics(Protocol):
         """Upper bound on the bytes of `tensors` for a linear with `inputs` inputs."""
 
 
+Measures: TypeAlias = type[Statistics] | None  # the kind of statistics that a pruner or a quantizer needs
+
+
 class Pruner(Protocol):
     """The interface of a pruner; its fields are its settings.
 
@@ -43,7 +46,7 @@ class Pruner(Protocol):
     """
 
     @property
-    def measures(self) -> type[Statistics] | None:
+    def measures(self) -> Measures:
         """The kind of statistics that it needs."""
 
     def prepare(self, statistics: Statistics) -> None:
@@ -59,7 +62,7 @@ class Quantizer(Protocol):
     def __init__(self, group_size: int, symmetric: bool, damping: float, act_order: bool = False) -> None: ...
 
     @property
-    def measures(self) -> type[Statistics] | None:
+    def measures(self) -> Measures:
         """The kind of statistics of a linear's inputs that it needs."""
 
     def prepare(self, statistics: Statistics) -> None:
@@ -75,6 +78,13 @@ class Quantizer(Protocol):
 
     def grid(self, weight: "Tensor", bits: int) -> Any:
         """The scale and zero point [out, groups] of each group, as `quantize` takes them for this weight."""
+
+
+class Unprepared:
+    """A pruner or quantizer that computes nothing before statistics are saved."""
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Leaves the statistics as they are."""
 
 
 PRUNERS = Registry[type[Pruner]](

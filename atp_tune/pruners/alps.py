@@ -29,7 +29,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atp_tune.pruners import Statistics
+from atp_tune.pruners import Measures, Statistics, Unprepared
 from atp_tune.pruners.refinement import refine
 from atp_tune.pruners.selection import lowest_in_matrix, zeroed
 from atp_tune.pruners.settings import ALPSSettings
@@ -39,15 +39,12 @@ CHECK, SETTLED = 3, 30  # iterations between checks of the mask, and before a sm
 LARGEST = 1e6  # upper bound of ρ
 
 
-class ALPS(ALPSSettings):
+class ALPS(ALPSSettings, Unprepared):
     """Zeroes weights and updates the others; computes in float32, returns the dtype of the weight."""
 
     group: int | None = None
 
-    measures: ClassVar[type[Statistics] | None] = Hessian
-
-    def prepare(self, statistics: Statistics) -> None:
-        """Leaves the sums as they are: `prune` solves by them."""
+    measures: ClassVar[Measures] = Hessian
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are the `Hessian` of its inputs."""

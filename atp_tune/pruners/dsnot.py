@@ -28,7 +28,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from atp_tune.pruners import Statistics
+from atp_tune.pruners import Measures, Statistics, Unprepared
 from atp_tune.pruners.selection import lowest_in_rows, zeroed
 from atp_tune.pruners.settings import DSnoTSettings
 from atp_tune.pruners.statistics import InputMoments
@@ -47,15 +47,12 @@ class Swaps(NamedTuple):
     possible: Tensor  # [out, K] whether the swap exists
 
 
-class DSnoT(DSnoTSettings):
+class DSnoT(DSnoTSettings, Unprepared):
     """Refines an initial mask; the number of zeros per row (or group) stays the same."""
 
     group: int | None = None
 
-    measures: ClassVar[type[Statistics] | None] = InputMoments
-
-    def prepare(self, statistics: Statistics) -> None:
-        """Leaves the moments as they are."""
+    measures: ClassVar[Measures] = InputMoments
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are `InputMoments` of its inputs."""

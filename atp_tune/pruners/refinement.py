@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_tune.pruners import Pruner, Quantizer, Statistics
+from atp_tune.pruners import Measures, Pruner, Quantizer, Statistics
 from atp_tune.pruners.selection import zeroed
 from atp_tune.pruners.statistics import Hessian, Several
 
@@ -48,7 +48,7 @@ class Treatment:
         return getattr(self.pruner, "group", None)
 
     @property
-    def measures(self) -> type[Statistics] | None:
+    def measures(self) -> Measures:
         """The kind of statistics that all need."""
         rounds_by = getattr(self.quantizer, "measures", None)
         if self.pruner is None:
@@ -99,7 +99,7 @@ def _parts(statistics: Statistics | None) -> tuple[Statistics | None, Hessian | 
 
 
 @cache
-def with_hessian(kind: type[Statistics] | None) -> type[Statistics]:
+def with_hessian(kind: Measures) -> type[Statistics]:
     """The kind of statistics with a `Hessian` beside it; one that is or has a `Hessian` is enough."""
     if kind is Hessian or (kind is not None and issubclass(kind, Several)):
         return kind

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atp_tune.pruners import Statistics
-from atp_tune.pruners.sparsegpt import ALONE, STRIP
+from atp_tune.pruners import Measures, Statistics, Unprepared
+from atp_tune.pruners.sparsegpt import change_by_blocks, through_strips
 from atp_tune.pruners.statistics import Hessian
 
 
@@ -67,7 +67,7 @@ def column_groups(columns: int, group_size: int) -> list[tuple[slice, int]]:
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(Unprepared):
     """Rounds to nearest, in groups of `group_size` inputs of a row (-1: the whole row); computes in float32."""
 
     group_size: int
@@ -75,10 +75,7 @@ class RTN:
     damping: float = 0.01  # of GPTQ
     act_order: bool = False  # of GPTQ
 
-    measures: ClassVar[type[Statistics] | None] = None
-
-    def prepare(self, statistics: Statistics) -> None:
-        """Has no statistics to prepare."""
+    measures: ClassVar[Measures] = None
 
     def quantize(self, weight: Tensor, bits: int, statistics: Statistics | None, zeros: Tensor | None = None) -> Tensor:
         """A copy of weight [out, in] with at most 2^bits values in each group; 0 stays 0."""
@@ -125,7 +122,7 @@ COLUMNS = 128  # in a block; any number gives the same weights, but for rounding
 class GPTQ(RTN):
     """Rounds weights and updates the others; computes in float32, returns the dtype of the weight."""
 
-    measures: ClassVar[type[Statistics] | None] = Hessian
+    measures: ClassVar[Measures] = Hessian
 
     def prepare(self, statistics: Statistics) -> None:
         """Factorises the Hessian."""
@@ -151,16 +148,12 @@ class GPTQ(RTN):
         if order is not None:
             W, grids = W[order], [grids[j] for j in order.tolist()]
             zeros = None if zeros is None else zeros[:, order]
-        changes = torch.empty_like(W)  # W - Ŵ of finished blocks
-        for a in range(0, len(W), COLUMNS):
-            here = slice(a, a + COLUMNS)
-            own = R[here, here]
-            U = torch.linalg.solve_triangular(own, torch.eye(len(own), dtype=R.dtype, device=R.device), upper=True)
-            updated = torch.addmm(W[here], U.T, R[:a, here].T @ changes[:a])
-            by = strips if W.device.type == "cpu" else plain
-            rounded = by(updated, U, grids[here], None if zeros is None else zeros.T[here])
-            torch.sub(W[here], rounded, out=changes[here])
-            W[here] = rounded
+        by = strips if W.device.type == "cpu" else plain
+
+        def rounded(updated: Tensor, U: Tensor, here: slice) -> Tensor:
+            return by(updated, U, grids[here], None if zeros is None else zeros.T[here])
+
+        change_by_blocks(W, R, COLUMNS, rounded)
         if order is not None:
             W = torch.empty_like(W).index_copy_(0, order, W)
         return W.to(weight.dtype).T
@@ -183,22 +176,16 @@ def strips(W: Tensor, U: Tensor, grids: Sequence[Grid], zeros: Tensor | None = N
     W_j - Σ U_kj E_k over k < j is one matrix product for a strip of columns, plus one product with a vector per column,
     as in `pruners.sparsegpt`.
     """
-    rounded, A = torch.empty_like(W), (-U.T).contiguous().fill_diagonal_(1)
-    width = min(STRIP, max(4, ALONE // W.shape[1]))
-    terms, rows, results = A.numpy(), W.numpy(), rounded.numpy()
-    pivots = U.diagonal().numpy()
+    rounded, pivots = torch.empty_like(W), U.diagonal().numpy()
+    rows, results = W.numpy(), rounded.numpy()
     masks = None if zeros is None else zeros.numpy()
     updated = np.empty(W.shape[1], dtype=np.float32)
-    for start in range(0, len(W), width):
-        stop = min(start + width, len(W))
-        W[start:stop].addmm_(A[start:stop, :start], W[:start])
-        for j in range(start, stop):
-            np.dot(terms[j, start : j + 1], rows[start : j + 1], out=updated)
-            scale, zero, q = grids[j].scale.numpy(), grids[j].zero.numpy(), results[j]
-            np.rint(np.divide(updated, scale, out=q), out=q)
-            np.clip(np.add(q, zero, out=q), 0, grids[j].top, out=q)
-            np.multiply(np.subtract(q, zero, out=q), scale, out=q)
-            if masks is not None:
-                q[masks[j]] = 0
-            np.divide(np.subtract(updated, q, out=rows[j]), pivots[j], out=rows[j])
+    for j in through_strips(W, U, [updated] * len(W)):
+        scale, zero, q = grids[j].scale.numpy(), grids[j].zero.numpy(), results[j]
+        np.rint(np.divide(updated, scale, out=q), out=q)
+        np.clip(np.add(q, zero, out=q), 0, grids[j].top, out=q)
+        np.multiply(np.subtract(q, zero, out=q), scale, out=q)
+        if masks is not None:
+            q[masks[j]] = 0
+        np.divide(np.subtract(updated, q, out=rows[j]), pivots[j], out=rows[j])
     return rounded

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from atp_tune.errors import TrialError, UserError
 from atp_tune.plugins import Checked, guarded
-from atp_tune.pruners import Pruner, Statistics
-from atp_tune.pruners.statistics import Hessian, InputMoments, Several, finite
+from atp_tune.pruners import Measures, Pruner, Statistics
+from atp_tune.pruners.statistics import Hessian, InputMoments, Several, finite, precise
 from atp_tune.utils.registry import Origin
 
 SLACK = 1e-9
@@ -268,19 +268,6 @@ def channel_scores(weight: Tensor, energies: Tensor, columns: int) -> Tensor:
     return squares.view(-1, columns).sum(1)
 
 
-def magnitude_scores(parts: list[tuple[Tensor, int]]) -> Tensor:
-    """Squared norm [channels] of all weights of a channel.
-
-    parts: weights whose rows go [rows, ...], or columns by a transposed view, and the rows per channel.
-    """
-    return torch.stack([part.float().square().sum(1).view(-1, rows).sum(1) for part, rows in parts]).sum(0)
-
-
-def lowest_channels(scores: Tensor, count: int) -> Tensor:
-    """Mask [channels] of the `count` lowest scores, the first of equal ones first."""
-    return lowest(scores[None], count)[0]
-
-
 def refitted(weight: Tensor, gone: Tensor, hessian: Tensor, damping: float) -> Tensor:
     """The weight [out, in] with zeros in the columns `gone` [in], and the others fitted; in the weight's dtype.
 
@@ -288,7 +275,7 @@ def refitted(weight: Tensor, gone: Tensor, hessian: Tensor, damping: float) -> T
     where the system cannot be solved. Computed in float64. TrialError if H is not finite.
     """
     finite(hessian, "Hessian")
-    wide = "cpu" if weight.device.type == "mps" else weight.device  # MPS has no float64
+    wide = precise(weight.device)
     dense, full = weight.to(wide, torch.float64), hessian.to(wide, torch.float64)
     there, lost = (~gone).to(wide).nonzero()[:, 0], gone.to(wide).nonzero()[:, 0]
     right = dense[:, lost] @ full[lost][:, there]
@@ -326,7 +313,7 @@ class CheckedPruner(Checked):
     def __init__(self, plugin: Any, origin: Origin) -> None:
         super().__init__(plugin, origin)
         self.group: int | None = getattr(plugin, "group", None)
-        self.measures: type[Statistics] | None = getattr(plugin, "measures", None)
+        self.measures: Measures = getattr(plugin, "measures", None)
 
     @classmethod
     def of(cls, kind: type[Pruner], origin: Origin, settings: dict[str, Any]) -> "CheckedPruner":

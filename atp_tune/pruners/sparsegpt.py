@@ -21,15 +21,15 @@ the operations of U, and each weight is written once, not once per block.
 Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023, algorithm 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from atp_tune.pruners import Statistics
+from atp_tune.pruners import Measures, Statistics
 from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, zeroed
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian
@@ -77,16 +77,23 @@ def plain(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
 
 def strips(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
     """Prunes strips of columns on the CPU; overwrites W with the errors E."""
-    updated, A = torch.empty_like(W), (-U.T).contiguous().fill_diagonal_(1)
-    width = min(STRIP, max(4, ALONE // W.shape[1]))
-    terms, rows, factors, results = A.numpy(), W.numpy(), G.contiguous().numpy(), updated.numpy()
+    updated = torch.empty_like(W)
+    rows, factors, sums = W.numpy(), G.contiguous().numpy(), updated.numpy()
+    for j in through_strips(W, U, sums):
+        np.multiply(sums[j], factors[j], out=rows[j])
+    return updated
+
+
+def through_strips(W: Tensor, U: Tensor, sums: Any) -> Iterator[int]:
+    """Yields each column j once `sums[j]` is W_j - Σ U_kj E_k over k < j; the caller then writes E_j to W_j."""
+    A, width = (-U.T).contiguous().fill_diagonal_(1), min(STRIP, max(4, ALONE // W.shape[1]))
+    terms, rows = A.numpy(), W.numpy()
     for start in range(0, len(W), width):
         stop = min(start + width, len(W))
         W[start:stop].addmm_(A[start:stop, :start], W[:start])
         for j in range(start, stop):
-            np.dot(terms[j, start : j + 1], rows[start : j + 1], out=results[j])
-            np.multiply(results[j], factors[j], out=rows[j])
-    return updated
+            np.dot(terms[j, start : j + 1], rows[start : j + 1], out=sums[j])
+            yield j
 
 
 @cache
@@ -110,7 +117,7 @@ class SparseGPT(SparseGPTSettings):
 
     group: int | None = None
 
-    measures: ClassVar[type[Statistics] | None] = Hessian
+    measures: ClassVar[Measures] = Hessian
 
     def prepare(self, statistics: Statistics) -> None:
         """Factorises the Hessian."""
@@ -123,16 +130,25 @@ class SparseGPT(SparseGPTSettings):
         R = statistics.factor(self.damping)
         W = torch.empty_like(weight.T, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight.T)
         W[statistics.dead()] = 0  # W is [in, out], so that columns are contiguous
-        changes = torch.empty_like(W)  # W - Ŵ of finished blocks
         width = self.columns if self.group is None else max(self.columns // self.group, 1) * self.group
-        for a in range(0, len(W), width):
-            here = slice(a, a + width)
-            U = _inverse(R[here, here])
-            updated = torch.addmm(W[here], U.T, R[:a, here].T @ changes[:a])
-            pruned = _prune_block(updated, U, sparsity, self.group)
-            torch.sub(W[here], pruned, out=changes[here])
-            W[here] = pruned
+        change_by_blocks(W, R, width, lambda updated, U, here: _prune_block(updated, U, sparsity, self.group))
         return W.to(weight.dtype).T
+
+
+def change_by_blocks(W: Tensor, R: Tensor, width: int, change: Callable[[Tensor, Tensor, slice], Tensor]) -> None:
+    """Overwrites the columns W [in, out] with Ŵ, block by block.
+
+    `change` gets those of a block as updated by the blocks to its left, which it may overwrite, its part of U, and its
+    place.
+    """
+    changes = torch.empty_like(W)  # W - Ŵ of finished blocks
+    for a in range(0, len(W), width):
+        here = slice(a, a + width)
+        own = R[here, here]
+        U = torch.linalg.solve_triangular(own, torch.eye(len(own), dtype=R.dtype, device=R.device), upper=True)
+        changed = change(torch.addmm(W[here], U.T, R[:a, here].T @ changes[:a]), U, here)
+        torch.sub(W[here], changed, out=changes[here])
+        W[here] = changed
 
 
 def _prune_block(W: Tensor, U: Tensor, sparsity: float, group: int | None) -> Tensor:
@@ -147,9 +163,3 @@ def _prune_block(W: Tensor, U: Tensor, sparsity: float, group: int | None) -> Te
     pivots = U.diagonal()[:, None]
     gone = lowest_in_matrix((W / pivots).square_().T, sparsity).T
     return zeroed(sweep(W, U, gone / pivots), gone)
-
-
-def _inverse(R: Tensor) -> Tensor:
-    eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
-    inverse: Tensor = torch.linalg.solve_triangular(R, eye, upper=True)
-    return inverse

@@ -154,7 +154,7 @@ class Scaled:
 
     def inverse(self, rho: float) -> Tensor:
         """(H̃ + ρI)⁻¹ [in, in]; by elimination, if rounding has made that matrix one that is not positive definite."""
-        raised = self.matrix.to(_device_of_factors(self.matrix.device), copy=True)
+        raised = self.matrix.to(precise(self.matrix.device), copy=True)
         raised.diagonal().add_(rho)
         factor, failed = torch.linalg.cholesky_ex(raised)
         inverse = torch.linalg.inv(raised) if failed else torch.cholesky_inverse(factor)
@@ -282,7 +282,7 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
     """
     device, mean = hessian.device, finite(hessian.diagonal(), "Hessian").mean()
     diagonal = hessian.diagonal().flip(0)
-    hessian = hessian.flip(0, 1).to(_device_of_factors(device))
+    hessian = hessian.flip(0, 1).to(precise(device))
     for power in range(DAMPING_RAISES + 1):
         hessian.diagonal().copy_(diagonal + damping * 10**power * mean)
         lower: Tensor
@@ -294,8 +294,8 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
     raise TrialError(f"Hessian not positive definite, even with damping {damping * 10**DAMPING_RAISES:g}")
 
 
-def _device_of_factors(device: torch.device) -> torch.device:
-    """Where Cholesky factors are computed: MPS lacks, or lacked, what that takes."""
+def precise(device: torch.device) -> torch.device:
+    """Where float64 and Cholesky factors are computed: MPS lacks, or lacked, both."""
     return torch.device("cpu") if device.type == "mps" else device
 
 

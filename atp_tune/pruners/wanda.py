@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atp_tune.pruners import Statistics
+from atp_tune.pruners import Measures, Statistics, Unprepared
 from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, order_in_rows, zeroed, zeros_in_row
 from atp_tune.pruners.settings import WandaSettings
 from atp_tune.pruners.statistics import InputNorms
@@ -35,30 +35,24 @@ from atp_tune.utils.registry import SettingsTable
 # --- Magnitude pruning: zeroes the smallest |W_ij| of a linear; needs no inputs.
 
 
-class Magnitude(SettingsTable):
+class Magnitude(SettingsTable, Unprepared):
     """Zeroes the ⌊out·in·s⌋ smallest weights of the matrix (Han et al. 2015), or the ⌊M·s⌋ smallest of each group."""
 
     group: int | None = None
 
-    measures: ClassVar[type[Statistics] | None] = None
-
-    def prepare(self, statistics: Statistics) -> None:
-        """Has no statistics to prepare."""
+    measures: ClassVar[Measures] = None
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in] at a sparsity in [0, 1]."""
         return zeroed(weight, lowest_in_matrix(weight.float().abs(), sparsity, self.group))
 
 
-class Wanda(WandaSettings):
+class Wanda(WandaSettings, Unprepared):
     """Zeroes the weights with the lowest scores; kept weights are not changed."""
 
     group: int | None = None
 
-    measures: ClassVar[type[Statistics] | None] = InputNorms
-
-    def prepare(self, statistics: Statistics) -> None:
-        """Leaves the norms as they are."""
+    measures: ClassVar[Measures] = InputNorms
 
     @property
     def goes_by_row(self) -> bool:
@@ -85,16 +79,13 @@ class Wanda(WandaSettings):
 
 
 @dataclass(frozen=True)
-class WandaOfRows:
+class WandaOfRows(Unprepared):
     """A `Pruner` of one linear: Wanda with `zeros` [out], the number of zeros of each row."""
 
     zeros: Tensor
 
     group: ClassVar[None] = None
-    measures: ClassVar[type[Statistics] | None] = InputNorms
-
-    def prepare(self, statistics: Statistics) -> None:
-        """Leaves the norms as they are."""
+    measures: ClassVar[Measures] = InputNorms
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in], whatever the sparsity; statistics are the `InputNorms` of its inputs."""

@@ -65,7 +65,7 @@ from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.inputs import Batch, InputKind
 from atp_tune.inputs.items import Items
 from atp_tune.plugins import code_digest
-from atp_tune.pruners import Pruner, Statistics
+from atp_tune.pruners import Pruner, Statistics, Unprepared
 from atp_tune.pruners.rounding import RTN
 from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.statistics import Hessian, Several
@@ -78,16 +78,13 @@ CURVE_TOKENS = 512  # of the calibration text, for the error curve, which statis
 
 
 @dataclass(eq=False, repr=False)
-class Measuring:
+class Measuring(Unprepared):
     """Stands for a pruner that needs a kind of statistics as they are."""
 
     measures: type[Statistics]
 
     def __repr__(self) -> str:
         return "unprepared"
-
-    def prepare(self, statistics: Statistics) -> None:
-        """Has no statistics to prepare."""
 
 
 @dataclass(eq=False)
