@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from atp_tune.measures import Change, Perplexity, change, perplexity
+from atp_tune.measures import Change, Perplexity, change, interval_factor, perplexity
 from atp_tune.utils.registry import FrozenModel
 
 COUNT = 10  # images
@@ -60,7 +60,6 @@ class Answers(FrozenModel):
 
 BOS_WINDOWS, BOS_TOKENS = 8, 512  # at most; enough to detect an effect of a few per cent
 LEAST = math.log(1.05)  # nats per token
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # t by the number of windows
 
 
 class BosEffect(FrozenModel):
@@ -103,7 +102,7 @@ def is_better(gains: Sequence[float]) -> bool:
     mean, count = statistics.fmean(gains), len(gains)
     if not math.isfinite(mean):
         return False
-    doubt = STUDENT[count] * statistics.stdev(gains) / math.sqrt(count) if count > 1 else 0.0
+    doubt = interval_factor(count) * statistics.stdev(gains) / math.sqrt(count) if count > 1 else 0.0
     return mean >= max(LEAST, doubt)
 
 

@@ -131,14 +131,10 @@ class Plan(FrozenModel):
         return any(level.rows is not None for level in self.each_linear())
 
     @property
-    def is_even(self) -> bool:
-        """Whether all linears of all blocks have the same level."""
-        return not self.by_linear and len(set(self.amounts)) == 1
-
-    @property
     def is_uniform(self) -> bool:
         """Whether all linears have the same level, except for the pattern's rounding."""
-        return self.allocation == "uniform" or is_zero(self.allocation, self.parameters.values()) or self.is_even
+        is_even = not self.by_linear and len(set(self.amounts)) == 1
+        return self.allocation == "uniform" or is_zero(self.allocation, self.parameters.values()) or is_even
 
     def each_linear(self) -> Iterable[Level]:
         """The levels of all linears; one for each block whose linears do not differ."""

@@ -152,8 +152,8 @@ def test_what_follows_the_masks_keeps_them() -> None:
 
 def row_pricing_of(context: Session) -> RowPricing:
     base = pricing_of(context)
-    assert isinstance(base._levels, ByPlaces)
-    return RowPricing(base._gradients, base._levels._places)
+    assert isinstance(base.levels, ByPlaces)
+    return RowPricing(base.gradients, base.levels.places)
 
 
 def dense_states(context: Session, ids: Tensor) -> Tensor:

@@ -257,7 +257,7 @@ def test_out_of_memory_is_retried_with_half_the_windows(when: int) -> None:
     """Blocks before keep graphs of other batches, which then go, and are computed again."""
     context, ids = bench_of(tiny("llama")), random_ids(8, seed=5)
     pricing, failures, ran = pricing_of(context, 8), [1, 1], list[int]()
-    of_blocks = pricing._gradients
+    of_blocks = pricing.gradients
     expected, run = pricing_of(context, 8).prices(uneven(context), Sample(ids)), of_blocks.replay.run
 
     def short(index: int, weights: Any, hidden: Tensor) -> Tensor:
@@ -285,7 +285,7 @@ def test_blocks_that_keep_their_graph_run_once_with_the_same_prices(
     monkeypatch.setattr(gradients, "graph_bytes", lambda result: sizes.append(measured(result)) or sizes[-1])
     for room_for, expected in ((batches + 1, batches), (some + 0.5, 2 * batches - some), (0, 2 * batches)):
         pricing, ran = pricing_of(context, windows), list[int]()
-        replay, room = pricing._gradients.replay, int(room_for * max(sizes, default=1 << 20))
+        replay, room = pricing.gradients.replay, int(room_for * max(sizes, default=1 << 20))
         monkeypatch.setattr(gradients, "KeptRuns", lambda _, room=room: made(room))
         monkeypatch.setattr(replay, "run", lambda *each, ran=ran, run=replay.run: ran.append(1) or run(*each))
         found.append(pricing.prices(uneven(context), Sample(ids)))

@@ -47,8 +47,18 @@ class Lender:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, texts: Any) -> "Lender":
-        """Finds the arguments that lie in memory; UserError for texts of another type."""
-        return cls(model, tokenizer, checked_texts(texts))
+        """Finds the arguments that lie in memory; UserError for texts of another type.
+
+        Texts are a name or path of them, documents, or either by role.
+        """
+        if not isinstance(texts, Mapping):
+            return cls(model, tokenizer, None if texts is None else _checked(texts, "texts"))
+        if {*texts} != {*ROLES}:
+            raise UserError(
+                "texts: give calibration, validation and test, or one list, of which three parts are used; "
+                f"got {', '.join(map(str, texts)) or 'none'}"
+            )
+        return cls(model, tokenizer, {role: _checked(value, f'texts["{role}"]') for role, value in texts.items()})
 
     @contextmanager
     def lend(self) -> Iterator[Sources]:
@@ -74,23 +84,12 @@ class Lender:
             yield Sources(model, device, sources)
 
 
-def checked_texts(texts: Any) -> str | Mapping[str, str | list[str]] | list[str] | None:
-    """A name or path of texts, documents, or either by role, from what a caller gives; UserError for anything else."""
+def _checked(value: Any, what: str) -> str | list[str]:
     from atp_tune.inputs.sources import as_documents
 
-    def one(value: Any, what: str) -> str | list[str]:
-        if isinstance(value, str) and any(space in value.strip() for space in "\n ") and not Path(value).is_file():
-            raise UserError(f"{what}: is neither a file nor a name of texts; give documents as a list, as in [text]")
-        return str(value) if isinstance(value, str | Path) else as_documents(value, what)
-
-    if texts is None or not isinstance(texts, Mapping):
-        return None if texts is None else one(texts, "texts")
-    if {*texts} != {*ROLES}:
-        raise UserError(
-            "texts: give calibration, validation and test, or one list, of which three parts are used; "
-            f"got {', '.join(map(str, texts)) or 'none'}"
-        )
-    return {role: one(value, f'texts["{role}"]') for role, value in texts.items()}
+    if isinstance(value, str) and any(space in value.strip() for space in "\n ") and not Path(value).is_file():
+        raise UserError(f"{what}: is neither a file nor a name of texts; give documents as a list, as in [text]")
+    return str(value) if isinstance(value, str | Path) else as_documents(value, what)
 
 
 def is_model(value: Any) -> bool:
@@ -262,17 +261,15 @@ class Lines:
         now = monotonic()
         if not self._has_bar or now - self._shown <= PAUSE:
             return
-        self._shown, self._bar = now, self._bar if self._bar is not None else _new_bar()
+        self._shown = now
+        if self._bar is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # in a notebook without widgets, that it has none
+                from tqdm.auto import tqdm
+            self._bar = tqdm(total=None, dynamic_ncols=True, bar_format="{l_bar}{bar}| {elapsed}{postfix}")
         left, took = self._remaining.left(now), round(now - self._first)
         if left is not None:  # of the whole call
             self._bar.n, self._bar.total = took, took + ceil(left)
         eta = "" if left is None else f"ETA {timedelta(seconds=ceil(left))}"
         self._bar.set_postfix_str(", ".join(part for part in (self._results, eta) if part), refresh=False)
         self._bar.set_description_str(text, refresh=True)
-
-
-def _new_bar() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # in a notebook without widgets, that it has none
-        from tqdm.auto import tqdm
-    return tqdm(total=None, dynamic_ncols=True, bar_format="{l_bar}{bar}| {elapsed}{postfix}")

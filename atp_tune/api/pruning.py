@@ -209,8 +209,7 @@ def prune_study(
     # Whether windows begin with BOS: as the study file sets it, or as its stored study decided.
     bos = file.study.bos
     if bos is None and file.database is not None and file.path.exists():
-        db = opening.open_storage(file.storage_url, create=False)
-        bos = fingerprint.stored_bos(file.study, opening.find_study(db, file.name) if db else None)
+        bos = fingerprint.stored_bos(file.study, opening.stored(file.storage_url, file.name))
     setup = _setup(file, texts, bos, watch)
     if out is not None:
         setup = replace(setup, ask=PLAIN.asked(out))

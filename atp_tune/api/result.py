@@ -272,8 +272,7 @@ def load_study(
         file = study_file(study, storage, settings or {})
         there = stored_study(file, study_name)
     except UserError:  # perhaps a study without a file, with the settings that it was made from
-        db = opening.open_storage(storage, create=False) if storage else None
-        candidate = opening.find_study(db, study_name or str(study)) if db else None
+        candidate = opening.stored(storage, study_name or str(study)) if storage else None
         original = made_from(candidate) if candidate else None
         if candidate is None or original is None:
             raise

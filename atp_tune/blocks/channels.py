@@ -12,8 +12,8 @@ No names are needed, so all families are served alike. Channels of one column th
 of an MLP; others are heads: in grouped attention a part of q, k, v and o that belongs to one key/value head.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import gcd
@@ -36,6 +36,8 @@ from atp_tune.pruners.selection import (
 )
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.pruners.statistics import InputMoments
+
+Changes = dict[str, Callable[[Tensor], Tensor]]  # of the outputs of linears, by their names
 
 ITEMS, POSITIONS = 2, 6  # of the batch
 HALVES = 2  # random halves of the channels, each with its complement
@@ -90,8 +92,11 @@ class _Probe:
     def channels(self, settings: ChannelSettings) -> BlockChannels:
         """The block's channels; UserError if it has no MLP channels, or no heads where heads are asked for."""
         sets = [channel_set for reader, writers in self._pairs().items() if (channel_set := self._set(reader, writers))]
-        if shared := _shared(sets):
-            self._refuse(f"{shared} both reads and writes channels")
+        seen: set[str] = set()
+        for name in (name for one in sets for name in one.linears):
+            if name in seen:
+                self._refuse(f"{name} both reads and writes channels")
+            seen.add(name)
         mlps = [one for one in sets if one.columns == 1 and all(rows == 1 for _, rows in one.writers)]
         heads = [one for one in sets if one not in mlps and one.columns > 1]
         if len(mlps) != 1:
@@ -156,7 +161,7 @@ class _Probe:
     def _leaks(self, reader: str, writers: list[str]) -> bool:
         """Whether anything but the reader depends on the writers."""
         fixed = self._plain.outputs[reader]
-        changes: dict[str, Callable[[Tensor], Tensor]] = {name: self._noise(name, slice(None)) for name in writers}
+        changes: Changes = {name: self._noise(name, slice(None)) for name in writers}
         run = self._run({**changes, reader: lambda output: fixed.clone()})
         others = [name for name in self._changed(run) if name != reader and name not in writers]
         return bool(others) or not torch.equal(run.after, self._plain.after)
@@ -182,40 +187,21 @@ class _Probe:
 
         return added
 
-    def _run(self, changes: dict[str, Callable[[Tensor], Tensor]]) -> _Run:
+    def _run(self, changes: Changes) -> _Run:
         """Runs the block, with some linears' outputs changed."""
         run = _Run()
-        with _watched(self._block, self._linears.values(), run, changes):
+
+        def hook(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            run.inputs[name] = args[0].clone()
+            run.outputs[name] = output.clone()  # some models add to it in place
+            return changes[name](output) if name in changes else output
+
+        with ExitStack() as stack:
+            for name in self._linears:
+                handle = self._block.get_submodule(name).register_forward_hook(partial(hook, name))
+                stack.callback(handle.remove)
             run.after = self._replay.run(self._index, self._weights, self._hidden)
         return run
-
-
-@contextmanager
-def _watched(
-    block: nn.Module, linears: Any, run: _Run, changes: dict[str, Callable[[Tensor], Tensor]]
-) -> Iterator[None]:
-    """Records inputs and outputs of linears, and changes the outputs of some."""
-
-    def hook(linear: Linear, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        run.inputs[linear.name] = args[0].clone()
-        run.outputs[linear.name] = output.clone()  # some models add to it in place
-        return changes[linear.name](output) if linear.name in changes else output
-
-    with ExitStack() as stack:
-        for linear in linears:
-            handle = block.get_submodule(linear.name).register_forward_hook(partial(hook, linear))
-            stack.callback(handle.remove)
-        yield
-
-
-def _shared(sets: Sequence[ChannelSet]) -> str | None:
-    """A linear that occurs in two sets of channels."""
-    seen: set[str] = set()
-    for name in (name for one in sets for name in one.linears):
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
 
 
 # --- Prunes whole channels of a block: rows of the linears that write them, columns of the linear that reads them.

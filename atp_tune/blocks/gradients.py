@@ -8,7 +8,7 @@ gradients need, as many as a share of the free memory has room for; these are no
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.allocations.budget import Costs
-from atp_tune.allocations.gradient import DISTANCE, KEPT, LARGEST
+from atp_tune.allocations.gradient import DISTANCE, KEPT, LARGEST, Prices
 from atp_tune.allocations.rows import RowOffsets
 from atp_tune.blocks.prune_pass import BlockStatistics, embed, unmeasured
 from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
@@ -71,10 +71,8 @@ class KeptRuns:
     """Runs that wait for their gradients: the first batches of the first blocks, as many as `room` bytes hold."""
 
     room: int
-
-    def __post_init__(self) -> None:
-        self._last = 0
-        self._of_blocks: dict[int, dict[tuple[int, int], Run]] = {}
+    _last: int = 0
+    _of_blocks: dict[int, dict[tuple[int, int], Run]] = field(default_factory=dict)
 
     @property
     def has_room(self) -> bool:
@@ -148,7 +146,9 @@ class BlockGradients:
         visit = _Visit(self, change, KeptRuns(0 if each else room(self.checkpoint)))
         with torch.inference_mode(False), torch.no_grad():
             entering = visit.forward(sample.items)
-            gradient = _wide(self._of_head(sample, entering.pop())) / (1 if each else len(sample.items))
+            gradient = self._of_head(sample, entering.pop())
+            gradient = gradient.float() if gradient.dtype == torch.float16 else gradient
+            gradient = gradient / (1 if each else len(sample.items))
             backward = visit.backward_each if each else visit.backward
             while entering:
                 gradient = backward(len(entering) - 1, entering.pop(), gradient, take)
@@ -254,11 +254,6 @@ class _Visit:
         return tensors
 
 
-def _wide(gradient: Tensor) -> Tensor:
-    """A gradient, of float16 as float32."""
-    return gradient.float() if gradient.dtype == torch.float16 else gradient
-
-
 def _by(leaving: Tensor, leaves: Sequence[Tensor], above: Tensor) -> Sequence[Tensor]:
     """The gradients of ⟨leaving, above⟩ by the leaves, in their formats, of float16 in float32.
 
@@ -328,11 +323,11 @@ GRID = 32  # levels of a pruner's own weights
 Places = Callable[[int, Linear, Tensor], Tensor]  # by block, linear, and matrix [out, in] of its weights
 
 
+@dataclass(frozen=True)
 class ByPlaces:
     """Masks of the lowest scores of each row; `places`: places [out, in] of a linear's scores in their rows."""
 
-    def __init__(self, places: Places) -> None:
-        self._places = places
+    places: Places
 
     def number(self, columns: int) -> int:
         """The level of sparsity 1, for a linear of so many inputs: one for each weight of a row."""
@@ -348,7 +343,7 @@ class ByPlaces:
 
     def pruned(self, index: int, linear: Linear, weight: Tensor, level: int) -> Tensor:
         """The weight [out, in] of a linear, from the dense one, at a level: those of a lower place are zero."""
-        return zeroed(weight, self._places(index, linear, weight) < level)
+        return zeroed(weight, self.places(index, linear, weight) < level)
 
 
 class ByPruner:
@@ -394,24 +389,24 @@ class ByPruner:
 Levels = ByPlaces | ByPruner  # of the linears of a dense checkpoint
 
 
+@dataclass(eq=False)
 class Pricing:
     """Measures the prices of all linears of a dense checkpoint, pruned to given sparsities."""
 
-    def __init__(self, gradients: BlockGradients, levels: Levels) -> None:
-        self._gradients = gradients
-        self._levels = levels
+    gradients: BlockGradients
+    levels: Levels
 
-    def prices(self, sparsities: Sequence[Sequence[float]], sample: Sample) -> tuple[tuple[float, ...], ...]:
+    def prices(self, sparsities: Sequence[Sequence[float]], sample: Sample) -> Prices:
         """Price of each linear of each block in nats per weight, for the mean loss of the sample."""
-        checkpoint, rows = self._gradients.checkpoint, dict[int, Tensor]()
+        checkpoint, rows = self.gradients.checkpoint, dict[int, Tensor]()
         shares = [
             {linear.name: s for linear, s in zip(linears, row, strict=True)}
             for linears, row in zip(checkpoint.linears, sparsities, strict=True)
         ]
 
         def pruned(index: int, linear: Linear, weight: Tensor) -> Tensor:
-            _, level, _ = self._levels.around(weight.shape[1], shares[index][linear.name])
-            return self._levels.pruned(index, linear, weight, level)
+            _, level, _ = self.levels.around(weight.shape[1], shares[index][linear.name])
+            return self.levels.pruned(index, linear, weight, level)
 
         def price(index: int, total: Mapping[str, Tensor]) -> None:
             dense = checkpoint.weights(index)
@@ -420,7 +415,7 @@ class Pricing:
                 for linear, s in zip(checkpoint.linears[index], sparsities[index], strict=True)
             ])  # fmt: skip
 
-        self._gradients.visit(sample, pruned, price)
+        self.gradients.visit(sample, pruned, price)
         prices = tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
         check_finite(chain.from_iterable(prices), "prices")
         return prices
@@ -434,9 +429,9 @@ class Pricing:
 
     def _price(self, index: int, linear: Linear, sparsity: float, weight: Tensor, gradient: Tensor) -> Tensor:
         columns = weight.shape[1]
-        low, _, high = self._levels.around(columns, sparsity)
-        before, after = (self._levels.pruned(index, linear, weight, level).float() for level in (low, high))
-        zeroed = weight.numel() * (high - low) / self._levels.number(columns)
+        low, _, high = self.levels.around(columns, sparsity)
+        before, after = (self.levels.pruned(index, linear, weight, level).float() for level in (low, high))
+        zeroed = weight.numel() * (high - low) / self.levels.number(columns)
         return (gradient * (after - before)).sum() / max(1, zeroed)  # none where all weights of few are zero
 
 
@@ -457,7 +452,7 @@ class RowPricing:
         self._offsets = {key: torch.zeros(rows) for key, rows in keys.items()}  # shares of the inputs
         self._smooth = {key: torch.zeros(rows) for key, rows in keys.items()}
 
-    def prices(self, sparsities: Sequence[Sequence[float]], sample: Sample) -> tuple[tuple[float, ...], ...]:
+    def prices(self, sparsities: Sequence[Sequence[float]], sample: Sample) -> Prices:
         """Price of each linear of each block in nats per weight, for the mean loss of the sample; then rows move."""
         checkpoint, prices = self._gradients.checkpoint, dict[Key, tuple[float, Tensor]]()
         shares = {

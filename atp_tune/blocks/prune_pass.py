@@ -329,7 +329,11 @@ class Pass:
             del statistics  # they may be larger than the block, which runs now
             timer.lap("prune")
             self.after = advance(self.replay, self.batch, index, pruned.weights, hidden)
-        error = None if self.dense_states is None else relative_error(self.after, self.dense_states[index])
+        error = None
+        if self.dense_states is not None:  # ‖H - D‖ / ‖D‖ (Frobenius norm, float32) over the first windows
+            dense = self.dense_states[index].to(self.after.device).float()
+            norm = torch.linalg.vector_norm
+            error = float(norm(self.after[: len(dense)].float() - dense) / norm(dense))
         zeros = pruned.zeros()
         timer.lap("calibrate")
         lacking = tuple(pruned.experts_without_tokens)
@@ -520,13 +524,6 @@ def measure_and_advance(
         return collector.result(), joined(after, hidden)
 
     return batch.run(step)
-
-
-def relative_error(hidden: Tensor, dense: Tensor) -> float:
-    """‖H - D‖ / ‖D‖ (Frobenius norm, float32) over the first windows, with D = dense [few, tokens, width]."""
-    reference = dense.to(hidden.device).float()
-    difference = hidden[: len(dense)].float() - reference
-    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(reference))
 
 
 def of_rows(pruner: Pruner, zeros: Tensor) -> Pruner:

@@ -9,7 +9,7 @@ model, for texts with token ids [windows, tokens]. In image classifiers with sta
 and there are steps between blocks, such as downsampling: those are run by a bypassed model too (`cross`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import Tensors, free_memory, is_out_of_memory, release_memory
 from atp_tune.errors import TrialError, UserError
@@ -38,12 +37,6 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     by_name: bool  # hidden states are passed as a keyword
-
-    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with hidden states inserted."""
-        if self.by_name:
-            return self.args, {HIDDEN: hidden, **self.kwargs}
-        return (hidden, *self.args), self.kwargs
 
 
 class Replay:
@@ -119,9 +112,10 @@ class Replay:
     def step(self, index: int, hidden: Tensor) -> Tensor:
         """Hidden states after block `index` with its current weights."""
         positions = 1 if self.inputs.has_steps else hidden.shape[1]
-        call = self._calls_for(hidden.shape[0], positions)[index]
-        args, kwargs = call.with_hidden(hidden)
-        return hidden_states(self.checkpoint.blocks[index](*args, **kwargs))
+        call, block = self._calls_for(hidden.shape[0], positions)[index], self.checkpoint.blocks[index]
+        if call.by_name:
+            return hidden_states(block(*call.args, **{HIDDEN: hidden, **call.kwargs}))
+        return hidden_states(block(hidden, *call.args, **call.kwargs))
 
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Logits, for texts [windows, tokens, vocabulary], from the hidden states after the last block."""
@@ -359,19 +353,12 @@ def once_more(work: Callable[[], T]) -> T:
     return work()
 
 
-def block_bytes(checkpoint: Checkpoint) -> int:
-    """Estimated bytes per token in a block: twice the inputs and outputs of all its linears."""
-    met = max(sum(_widths(checkpoint, linears).values()) for linears in checkpoint.linears)
-    return 2 * met * checkpoint.dtype.itemsize
-
-
-def held_bytes(checkpoint: Checkpoint) -> int:
-    """Estimated bytes per token of a suspended block: twice the input and output of its widest linear."""
-    widest = max(max(_widths(checkpoint, linears).values()) for linears in checkpoint.linears)
-    return 2 * widest * checkpoint.dtype.itemsize
-
-
-def _widths(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, int]:
-    """Inputs plus outputs per token of each weight tensor; experts count as often as a token chooses them."""
+def block_bytes(checkpoint: Checkpoint, over: Callable[[Iterable[int]], int] = sum) -> int:
+    """Estimated bytes per token in a block: twice the inputs and outputs `over` its linears, all of them by default."""
+    # Inputs plus outputs per token of each weight tensor; experts count as often as a token chooses them.
     chosen = int(getattr(checkpoint.config.get_text_config(), "num_experts_per_tok", None) or 1)
-    return {x.key: (x.in_features + x.out_features) * (1 if x.expert is None else chosen) for x in linears}
+    widths = (
+        {x.key: (x.in_features + x.out_features) * (1 if x.expert is None else chosen) for x in linears}
+        for linears in checkpoint.linears
+    )
+    return 2 * max(over(each.values()) for each in widths) * checkpoint.dtype.itemsize

@@ -10,7 +10,7 @@ units in the last place.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -146,23 +146,17 @@ class _BlockComparison:
             raise Difference(f"gives block {index} other hidden states than those that {source}")
         weights = self._replay.checkpoint.weights(index)
         output = self._replay.within(index, weights, partial(self._own[index], *args, **kwargs))
-        with _as_before(self._replay.checkpoint.blocks[index], self._own[index]):
+        block = self._replay.checkpoint.blocks[index]
+        block.forward, stand_in = self._own[index], block.forward
+        try:
             replayed, *others = (self._replay.alone(index, weights, hidden) for hidden in (given, *self.hidden[1:]))
+        finally:
+            block.forward = stand_in
         if not is_equal(replayed, hidden_states(output)):
             raise Difference(f"block {index} returns other numbers when it is run alone")
         self.hidden = [self._replay.cross(index, hidden) for hidden in (hidden_states(output), *others)]
         self._done += 1
         return output
-
-
-@contextmanager
-def _as_before(block: nn.Module, own: Callable[..., Any]) -> Iterator[None]:
-    """While the context is active, a bypassed block has its own forward."""
-    block.forward, stand_in = own, block.forward
-    try:
-        yield
-    finally:
-        block.forward = stand_in
 
 
 @dataclass

@@ -71,9 +71,9 @@ Score = Annotated[Estimate | None, PlainSerializer(_finite)]
 Scores = Annotated[dict[str, dict[Role, Score]], AfterValidator(_by_measure)]  # by measure, then by text
 
 
-def _storable(fields: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # ValueError for NaN or an unpaired surrogate
-    return fields
+def _storable(value: Any) -> Any:
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # ValueError for NaN or an unpaired surrogate
+    return value
 
 
 def _a_path(text: str) -> str:
@@ -379,9 +379,7 @@ def read_config(path: Path) -> Config:
 
 def _parse(path: Path) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # ValueError for an unpaired surrogate too
-        return value
+        return _storable(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; write one with: python tune.py export --study NAME") from None
     except (ValueError, RecursionError) as error:

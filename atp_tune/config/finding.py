@@ -1,7 +1,7 @@
 """Finds study files by name: in ./studies, in the repository and in the package."""
 
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ def find(name: str) -> Path:
     is_path = name.endswith(".toml") or "/" in name or "\\" in name
     paths = [Path(name)] if is_path else [folder / f"{name}.toml" for folder in _folders()]
     for path in paths:
-        if _exists(path):
-            return path
+        with suppress(OSError):  # for example no permission; reading the file reports the reason
+            if not path.exists():
+                continue
+        return path
     names = [path.stem for path in known()]
     if is_path:
         raise UserError(f"{name}: no such file{did_you_mean(Path(name).stem, names)}")
@@ -64,10 +66,3 @@ def _rows(file: Path, query: str, study: str) -> list[tuple[Any, ...]]:
 
 def _folders() -> tuple[Path, ...]:
     return HERE, PACKAGE.parent / "studies", EMBEDDED
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # for example no permission; reading the file reports the reason
-        return True

@@ -221,20 +221,16 @@ def _check_names(plugins: Sequence[Named]) -> None:
 
 def bring(plugin: Named, folder: Path, trusted: bool) -> Origin:
     """Runs the code of one plug-in; its origin. UserError without permission, or if it is not there."""
-    objects = registry(plugin.kind)
-    if not is_place(plugin.written):
-        origin = objects.origin(plugin.short)
-        if origin is None:
-            raise UserError(
-                f"{plugin.key}: no {plugin.kind} {plugin.short} is known in this process; install its package, or name "
-                "it as FILE.py:NAME"
-            )
-        return origin
-    if not trusted:
-        raise _ask(plugin.key, plugin.written)
-    load(plugin.kind, plugin.written, folder, plugin.key)
-    origin = objects.origin(plugin.short)
-    assert origin is not None
+    if is_place(plugin.written):
+        if not trusted:
+            raise _ask(plugin.key, plugin.written)
+        load(plugin.kind, plugin.written, folder, plugin.key)
+    origin = registry(plugin.kind).origin(plugin.short)
+    if origin is None:
+        raise UserError(
+            f"{plugin.key}: no {plugin.kind} {plugin.short} is known in this process; install its package, or name "
+            "it as FILE.py:NAME"
+        )
     return origin
 
 
@@ -373,27 +369,24 @@ def _entry(objects: Registry[Any], name: str) -> Entry:
     if objects.kind == "allocation":
         with suppress(UserError):  # one that cannot say its bounds without a model
             parameters = each.bounds(EXAMPLE)
+    source = "built in"
+    if origin is not None:
+        ways = {
+            "entry point": f"entry point of {origin.package.removeprefix('the package ')}",
+            "decorator": f"decorator in {origin.file or origin.place}",
+        }
+        source = ways.get(origin.via, str(origin.file))
     # The first sentence of an object's docstring, else of its class; "" without one.
     text = getattr(each, "__doc__", None) or ""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
     return Entry(
         kind=objects.kind,
         name=name,
-        origin=_source(origin),
+        origin=source,
         about=ABOUT.get(name) or re.split(r"(?<=\.)\s+(?=[A-Z`])", paragraph)[0].rstrip("."),
         settings=tuple(_settings(name)) if objects.kind == "pruner" else (),
         parameters=parameters,
     )
-
-
-def _source(origin: Origin | None) -> str:
-    if origin is None:
-        return "built in"
-    ways = {
-        "entry point": f"entry point of {origin.package.removeprefix('the package ')}",
-        "decorator": f"decorator in {origin.file or origin.place}",
-    }
-    return ways.get(origin.via, str(origin.file))
 
 
 def _settings(pruner: str) -> Iterator[Setting]:

@@ -195,7 +195,9 @@ class Study(SettingsTable):
             bits_of_size(self.size or "1B", 1, 0, 1)
         except ValueError as error:
             raise ValueError(f"size: {error}") from None
-        check_together(self)
+        for key, is_given, reason in chain.from_iterable(rows(self) for rows in TABLE):
+            if is_given:
+                raise ValueError(f"{key}: {reason}")
         return self
 
     @property
@@ -324,13 +326,6 @@ class Study(SettingsTable):
 # A rule that looks at one table of the file alone is a validator of that table.
 
 Row = tuple[str, Any, str]  # the key, whether the case is given, and the reason with the way out
-
-
-def check_together(study: "Study") -> None:
-    """Raises ValueError for the first row of the table that holds."""
-    for key, is_given, reason in chain.from_iterable(rows(study) for rows in TABLE):
-        if is_given:
-            raise ValueError(f"{key}: {reason}")
 
 
 def _where(condition: Any, where: str, *rows: Row) -> Iterator[Row]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ErrorDetails, core_schema
 
@@ -36,9 +35,8 @@ from atp_tune.utils.system import is_special
 KeyPath: TypeAlias = tuple[str | int, ...]
 Table: TypeAlias = dict[str, Any]  # of TOML or JSON
 
-_HASH = "must be 64 hexadecimal digits in lower case"
 PATTERNS = {
-    "model.sha256": _HASH,
+    "model.sha256": "must be 64 hexadecimal digits in lower case",
     "device": "must be auto, cpu, mps, cuda or cuda:N",
 }
 _NUMBER, _WHOLE, _TEXT = "must be a number", "must be a whole number", "must be a string in quotes"
@@ -463,20 +461,18 @@ def _lines(table: BaseModel, prefix: str, shown: AbstractSet[str]) -> Iterator[s
     values, fields = table.model_dump(mode="json"), type(table).model_fields
     inner = {key: value for key, value in table if isinstance(value, BaseModel)}
     for key, field in fields.items():
-        if key not in inner and _is_written(prefix + key in shown, getattr(table, key), field):
+        is_told = prefix + key in shown or field.is_required() or getattr(table, key) != field.get_default()
+        if key not in inner and getattr(table, key) is not None and is_told:
             yield from _key(key, values[key], field.description)
     for key, value in inner.items():
         lines = list(_lines(value, f"{prefix}{key}.", shown))
-        if lines and lines[0]:  # it has keys of its own
-            yield from ("", f"# {_title(value, fields[key])}", f"[{prefix}{key}]")
+        if lines and lines[0]:  # it has keys of its own; its purpose, in one sentence, is the title
+            title = fields[key].description or (type(value).__doc__ or "").splitlines()[0].removesuffix(".")
+            yield from ("", f"# {title}", f"[{prefix}{key}]")
         yield from lines
     for name, settings in table.tables.items() if isinstance(table, PruneConfig) else ():
         yield from ("", "# Settings of a plug-in", f"[{prefix}{name}]")
         yield from (line for key, value in settings.items() for line in _key(key, value, None))
-
-
-def _is_written(is_shown: bool, value: Any, field: FieldInfo) -> bool:
-    return value is not None and (is_shown or field.is_required() or value != field.get_default())
 
 
 def _key(key: str, value: Any, comment: str | None) -> Iterator[str]:
@@ -495,11 +491,6 @@ def toml_value(value: Any) -> str:
     if not isinstance(value, dict):
         return dumps(value, None)
     return "{ " + ", ".join(f"{dumps(key, None)} = {toml_value(one)}" for key, one in value.items()) + " }"
-
-
-def _title(table: BaseModel, field: FieldInfo) -> str:
-    """The purpose of a table, in one sentence."""
-    return field.description or (type(table).__doc__ or "").splitlines()[0].removesuffix(".")
 
 
 # --- The JSON schema of study files, by which editors complete keys and mark mistakes.
@@ -544,8 +535,13 @@ def study_schema() -> Table:
 
 def choices() -> dict[str, list[str]]:
     """The dotted keys that hold more than a table, each with the values that it names: choices, else its default."""
-    schema = study_schema()
-    return {key: _names(_resolved(schema, value)) or _default(value) for key, value in _values(schema, schema)}
+    schema, named = study_schema(), dict[str, list[str]]()
+    for key, value in _values(schema, schema):
+        forms, default = _resolved(schema, value), value.get("default", "")
+        names = [str(name) for form in forms for name in form.get("enum", [form["const"]] if "const" in form else [])]
+        names += ["true", "false"] * any(form.get("type") == "boolean" for form in forms)
+        named[key] = names or ([] if default == "" or isinstance(default, list) else [str(default)])
+    return named
 
 
 def _values(schema: Table, table: Table, prefix: str = "") -> Iterator[tuple[str, Table]]:
@@ -556,16 +552,6 @@ def _values(schema: Table, table: Table, prefix: str = "") -> Iterator[tuple[str
         for form in forms:
             if "properties" in form:
                 yield from _values(schema, form, f"{prefix}{key}.")
-
-
-def _names(forms: list[Table]) -> list[str]:
-    names = [str(name) for form in forms for name in form.get("enum", [form["const"]] if "const" in form else [])]
-    return names + ["true", "false"] * any(form.get("type") == "boolean" for form in forms)
-
-
-def _default(value: Table) -> list[str]:
-    default = value.get("default", "")
-    return [] if default == "" or isinstance(default, list) else [str(default)]
 
 
 def _resolved(schema: Table, value: Table) -> list[Table]:

@@ -137,7 +137,10 @@ def goal(
     if limit is None and isinstance(own, Mapping):
         limit = only_limit({key: value for key, value in own.items() if key in (*LOWEST, "min_accuracy")})
     if sparsity is None and (sparsity := settings.get("sparsity")) is None:
-        return WHOLE, limit or (None if own == "none" else _usual_limit(settings))
+        search = settings.get("search")
+        by_objective = isinstance(search, Mapping) and search.get("objective") in ("kl", ["kl"])
+        usual: Limit = {"max_kl": INCREASE} if by_objective else LIMIT
+        return WHOLE, limit or (None if own == "none" else usual)
     sparsity = "..".join(map(str, sparsity)) if isinstance(sparsity, tuple | list) else str(sparsity)
     try:
         target = parse_sparsity(sparsity)
@@ -150,13 +153,6 @@ def goal(
             f"interval {AMONG}"
         )
     return target, limit
-
-
-def _usual_limit(settings: Mapping[str, Any]) -> Limit:
-    """`LIMIT`, as a KL where that is the objective."""
-    search = settings.get("search")
-    by_kl = isinstance(search, Mapping) and search.get("objective") in ("kl", ["kl"])
-    return {"max_kl": INCREASE} if by_kl else LIMIT
 
 
 def option(key: str) -> str:

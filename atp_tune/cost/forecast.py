@@ -392,15 +392,15 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
     sent = fmean(cost.total for cost in costs.values())
     seconds = plan(round(sent - pruning), "validation")
     yield Part("trial", done.total, max(0, done.total - done.trials), sent, seconds, sent)
-    # The test text, and the other draws of the calibration text.
+    # The test text, and the other draws of the calibration text, each of which finds the `fitted` plans anew.
     if study.data.test is not None:
         yield Part("test", 1, is_open, tested, rates.dense_on(tested, "test"), tested)
         again, each = pruned_again(study, done.total), pruning + tokens.test
         yield Part("test", again, again * is_open, each, plan(tokens.test, "test"), each)
-    more = study.data.calibration.draws - 1
-    if plans := more * compared(study) + (amounts.is_short and plans_anew(amounts)):
+    more, fitted = study.data.calibration.draws - 1, min(len(study.allocation.by_prices), study.leaders, number)
+    if plans := more * compared(study) + (amounts.is_short and fitted):
         role, evaluated = ("test", tokens.test) if study.data.test is not None else ("validation", tokens.validation)
-        anew, drawn = share_anew(amounts), more * shared
+        anew, drawn = (more + amounts.is_short) * fitted / max(1, number), more * shared
         pruned = replace(amounts, tokens=replace(tokens, curve=0)).pruning
         each = pruned + evaluated + 2 * (drawn + round(anew * descended)) / plans
         own = anew * by_prices / plans
@@ -454,18 +454,6 @@ def step_tokens(amounts: Amounts) -> int:
 def _path(amounts: Amounts) -> tuple[float, ...]:
     """The targets of a descent by prices."""
     return amounts.study.path or (amounts.study.highest,)
-
-
-def plans_anew(amounts: Amounts) -> int:
-    """Number of plans that each draw of the calibration text finds anew by a descent."""
-    study = amounts.study
-    return min(len(study.allocation.by_prices), study.leaders, len(study.descents))
-
-
-def share_anew(amounts: Amounts) -> float:
-    """The descents of all draws of the calibration text, as a share of the study's own."""
-    more = amounts.study.data.calibration.draws - 1
-    return (more + amounts.is_short) * plans_anew(amounts) / max(1, len(amounts.study.descents)) if more else 0.0
 
 
 def descent_tokens(amounts: Amounts) -> int:

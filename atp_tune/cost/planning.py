@@ -69,13 +69,12 @@ class Known(Amounts):
     def held(self, work: int) -> Bytes:
         """The parts of the peak memory."""
         memory = memory_parts(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
+        both = (self.tokens.validation + self.tokens.test) * self.width * self.itemsize
         if self.study.compares_all:  # both go through the blocks together
-            both = (self.tokens.validation + self.tokens.test) * self.width * self.itemsize
             memory = replace(memory, validation=both)
-        if "kl" not in self.study.search.objective:
-            return memory
-        finals = (self.tokens.validation + self.tokens.test) * self.width * self.itemsize
-        return replace(memory, dense=memory.dense + finals)
+        if "kl" in self.study.search.objective:  # final states of the dense model
+            memory = replace(memory, dense=memory.dense + both)
+        return memory
 
 
 def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
@@ -88,9 +87,8 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     from atp_tune.run.session import Session, Setup
 
     # Without `bos` in the study file the forecast ignores BOS: its cost is too small.
-    setup = Setup.of_study(
-        file.study, file.folder, bool(fingerprint.stored_bos(file.study, _stored(file, name))), watch
-    )
+    bos = fingerprint.stored_bos(file.study, opening.stored(file.storage_url, name))
+    setup = Setup.of_study(file.study, file.folder, bool(bos), watch)
     device = find_device(setup.place.device)
     dtype = find_dtype(setup.model.dtype, device)
     if note := file.study.without_effect:
@@ -111,25 +109,25 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
             session.watch(Message("probing: one batch of each text in three blocks"))
             spec = file.study
             rates = probe(session, spec.methods.short_names, spec.highest, load, "kl" in spec.search.objective)
-    format_ = str(dtype).removeprefix("torch.")
-    where = device_name(device)
     offload = session.checkpoint.offload if session else amounts.offload()
     work = max(rates.work if rates else 0, _descent_bytes(amounts))
     if amounts.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
         work += amounts.held(0).blocks
+    sequential = 0
     if session is not None:
         work += _rank_bytes(amounts.study, session)
-    held = amounts.held(work)
-    if session is not None and amounts.study.prune.statistics == "sequential":
-        from atp_tune.blocks.replay import held_bytes
+        if amounts.study.prune.statistics == "sequential":
+            from atp_tune.blocks.replay import block_bytes
 
-        held = replace(held, sequential=amounts.tokens.calibration * held_bytes(session.checkpoint))
+            # A suspended block holds inputs and outputs of its widest linear.
+            sequential = amounts.tokens.calibration * block_bytes(session.checkpoint, max)
+    held = replace(amounts.held(work), sequential=sequential)
     needed = peaks(held, offload, amounts.free, amounts.has_own_memory)
     blocks = len(amounts.sizes.blocks)
     return Forecast(
         study=name,
-        device=where,
-        dtype=format_,
+        device=device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
         weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, offload=offload),
         memory=needed,
         trial=tuple(_trials(amounts, rates)),
@@ -189,8 +187,8 @@ def _amounts(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", 
     free = Free(free_memory(device), host_memory(), bounded)
     return Known(
         study, tokens, windows, len(items["validation"]), PASSES, False,
-        _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), width,
-        itemsize, free, device.type == "cuda", psutil.Process().memory_info().rss,
+        opening.stored(file.storage_url, name), opening.stored(file.storage_url, name + SUFFIX),
+        read_sizes(folder.path), width, itemsize, free, device.type == "cuda", psutil.Process().memory_info().rss,
     )  # fmt: skip
 
 
@@ -205,11 +203,6 @@ def _with_model(amounts: Known, session: "Session") -> Known:
         return amounts
     blocks = tuple(sum(part.numel() for part in block.parameters()) for block in session.checkpoint.blocks)
     return replace(amounts, sizes=replace(amounts.sizes, blocks=blocks))
-
-
-def _stored(file: StudyFile, name: str) -> optuna.Study | None:
-    db = opening.open_storage(file.storage_url, create=False)
-    return opening.find_study(db, name) if db else None
 
 
 def _progress(study: optuna.Study | None, trials: int) -> tuple[int, int]:

@@ -120,22 +120,15 @@ def _probe_block(
     sparsity: float,
 ) -> None:
     weights = clock.time("fetch", partial(session.checkpoint.weights, index))
-    for name in pruners:
-        clock.add(_pruned(session, index, batches["calibration"][index].clone(), name, sparsity), name)
+    in_one_pass, batch = session.prune_settings.statistics == "sequential", session.batch("calibration")
+    for name in pruners:  # seconds by phase of the block in a trial; statistics "dense" are timed as "block"
+        plan = make_plan(name, "uniform", session.budget(sparsity), {}, session.pattern)
+        pruner, channels = session.methods.pruner(name), session.channel_pruner(name)
+        work = Pass(session.replay, batch, pruner, None, None, in_one_pass, channels)
+        clock.add(work.step(plan, index, batches["calibration"][index].clone()).seconds, name)
     for role, states in batches.items():
         moved = states[index].clone()
         clock.time(f"run {role}", partial(advance, session.replay, session.batch(role), index, weights, moved))
-
-
-def _pruned(session: Session, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
-    """Seconds by phase of one block in a trial; statistics "dense" are timed as "block"."""
-    pruner = session.methods.pruner(name)
-    in_one_pass = session.prune_settings.statistics == "sequential"
-    plan = make_plan(name, "uniform", session.budget(sparsity), {}, session.pattern)
-    work = Pass(
-        session.replay, session.batch("calibration"), pruner, None, None, in_one_pass, session.channel_pruner(name)
-    )
-    return work.step(plan, index, hidden).seconds
 
 
 def _probe_ends(session: Session, kl: bool) -> float:

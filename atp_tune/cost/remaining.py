@@ -81,7 +81,9 @@ class Remaining:
 
     def left(self, now: float) -> float | None:
         """Seconds, at least 1; None where nothing has been measured yet."""
-        rate = self._rate()
+        measured = [part for part in self._parts.values() if part.took and part.size]
+        tokens = sum(len(part.took) * part.size for part in measured)
+        rate = sum(sum(part.took) for part in measured) / tokens if tokens else None  # seconds per token
         times = [self._left(name, part, rate, now) for name, part in self._parts.items()]
         known = [seconds for seconds in times if seconds is not None]
         return max(LEAST, sum(known)) if len(known) == len(times) > 0 else None
@@ -102,12 +104,6 @@ class Remaining:
     def _end(self, who: Hashable, now: float) -> None:
         if who in self._at:
             self._parts[self._at[who].part].took.append(now - self._at[who].began)
-
-    def _rate(self) -> float | None:
-        """Seconds per token."""
-        parts = [part for part in self._parts.values() if part.took and part.size]
-        tokens = sum(len(part.took) * part.size for part in parts)
-        return sum(sum(part.took) for part in parts) / tokens if tokens else None
 
     def _left(self, name: str, part: Part, rate: float | None, now: float) -> float | None:
         running = [item for item in self._at.values() if item.part == name]

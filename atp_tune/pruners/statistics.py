@@ -224,12 +224,6 @@ class Hessian:
         diagonal[diagonal == 0] = 1
         return hessian
 
-    def _ordered(self) -> Tensor:
-        """`matrix` with its inputs in `order`."""
-        order = self.order()
-        rows = self.matrix()[order]
-        return rows[:, order]
-
     def dead(self) -> Tensor:
         """Mask [in] of the inputs that were zero at every token."""
         return self._gram.diagonal() == 0
@@ -246,7 +240,8 @@ class Hessian:
         """
         name = f"{damping!r}{' ordered' * ordered}"
         if name not in self._factors:
-            self._factors[name] = _factor(self._ordered() if ordered else self._upper(), damping)
+            order = self.order() if ordered else None
+            self._factors[name] = _factor(self._upper() if order is None else self.matrix()[order][:, order], damping)
         return self._factors[name]
 
     def scaled(self, damping: float) -> Scaled:

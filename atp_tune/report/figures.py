@@ -1,6 +1,6 @@
 """Plotly figures of a study, from its summary alone: they need neither torch nor the model.
 
-Each is a function of the summary; it returns None while there are no data for it.
+Each is a function of the summary, or of its `Points`; it returns None while there are no data for it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,9 +66,9 @@ class Panel:
         return f"β = {_beta(trial):.4f}" if self.axis == "x" else _allocation(trial)
 
 
-def draw_perplexity(summary: Summary) -> go.Figure | None:
+def draw_perplexity(points: Points) -> go.Figure | None:
     """The objective on the validation text against β; None while none is measured."""
-    points = Points(summary)
+    summary = points.summary
     if not points.trials:
         return None
     seen, main = points.view(points.dense), points.main
@@ -221,9 +221,9 @@ def draw_history(summary: Summary) -> go.Figure | None:
     return figure
 
 
-def draw_seconds(summary: Summary) -> go.Figure | None:
+def draw_seconds(points: Points) -> go.Figure | None:
     """Seconds per trial as stacked bars, trials in order; None while no trial has any."""
-    timed = [trial for trial in summary.trials if spent(trial)]
+    timed = [trial for trial in points.summary.trials if spent(trial)]
     if not timed:
         return None
     figure = new_figure("Where the time goes", "trial", "time (s)")
@@ -242,10 +242,9 @@ def draw_seconds(summary: Summary) -> go.Figure | None:
     return figure if figure.data else None
 
 
-def draw_front(summary: Summary) -> go.Figure | None:
+def draw_front(points: Points) -> go.Figure | None:
     """KL against perplexity on the validation text; None with one of them or without a measured trial."""
-    points = Points(summary)
-    best = {trial.number for trial in summary.front}
+    best = {trial.number for trial in points.summary.front}
     if not any(trial.number in best for trial in points.trials):
         return None
     figure = new_figure("Perplexity and KL divergence", "", f"KL divergence, {points.on}")
@@ -272,14 +271,14 @@ def draw_front(summary: Summary) -> go.Figure | None:
     return figure
 
 
-def draw_points(summary: Summary) -> go.Figure | None:
+def draw_points(points: Points) -> go.Figure | None:
     """Scores on the validation text against the sparsity; None at one sparsity, or without a point."""
-    points, results, main = Points(summary), summary.results, summary.results.main
+    summary, main = points.summary, points.main
     by_number = {trial.number: trial for trial in points.trials if "sparsity" in trial.params}
     shown = [by_number[point.trial.number] for point in summary.points if point.trial.number in by_number]
     if not shown:
         return None
-    beside = (results.uniform(point.trial) for point in summary.points)
+    beside = (points.results.uniform(point.trial) for point in summary.points)
     around = [by_number[number] for number in {trial.number for trial in beside if trial} if number in by_number]
     figure = new_figure(f"Sparsity and {main.title}", "sparsity (%)", points.axis)
 
@@ -326,9 +325,9 @@ LONGEST = 40  # letters of a name in a legend
 MARKS = ("circle", "diamond", "square", "triangle-down")  # after all colours
 
 
-def draw_sparsity(summary: Summary) -> go.Figure | None:
+def draw_sparsity(points: Points) -> go.Figure | None:
     """Sparsity, or bits, against block, in steps; None while no trial has one."""
-    points, amount = Points(summary), summary.amount
+    summary, amount = points.summary, points.summary.amount
 
     def levels(trial: FrozenTrial) -> list[float]:
         return rounded(block_levels(trial) or [], 4)
@@ -345,9 +344,8 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
     return figure.update_layout(yaxis_range=[max(0, min(values) - margin), min(amount.top, max(values) + margin)])
 
 
-def draw_error(summary: Summary) -> go.Figure | None:
+def draw_error(points: Points) -> go.Figure | None:
     """Relative error after each block on a log axis; None while no trial has one."""
-    points = Points(summary)
 
     def errors(trial: FrozenTrial) -> list[float | None]:
         """None for 0, as after a dense block, which a log axis cannot show; [] without any."""
@@ -450,5 +448,6 @@ FIGURES = {
 
 def draw(summary: Summary) -> dict[str, go.Figure]:
     """The figures that have data, by name."""
-    drawn = {name: FIGURES[name](summary) for name in summary.goal.figures}
+    points = Points(summary)
+    drawn = {name: FIGURES[name](points) for name in summary.goal.figures}
     return {name: figure for name, figure in drawn.items() if figure is not None}

@@ -331,8 +331,7 @@ def _databases(path: Path, config: Config) -> Iterator[Path]:
 
 
 def _in_storage(address: str, config: Config) -> optuna.Study | None:
-    db = opening.open_storage(address, create=False)
-    study = opening.find_study(db, config.study) if db else None
+    study = opening.stored(address, config.study)
     if study is None or facts_in(study).get("model.content") != config.model.fingerprint:
         return None
     plans = (

@@ -39,7 +39,7 @@ from atp_tune.results.summary import ScreeningProgress, Summary, made_from, summ
 from atp_tune.storage import fingerprint, progress
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import PERPLEXITY, check_facts, facts
-from atp_tune.storage.opening import find_study, open_storage
+from atp_tune.storage.opening import stored
 from atp_tune.storage.progress import all_cut_offs, counts, is_dead, target_sparsity
 from atp_tune.utils.registry import FrozenModel
 
@@ -101,8 +101,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
 
 def stored_study(file: StudyFile, study_name: str | None) -> optuna.Study:
     """The Optuna study of a study file; UserError if it has no trials yet."""
-    db = open_storage(file.storage_url, create=False)
-    study = find_study(db, study_name or file.name) if db else None
+    study = stored(file.storage_url, study_name or file.name)
     if study is None:
         other = ["--study-name", study_name] if study_name else []
         command = shlex.join(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -475,20 +475,17 @@ def bit_costs(gradients: CalibrationGradients, quantize: QuantizeConfig, measure
     """
     levels = [quantize.group_size, quantize.symmetric, list(quantize.widths)]
     own = {"dense": measured, "targets": [], "levels": levels, "constants": [COST_TOKENS, COST_ITEMS]}
-    costs: Costs = gradients.cached(lambda _: _measured_costs(gradients, quantize), **own)
+
+    def measure(_: Path) -> Costs:
+        nearest, watch = RTN(quantize.group_size, quantize.symmetric), gradients.watch
+        sample = next(gradients.samples(items_of_costs(gradients.pool.positions), 1))
+        watch(TrialStarted("gradient", None))
+        rounded, blocks = partial(nearest.quantize, statistics=None), len(gradients.checkpoint.blocks)
+        pricing = BitPricing(gradients.of_blocks, rounded, quantize.widths)
+        return pricing.costs(sample.items, lambda done: watch(Step("block", done, blocks)))
+
+    costs: Costs = gradients.cached(measure, **own)
     return costs
-
-
-def _measured_costs(gradients: CalibrationGradients, quantize: QuantizeConfig) -> Costs:
-    nearest, watch = RTN(quantize.group_size, quantize.symmetric), gradients.watch
-    sample = next(gradients.samples(items_of_costs(gradients.pool.positions), 1))
-    watch(TrialStarted("gradient", None))
-
-    def rounded(weight: Tensor, bits: int) -> Tensor:
-        return nearest.quantize(weight, bits, None)
-
-    pricing, blocks = BitPricing(gradients.of_blocks, rounded, quantize.widths), len(gradients.checkpoint.blocks)
-    return pricing.costs(sample.items, lambda done: watch(Step("block", done, blocks)))
 
 
 def items_of_costs(positions: int) -> int:

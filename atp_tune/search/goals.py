@@ -97,7 +97,13 @@ class Surrogate:
         self, space: Space, trials: Sequence[FrozenTrial], seed: int, dense: Sequence[float] | None = None
     ) -> None:
         self._space = space
-        points = [_with_increase(trial, dense) for trial in trials if trial.values]
+        points = []  # with their increase of NLL over the dense model, or their KL, as value
+        for trial in trials:
+            if trial.values:
+                value = trial.values[0]
+                if dense is not None:
+                    value = min(math.log(value / perplexity(dense).value), MOST) if value > 0 else MOST
+                points.append(with_value(trial, value))
         self._branches = {name: Branch(space, name, points, seed) for name in space.intervals}
 
     def best_at(self, sparsity: float) -> Predicted:
@@ -158,14 +164,6 @@ class Branch:
         uniform = [self._space.within(point, self._name) for point in self._space.uniform(sparsity)]
         points = [{name: point[name] for name in self._kinds} for point in uniform if point is not None]
         return [self._space.at(point, sparsity) for point in (*points, *self._points, *drawn)]
-
-
-def _with_increase(trial: FrozenTrial, dense: Sequence[float] | None) -> FrozenTrial:
-    """The trial with its increase of NLL over the dense model, or its KL, as its value."""
-    value = trial.values[0]
-    if dense is not None:
-        value = min(math.log(value / perplexity(dense).value), MOST) if value > 0 else MOST
-    return with_value(trial, value)
 
 
 def _drawn(kind: Any, generator: random.Random) -> Any:

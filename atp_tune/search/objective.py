@@ -75,7 +75,7 @@ class Objective:
         def hear(scores: Scores) -> None:
             record.add(scores)
             seen, windows = record.compared, len(session.windows["validation"])
-            is_late = self.stops and is_hopeless(trial, seen, len(scores["nlls"]), windows, GROUPS)
+            is_late = self.stops and is_hopeless(trial, seen, len(scores["nlls"]), windows)
             if len(seen) == windows:
                 record.results()  # a TrialError comes before the tasks, which take minutes
             elif is_late and may_stop:
@@ -240,12 +240,12 @@ def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
     return None
 
 
-def is_hopeless(trial: Trial, seen: list[float], new: int, windows: int, groups: int) -> bool:
+def is_hopeless(trial: Trial, seen: list[float], new: int, windows: int) -> bool:
     """Reports the mean NLL or KL (nats per token) of each group that the `new` windows complete, and asks the stopper.
 
     The groups are the same in all trials, whatever the size of the parts that are evaluated.
     """
-    size = -(-windows // groups)
+    size = -(-windows // GROUPS)
     for group in range((len(seen) - new) // size, -(-len(seen) // size)):
         part = seen[group * size : (group + 1) * size]
         if len(part) == size or len(seen) == windows:

@@ -238,10 +238,6 @@ NOTE = "dashboard:note_ver"  # the attribute of a study that has a note
 LONGEST = 200  # bytes of a study's name: files are named after it
 
 
-def no_publisher(study: optuna.Study, address: str, folder: Path | None) -> None:
-    """Writes nothing, for a run that no dashboard shows."""
-
-
 @dataclass(frozen=True)
 class StudyRun:
     """One run of a study by one process: study file, study name, and the limit in seconds (`timeout`).
@@ -267,7 +263,7 @@ class StudyRun:
     callbacks: Sequence[Callback] = ()
     tasks: "TaskResults | None" = None
     opened: "Callable[[Session], object] | None" = None
-    publisher: Callable[[optuna.Study, str, Path | None], object] = no_publisher
+    publisher: Callable[[optuna.Study, str, Path | None], object] = lambda study, address, folder: None
     trace: Trace = field(default_factory=Trace)
 
     def note(self, text: str) -> None:
@@ -319,7 +315,10 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
     run = _with_stored_total(run, study)
     if not is_complete(study, run.file):
         if not run.mix:
-            fingerprint.check_device(study, _device(run))
+            from atp_tune.checkpoints.devices import device_name, find_device
+
+            device = run.session.checkpoint.device if run.session else find_device(run.file.study.device)
+            fingerprint.check_device(study, device_name(device))
         return None
     write_best(run, study)
     if run.reports and NOTE not in study._storage.get_study_system_attrs(study._study_id):
@@ -341,8 +340,7 @@ def _check_screening(run: StudyRun) -> None:
 
 def load_existing(run: StudyRun) -> optuna.Study | None:
     """The stored study, if there is one."""
-    db = opening.open_storage(run.file.storage_url, create=False)
-    return opening.find_study(db, run.name) if db else None
+    return opening.stored(run.file.storage_url, run.name)
 
 
 def _with_stored_total(run: StudyRun, study: optuna.Study) -> StudyRun:
@@ -371,12 +369,6 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
 
 def _has_other_limit(study: optuna.Study, file: StudyFile) -> bool:
     return study.user_attrs.get("limit") != (file.study.limit and file.study.limit.given)
-
-
-def _device(run: StudyRun) -> str:
-    from atp_tune.checkpoints.devices import device_name, find_device
-
-    return device_name(run.session.checkpoint.device if run.session else find_device(run.file.study.device))
 
 
 def _drive(run: StudyRun) -> optuna.Study:

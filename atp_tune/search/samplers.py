@@ -147,7 +147,8 @@ def gp_posterior(sampler: GPSampler, study: Study, kinds: Distributions, pruners
     mean, spread = statistics.fmean(values), statistics.pstdev(values)
     curves = {}
     for pruner in pruners:
-        points = [_at(beta, pruner, kinds) for beta in _grid(kinds["beta"])]
+        each = ({name: pruner if name in METHODS else beta for name in kinds} for beta in _grid(kinds["beta"]))
+        points = [optuna.create_trial(value=0.0, params=params, distributions=kinds) for params in each]
         means, deviations = posterior_at(gp, points, kinds)
         middle, width = mean + spread * means, 2 * spread * deviations
         lines = {"mean": middle, "low": middle - width, "high": middle + width}
@@ -169,11 +170,6 @@ def _grid(kind: BaseDistribution) -> list[float]:
     assert isinstance(kind, FloatDistribution)
     steps = [kind.low + (kind.high - kind.low) * k / GRID for k in range(GRID)]
     return [*steps, kind.high]  # a computed end may exceed `high` by rounding, which Optuna refuses
-
-
-def _at(beta: float, pruner: str, kinds: Distributions) -> FrozenTrial:
-    params = {name: pruner if name in METHODS else beta for name in kinds}
-    return optuna.create_trial(value=0.0, params=params, distributions=kinds)
 
 
 PATIENCE = 5  # seconds that a trial waits for the proposals of earlier trials
@@ -387,17 +383,15 @@ class CheckedSampler(BaseSampler):
         return self._checked(param_name, value, param_distribution)
 
     def _checked(self, name: str, value: Any, kind: BaseDistribution) -> Any:
-        if not _is_inside(value, kind):
+        """The value, if it is one that Optuna may store for this distribution."""
+        if isinstance(kind, FloatDistribution | IntDistribution):
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            is_inside = is_number and kind.low <= value <= kind.high
+        else:
+            is_inside = isinstance(kind, CategoricalDistribution) and value in kind.choices
+        if not is_inside:
             raise PluginError(f"{self.origin}: proposed {name} = {value!r}, which is outside {kind}")
         return value
-
-
-def _is_inside(value: Any, kind: BaseDistribution) -> bool:
-    """Whether a value is one that Optuna may store for this distribution."""
-    if isinstance(kind, CategoricalDistribution):
-        return value in kind.choices
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    return is_number and isinstance(kind, FloatDistribution | IntDistribution) and kind.low <= value <= kind.high
 
 
 def finished(function: Any, origin: Origin) -> Make:

@@ -216,11 +216,6 @@ PREFIX = "atp_tune:"
 APART = TRIAL.keys() - shown(TrialRecord), STUDY.keys() - shown(StudyRecord)  # what is stored apart
 
 
-def is_of_trial(key: str) -> bool:
-    """Whether a trial's user attribute is stored apart."""
-    return key in APART[0]
-
-
 def joined(user: Attributes, system: Attributes) -> tuple[dict[str, Any], dict[str, Any]]:
     """User and system attributes as they were before details were separated; a detail replaces a user attribute."""
     details = {key.removeprefix(PREFIX): value for key, value in system.items() if key.startswith(PREFIX)}
@@ -240,8 +235,8 @@ class AttributeStorage(RDBStorage):
                 return
             state: Any = TrialModel.find_or_raise_by_id(trial_id, session).state
             self.check_trial_is_updatable(trial_id, state)
-            details = {PREFIX + key: value for key, value in attributes.items() if is_of_trial(key)}
-            shown = {key: value for key, value in attributes.items() if not is_of_trial(key)}
+            details = {PREFIX + key: value for key, value in attributes.items() if key in APART[0]}
+            shown = {key: value for key, value in attributes.items() if key not in APART[0]}
             for model, values in ((TrialUserAttributeModel, shown), (TrialSystemAttributeModel, details)):
                 self._upsert(session, model, "trial_id", trial_id, values)
 
@@ -262,7 +257,7 @@ class AttributeStorage(RDBStorage):
             session.execute(insert.on_conflict_do_update(index_elements=[owner, "key"], set_=new))
 
     def _set_trial_attr_without_commit(self, session: Any, model_cls: Any, trial_id: int, key: str, value: Any) -> None:
-        if model_cls is TrialUserAttributeModel and is_of_trial(key):
+        if model_cls is TrialUserAttributeModel and key in APART[0]:
             model_cls, key = TrialSystemAttributeModel, PREFIX + key
         super()._set_trial_attr_without_commit(session, model_cls, trial_id, key, value)
 

@@ -165,6 +165,12 @@ def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
         return None
 
 
+def stored(address: str, name: str) -> optuna.Study | None:
+    """The study of this name in the storage of a URL, if both are there."""
+    storage = open_storage(address, create=False)
+    return find_study(storage, name) if storage else None
+
+
 def names_in(storage: BaseStorage) -> list[str]:
     """The names of a storage's studies in the order of their creation."""
     with readable("in the storage"):

@@ -54,7 +54,9 @@ def is_alive(identity: Attributes) -> bool:
         began, state = process.create_time(), process.status()
     except psutil.NoSuchProcess:
         return False
-    return state != psutil.STATUS_ZOMBIE and _is_same(began, identity)
+    # By the clock or by the time since boot: on Linux, setting the clock moves all start times, on macOS it does not.
+    differs = began - float(identity["process_started"])
+    return state != psutil.STATUS_ZOMBIE and min(abs(differs), abs(differs - _moved(identity))) <= 1
 
 
 def _moved(identity: Attributes) -> float:
@@ -64,15 +66,6 @@ def _moved(identity: Attributes) -> float:
 
 def _is_known(identity: Attributes) -> bool:
     return identity.get("host") == platform.node() and "pid" in identity and "process_started" in identity
-
-
-def _is_same(began: float, identity: Attributes) -> bool:
-    """Whether a process's start time is that of the identity, by the clock or by the time since boot.
-
-    On Linux, setting the clock moves the start times of all processes, on macOS it does not.
-    """
-    differs = began - float(identity["process_started"])
-    return min(abs(differs), abs(differs - _moved(identity))) <= 1
 
 
 # --- The trace of a process: the last step of its trial, in a small file that another process of the host can read.
