@@ -199,7 +199,7 @@ def test_the_variant_of_a_cpu(
     if kernel.library() is None or sys.platform != "linux" or "avx2" not in kernel.variants():
         pytest.skip("needs the library for x86")
     fields = {"vendor_id": vendor, "flags": f"{' '.join(kernel._AVX512)} {flags}"}
-    monkeypatch.setattr(system, "_cpuinfo", fields.get)
+    monkeypatch.setattr(system, "cpu_field", fields.get)
     compiled = kernel._compiled() | 1 << kernel.VARIANTS["amx"]  # which the system may have refused here
     monkeypatch.setattr(kernel, "_compiled", lambda: compiled)
     assert kernel.variants.__wrapped__()[0] == name

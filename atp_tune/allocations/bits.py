@@ -61,6 +61,14 @@ def rounded(wanted: Sequence[float], sizes: Sequence[int], widths: Sequence[int]
     return tuple(below)
 
 
+def raise_largest(counts: list[int], missing: float, shares: Sequence[float], jumps: Sequence[int]) -> None:
+    """Raises counts by one, the largest share first and the last of equal ones, if it brings `missing` closer to 0."""
+    for i in sorted(range(len(counts)), key=lambda i: (round(shares[i], 9), i), reverse=True):
+        if shares[i] > SLACK and abs(missing - jumps[i]) < abs(missing):
+            counts[i] += 1
+            missing -= jumps[i]
+
+
 def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], most: float) -> list[int]:
     """The choice for each linear that costs least in all, their sizes together at most `most`.
 

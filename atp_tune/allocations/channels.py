@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from atp_tune.allocations.bits import SLACK, raise_largest
 from atp_tune.allocations.budget import LinearSparsities, level
-
-SLACK = 1e-9  # a smaller remainder is a rounding error
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,8 @@ def rounded(sparsities: Sequence[float], blocks: Sequence[BlockChannels], target
         jumps.append(0 if last else (block.kept[step] - block.kept[step + 1]) * block.mlp.weights)
         rests.append(max(0.0, left - (block.mlp.count - block.kept[step]) * block.mlp.weights))
         steps.append(step)
-    missing = sum(rests)
     shares = [rest / jump if jump else 0.0 for rest, jump in zip(rests, jumps, strict=True)]
-    for i in sorted(range(len(steps)), key=lambda i: (round(shares[i], 9), i), reverse=True):
-        if shares[i] > SLACK and abs(missing - jumps[i]) < abs(missing):
-            steps[i] += 1
-            missing -= jumps[i]
+    raise_largest(steps, sum(rests), shares, jumps)
     return tuple(
         block.shares(number, block.mlp.count - block.kept[step])
         for block, number, step in zip(blocks, heads, steps, strict=True)

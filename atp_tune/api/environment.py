@@ -8,8 +8,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +15,7 @@ from typing import TypeVar
 import psutil
 
 from atp_tune import __version__
-from atp_tune.config.manifest import INSTRUCTIONS
+from atp_tune.config.manifest import INSTRUCTIONS, installed
 from atp_tune.utils.cache import cache_root
 from atp_tune.utils.registry import FrozenModel
 from atp_tune.utils.system import EXTRAS
@@ -123,7 +121,7 @@ def environment() -> MachineReport:
             return None
 
     def versions(packages: Iterable[str]) -> dict[str, str | None]:
-        return {name: _version(name) for name in packages}
+        return {name: installed(name) for name in packages}
 
     try:  # the distribution of a Linux
         name = f" ({platform.freedesktop_os_release().get('PRETTY_NAME', 'Linux')})"
@@ -146,14 +144,6 @@ def environment() -> MachineReport:
         variables={name: _home_hidden(os.environ[name]) for name in VARIABLES if name in os.environ},
         problems=tuple(problems),
     )
-
-
-@cache
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> Processor:

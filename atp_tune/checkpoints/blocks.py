@@ -113,13 +113,6 @@ def language_model(model: nn.Module) -> nn.Module:
     return find() or model
 
 
-def vision_tower(model: nn.Module) -> nn.Module | None:
-    """The tower of a model that reads images beside text; None if transformers knows of none."""
-    find: Any = getattr(model, "get_encoder", None)
-    encoder: nn.Module | None = None if find is None else find(modality="image")
-    return None if encoder is None or language_model(model) in encoder.modules() else encoder
-
-
 # --- The linears of a block, the weight matrices that are pruned.
 #
 # Pruned: `nn.Linear` and its subclasses, GPT-2's `Conv1D`, experts of a mixture. Dense: routers, convolutions over
@@ -318,8 +311,9 @@ def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
     """
     if with_tower:
         # The blocks of a model's vision tower; UserError if it has none.
-        tower = vision_tower(model)
-        if tower is None:
+        find: Any = getattr(model, "get_encoder", None)
+        tower: nn.Module | None = None if find is None else find(modality="image")
+        if tower is None or language_model(model) in tower.modules():
             raise UserError(
                 f'model.prune: {type(model).__name__} has no vision tower that transformers knows of; take ["language"]'
             )

@@ -283,6 +283,7 @@ ALIGNED = 512  # bytes, alignment of tensors in a buffer
 Buffer = Callable[[int], Tensor]  # from a number of bytes to memory, uint8
 
 log = logging.getLogger(__name__)
+_say_once = cache(log.warning)
 
 
 def move_into(buffer: Buffer, tensors: Sequence[Tensor]) -> None:
@@ -329,11 +330,6 @@ def pinned(size: int) -> Tensor:
     else:
         weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
     return memory
-
-
-@cache
-def _say_once(text: str) -> None:
-    log.warning(text)
 
 
 def on_disk(size: int) -> Tensor:

@@ -1,9 +1,7 @@
 """The manifest of a sparse checkpoint: the SHA-256 of its files, and the environment in which they were written."""
 
 import hashlib
-import os
 import platform
-from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
@@ -13,8 +11,8 @@ from pydantic import AfterValidator, Field
 
 from atp_tune import __version__
 from atp_tune.utils.registry import FrozenModel
+from atp_tune.utils.system import cpu_field
 
-CPU_INFO = Path("/proc/cpuinfo")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "optuna")
 INSTRUCTIONS = (  # those that torch chooses its kernels by
     "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx10", "amx_bf16", "amx_int8",
@@ -64,34 +62,21 @@ def digest(file: Path) -> str:
 
 def environment(device: str | None = None) -> Environment:
     """The environment of this process, without a library being imported."""
-    info = _cpu_info()
-    flags = set((info.get("flags") or info.get("Features") or "").split())
+    flags = (cpu_field("flags") or cpu_field("Features")).split()
     return Environment(
-        processor=info.get("model name") or platform.processor() or platform.machine(),
+        processor=cpu_field("model name") or platform.processor() or platform.machine(),
         instructions=tuple(name for name in INSTRUCTIONS if name in flags),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        versions={"atp_tune": __version__, **_installed()},
+        versions={"atp_tune": __version__, **{name: own for name in PACKAGES if (own := installed(name))}},
         device=device,
     )
 
 
 @cache
-def _cpu_info() -> Mapping[str, str]:
-    """The lines of the first processor that Linux names; empty elsewhere."""
-    if not os.access(CPU_INFO, os.R_OK):
-        return {}
-    first = CPU_INFO.read_text(errors="replace").partition("\n\n")[0]
-    rows = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in rows}
-
-
-@cache
-def _installed() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
+def installed(package: str) -> str | None:
+    """The version of a package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -6,7 +6,7 @@ The table of a pruner that is a plug-in is kept as it is written: `config.plugge
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     ConfigDict,
@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from atp_tune.allocations import ALLOCATIONS, Budget, bits, channels
-from atp_tune.allocations.bits import share_at, stored_bits
+from atp_tune.allocations.bits import stored_bits
 from atp_tune.allocations.budget import ranked_by, weighted_mean
 from atp_tune.allocations.rows import RowOffsets, offsets_to_text
 from atp_tune.errors import UserError
@@ -31,9 +31,6 @@ from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.pruners import PRUNERS, QUANTIZERS, SETTINGS, Pruner, Quantizer, make_pruner
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.utils.registry import STORED, FrozenModel, OneOf, Registry, SettingsTable, check_once, relocated
-
-if TYPE_CHECKING:
-    from atp_tune.config.study import Study
 
 # --- Training of kept weights, and of the scales of rounded ones, by `finetune` or by the table `[recover]` of a study,
 # after its search and under guard.
@@ -428,12 +425,6 @@ def bits_of_size(text: str, weights: int, others: int, dense: int) -> float:
     return 8 * ((number / 100 * dense if unit == "%" else number * BYTES[unit]) - others)
 
 
-def share_of_bits(study: "Study") -> float:
-    """The share between most and fewest bits, which allocations share out."""
-    assert study.bits is not None
-    return share_at(study.bits, study.quantize.widths)
-
-
 # --- Patterns: where zeros may stand, and which sparsities are possible; and the plan of an allocation, rounded to one.
 #
 # unstructured    anywhere
@@ -442,7 +433,6 @@ def share_of_bits(study: "Study") -> float:
 # channels        whole MLP channels and heads, see `allocations.channels`
 
 CHANNELS = "channels"
-SLACK = 1e-9  # a smaller remainder is a rounding error of M·s
 
 
 @dataclass(frozen=True)
@@ -471,11 +461,7 @@ class Pattern:
         exact = [s * self.group for s in sparsities]
         counts = [int(n) for n in exact]
         rests = [n - count for n, count in zip(exact, counts, strict=True)]
-        missing = sum(rest * size for rest, size in zip(rests, sizes, strict=True))
-        for i in sorted(range(len(rests)), key=lambda i: (round(rests[i], 9), i), reverse=True):
-            if rests[i] > SLACK and abs(missing - sizes[i]) < abs(missing):
-                counts[i] += 1
-                missing -= sizes[i]
+        bits.raise_largest(counts, sum(rest * size for rest, size in zip(rests, sizes, strict=True)), rests, sizes)
         return tuple(count / self.group for count in counts)
 
 

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 from pydantic_core import PydanticKnownError
 
 from atp_tune.allocations import ALLOCATIONS
+from atp_tune.allocations.bits import share_at
 from atp_tune.allocations.gradient import HIGHEST, OF_SIZE, path
 from atp_tune.config.data import CLASSES, ImageSet, ImageSets, Text, Texts
 from atp_tune.config.prune import (
@@ -26,7 +27,6 @@ from atp_tune.config.prune import (
     bits_of_size,
     check_names,
     parse,
-    share_of_bits,
 )
 from atp_tune.config.search import ACCURACY, DENSITY, NEXT_TOKEN, STEP, LimitConfig, SearchConfig, or_none
 from atp_tune.plugins import IN_SCHEMA, short_name
@@ -214,7 +214,7 @@ class Study(SettingsTable):
     def highest(self) -> float:
         """The highest S, or with `bits` the share between most and fewest, which allocations share out."""
         if self.sparsity is None:
-            return share_of_bits(self) if self.by_bits else HIGHEST
+            return share_at(self.bits, self.quantize.widths) if self.by_bits and self.bits else HIGHEST
         return self.sparsity[1] if isinstance(self.sparsity, tuple) else self.sparsity
 
     @property

@@ -281,7 +281,10 @@ class ImageProcessor:
         """Pixels float32 [images, channels, height, width]; UserError for a picture that cannot be read."""
         whole = torch.empty(0)
         for index in range(len(pictures)):
-            part = self._one(pictures, index)
+            picture = pictures.picture(index)
+            with as_user_error(f"{pictures.key}: the processor cannot read {pictures.name(index)}"):
+                own = self.own(picture, return_tensors="pt")["pixel_values"]
+            part = torch.as_tensor(own, dtype=torch.float32)[0]
             whole = whole if index else part.new_empty(len(pictures), *part.shape)  # once: it may be most of the memory
             if part.shape != whole.shape[1:]:
                 raise UserError(
@@ -303,12 +306,6 @@ class ImageProcessor:
             pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-6)
         shown = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
         return shown.expand(-1, -1, 3).contiguous().numpy()
-
-    def _one(self, pictures: Pictures, index: int) -> Tensor:
-        picture = pictures.picture(index)
-        with as_user_error(f"{pictures.key}: the processor cannot read {pictures.name(index)}"):
-            pixels = self.own(picture, return_tensors="pt")["pixel_values"]
-        return torch.as_tensor(pixels, dtype=torch.float32)[0]
 
 
 def class_indices(pictures: Pictures, wanted: ImageSet, config: Any) -> list[int]:
@@ -420,7 +417,10 @@ def cached_pixels(processor: ImageProcessor, pictures: Pictures) -> Tensor:
     if processed is None:
         processed = processor.pixels(pictures)
         if processed.nbytes <= LARGEST_KEPT:
-            _keep(file, processed.numpy())
+            # Without the file, if it cannot be written, the next process makes the pixels again.
+            with suppress(OSError), file_atomically(file) as path, path.open("wb") as stream:
+                np.save(stream, processed.numpy(), allow_pickle=False)
+                stream.write(_check(processed.numpy()))
     return processed
 
 
@@ -451,13 +451,6 @@ def _stored(file: Path) -> Tensor | None:
         return None
     is_whole = pixels.dtype == np.float32 and _check(pixels) == check
     return torch.from_numpy(pixels) if is_whole else None
-
-
-def _keep(file: Path, pixels: np.ndarray) -> None:
-    """Writes a file, if it can be written: without it the next process makes the pixels again."""
-    with suppress(OSError), file_atomically(file) as path, path.open("wb") as stream:
-        np.save(stream, pixels, allow_pickle=False)
-        stream.write(_check(pixels))
 
 
 def _check(pixels: np.ndarray) -> bytes:

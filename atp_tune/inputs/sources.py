@@ -236,23 +236,21 @@ def read_jsonl(path: Path, text: Text) -> list[str]:
     documents = []
     with path.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
-            if line.strip():
-                documents.append(_jsonl_text(line, text, f"line {number} of {path}"))
+            if not line.strip():
+                continue
+            where = f"line {number} of {path}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"source: {where} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"source: {where} is no JSON object")
+            check_column(text, list(row), where)
+            value = row[text.column]
+            if not isinstance(value, str) or not is_text(value.replace("\0", "")):
+                raise UserError(f'column: "{text.column}" in {where} is no text')
+            documents.append(value)
     return documents
-
-
-def _jsonl_text(line: str, text: Text, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"source: {where} is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"source: {where} is no JSON object")
-    check_column(text, list(row), where)
-    value = row[text.column]
-    if not isinstance(value, str) or not is_text(value.replace("\0", "")):
-        raise UserError(f'column: "{text.column}" in {where} is no text')
-    return value
 
 
 def read_parquet(path: Path, text: Text) -> list[str]:
@@ -401,11 +399,6 @@ def documents(text: Text, base: Path) -> Sequence[str]:
     return documents
 
 
-def source_content(text: Text, base: Path) -> str:
-    """A SHA-256 for cache keys: of the content of a local text, or of the address of a hub dataset."""
-    return find_source(text).identify(text, base)
-
-
 def hub_arguments(text: Text) -> Arguments:
     """Arguments of `datasets.load_dataset` for c4, wikitext2 and hub:ORG/NAME; UserError for other sources."""
     source = find_source(text)
@@ -448,15 +441,11 @@ def _cut(documents: Sequence[str], text: Text) -> Sequence[str]:
             f"part: none of the {len(documents)} documents of {short_source(text.source)} starts in [{start}, {end})"
         )
     part = documents[int(first) : int(last)]
-    return _without_repeats(part, documents[: int(first)]) if text.shuffle else part
-
-
-def _without_repeats(part: Sequence[str], before: Sequence[str]) -> Sequence[str]:
-    """The documents of a part without the long paragraphs of those before it: Python's manual has 14 % twice.
-
-    Neighbours may share text, but shuffled parts would share it with each other.
-    """
-    known = {paragraph for document in before for paragraph in _paragraphs(document) if len(paragraph) >= LONG}
+    if not text.shuffle:
+        return part
+    # Without the long paragraphs of those before it: Python's manual has 14 % twice. Neighbours may share text, but
+    # shuffled parts would share it with each other.
+    known = {long for before in documents[: int(first)] for long in _paragraphs(before) if len(long) >= LONG}
     return [_between(document).join(p for p in _paragraphs(document) if p not in known) for document in part]
 
 

@@ -32,7 +32,7 @@ from atp_tune.events import Notify, silent
 from atp_tune.inputs import Batch, InputKind, cut_draws
 from atp_tune.inputs.items import IDS, ByRole, Items, shared
 from atp_tune.inputs.pictures import Pictures, pictures
-from atp_tune.inputs.sources import documents, source_content
+from atp_tune.inputs.sources import documents, find_source
 from atp_tune.storage.fingerprint import BOS
 from atp_tune.utils.cache import cache_dir, keep, key, package_version, sha256_of
 from atp_tune.utils.system import require, written
@@ -153,7 +153,7 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool, draws: 
     return key(
         "windows",
         text=text.model_dump(exclude={"draws"}),
-        content=source_content(text, base),
+        content=find_source(text).identify(text, base),
         tokenizer=files,
         libraries=[package_version("transformers"), package_version("tokenizers")],
         bos=bos,
@@ -308,12 +308,16 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
     """The pairs of a calibration text with images; UserError that starts with a key of the text."""
     if not reads_images(folder.path):
         raise UserError(f"images: {folder.id} reads text alone; leave it out, or take a model that reads images too")
-    pictures = _source(text, base)
+    # Images with their texts as labels.
+    kind, _, path = text.source.partition(":")
+    source = f"parquet:{written(path, base, 'source')}" if kind == "file" else text.source
+    options = {"config": text.config, "split": text.split, "revision": text.revision} if kind == "hub" else {}
+    pairs = pictures(ImageSet(source=source, column=str(text.images), label=text.column, **options), base)
     require("images", "images")
     processor = load_processor(folder.path, folder.trusted, "images:", f"of {folder.id}")
     rows: list[Tensors] = []
-    for index in _order(len(pictures), text):
-        pair = _pair(processor, pictures, index, text.seqlen)
+    for index in _order(len(pairs), text):
+        pair = _pair(processor, pairs, index, text.seqlen)
         if pair is not None:
             rows.append(pair)
         if len(rows) == text.nsamples:
@@ -321,18 +325,10 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
     wanted = text.nsamples or 1
     if len(rows) < wanted:
         raise UserError(
-            f"nsamples: {len(rows)} of {len(pictures)} pairs have {text.seqlen} tokens with their image, {wanted} are "
+            f"nsamples: {len(rows)} of {len(pairs)} pairs have {text.seqlen} tokens with their image, {wanted} are "
             "asked for; lower it or seqlen"
         )
     return Items.of(_stacked(rows[:: text.stride]), image=_image_token(processor))
-
-
-def _source(text: Text, base: Path) -> Pictures:
-    """Images with their texts as labels."""
-    kind, _, path = text.source.partition(":")
-    source = f"parquet:{written(path, base, 'source')}" if kind == "file" else text.source
-    options = {"config": text.config, "split": text.split, "revision": text.revision} if kind == "hub" else {}
-    return pictures(ImageSet(source=source, column=str(text.images), label=text.column, **options), base)
 
 
 def _order(count: int, text: Text) -> list[int]:

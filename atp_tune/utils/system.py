@@ -46,18 +46,18 @@ def wait_asleep() -> None:
 
 def cpu_flags() -> frozenset[str]:
     """Flags of the CPU in Linux, such as avx2 and avx512f; empty if unknown."""
-    return frozenset(_cpuinfo("flags").split())
+    return frozenset(cpu_field("flags").split())
 
 
 def cpu_name() -> str:
     """The model name of the CPU, and whether it has AMX: virtual machines give one name to CPUs with and without."""
-    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    name = cpu_field("model name") or platform.processor() or platform.machine()
     return f"{name} with AMX" if "amx_bf16" in cpu_flags() else name
 
 
 def is_amd() -> bool:
     """Whether AMD made the CPU, as far as is known."""
-    return _cpuinfo("vendor_id") == "AuthenticAMD"
+    return cpu_field("vendor_id") == "AuthenticAMD"
 
 
 def multiplies_bf16_fast() -> bool:
@@ -69,7 +69,7 @@ def multiplies_bf16_fast() -> bool:
     return "amx_bf16" in flags or ("avx512_bf16" in flags and is_amd())
 
 
-def _cpuinfo(field: str) -> str:
+def cpu_field(field: str) -> str:
     """A field of the first CPU; empty if it has none, and elsewhere than on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
