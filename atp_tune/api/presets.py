@@ -17,7 +17,7 @@ from atp_tune.allocations import ALLOCATIONS
 from atp_tune.config.data import KINDS, MANUAL, MEMORY, MIXED, Text, short_source
 from atp_tune.config.prune import CHANNELS
 from atp_tune.config.study import ModelConfig, Study
-from atp_tune.config.studyfile import Table, toml_value
+from atp_tune.config.studyfile import toml_value
 from atp_tune.config.typed import WHOLE as WHOLE_INTERVAL
 from atp_tune.config.typed import Interval, in_percent
 from atp_tune.errors import UserError, did_you_mean
@@ -25,6 +25,7 @@ from atp_tune.measures import Limit
 from atp_tune.plan import percent
 from atp_tune.plugins import is_place, short_name
 from atp_tune.pruners import PRUNERS
+from atp_tune.utils.registry import Table
 from atp_tune.utils.system import require
 
 if TYPE_CHECKING:

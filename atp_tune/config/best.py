@@ -34,7 +34,7 @@ from atp_tune.measures import MEASURES, PERPLEXITY, TEXTS, Estimate, Measure, Ro
 from atp_tune.metrics import Continuations, OverDraws, Speed
 from atp_tune.plan import Plan, Share
 from atp_tune.utils.cache import write_out
-from atp_tune.utils.registry import STORED, FrozenModel
+from atp_tune.utils.registry import STORED, FrozenModel, Table
 
 FORMAT: Literal["atp_tune.config/4"] = "atp_tune.config/4"
 OLDER = tuple(f"atp_tune.config/{number}" for number in (1, 2, 3))
@@ -106,7 +106,7 @@ class ModelRef(FrozenModel, use_attribute_docstrings=True):
 
     def model(self, allowed: Mapping[str, bool] | None = None) -> ModelConfig:
         """The model as in a study file, with `allowed` keys that a configuration cannot set; ValueError if invalid."""
-        keys: dict[str, Any] = {"source": self.id, "revision": self.revision, "sha256": self.sha256}
+        keys: Table = {"source": self.id, "revision": self.revision, "sha256": self.sha256}
         keys |= {"dtype": self.dtype, "prune": self.prune}
         try:
             return ModelConfig.model_validate({**keys, **of_model(allowed or {})})
@@ -114,9 +114,9 @@ class ModelRef(FrozenModel, use_attribute_docstrings=True):
             raise ValueError(error.errors()[0]["msg"]) from None
 
     @model_serializer(mode="wrap")
-    def _without_default(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_default(self, inner: SerializerFunctionWrapHandler) -> Table:
         """Leaves `prune` out where the language model alone is pruned, so that files stay as they were."""
-        fields: dict[str, Any] = inner(self)
+        fields: Table = inner(self)
         return {key: value for key, value in fields.items() if key != "prune" or self.prune != ("language",)}
 
 
@@ -325,7 +325,7 @@ class Config(FrozenModel, use_attribute_docstrings=True):
         return self.sparsity.target
 
     @property
-    def weights_id(self) -> dict[str, Any]:
+    def weights_id(self) -> Table:
         """All that decides the weights of its pruned model, before any training."""
         return self.model_dump(
             mode="json",

@@ -25,7 +25,7 @@ from atp_tune.errors import UserError
 from atp_tune.plugins import ASK, REGISTRIES, digest, file_digest, is_place, load, plugin_file, registry, short_name
 from atp_tune.pruners import PRUNERS, QUANTIZERS, SETTINGS
 from atp_tune.utils.cache import sha256_of_json
-from atp_tune.utils.registry import FrozenModel, Origin, Registry, relocated
+from atp_tune.utils.registry import FrozenModel, Origin, Registry, Table, relocated
 from atp_tune.utils.system import written
 
 if TYPE_CHECKING:
@@ -289,11 +289,11 @@ def _bring_recorded(config: "Config", needed: Mapping[str, str], base: Path, tru
             )
 
 
-def plugin_settings(name: str) -> dict[str, Any]:
+def plugin_settings(name: str) -> Table:
     """The fields of a plug-in pruner that are keys of its table; empty for another name, or before its code has run."""
     if PRUNERS.is_built_in(name) or name not in PRUNERS.held():
         return {}
-    fields: dict[str, Any] = PRUNERS[name].model_fields  # type: ignore[attr-defined]
+    fields: Table = PRUNERS[name].model_fields  # type: ignore[attr-defined]
     return {key: field for key, field in fields.items() if key != "group"}
 
 
@@ -406,7 +406,7 @@ def _settings(pruner: str) -> Iterator[Setting]:
         )
 
 
-def _type(schema: dict[str, Any]) -> str:
+def _type(schema: Table) -> str:
     """A JSON schema in words: `number > 0`, `row or row-variant`."""
     if "enum" in schema:
         return " or ".join(map(str, schema["enum"]))

@@ -30,7 +30,7 @@ from atp_tune.plan import Level, Plan
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.pruners import PRUNERS, QUANTIZERS, SETTINGS, Pruner, Quantizer, make_pruner
 from atp_tune.pruners.settings import ChannelSettings
-from atp_tune.utils.registry import STORED, FrozenModel, OneOf, Registry, SettingsTable, check_once, relocated
+from atp_tune.utils.registry import STORED, FrozenModel, OneOf, Registry, SettingsTable, Table, check_once, relocated
 
 # --- Training of kept weights, and of the scales of rounded ones, by `finetune` or by the table `[recover]` of a study,
 # after its search and under guard.
@@ -147,7 +147,7 @@ Model = TypeVar("Model", bound=SettingsTable)
 
 def with_tables(model: type[Model]) -> type[Model]:
     """Adds to the model one table for each pruner that has settings."""
-    tables: dict[str, Any] = {name: (settings, settings()) for name, settings in SETTINGS.items()}
+    tables: Table = {name: (settings, settings()) for name, settings in SETTINGS.items()}
     return create_model(model.__name__, __base__=model, __module__=model.__module__, __doc__=model.__doc__, **tables)
 
 
@@ -228,12 +228,12 @@ class PruneConfig(SettingsTable):
             if is_given:
                 raise ValueError(f'{key}: {reason} where pattern = "channels"')
 
-    def settings(self, pruner: str) -> dict[str, Any]:
+    def settings(self, pruner: str) -> Table:
         """Arguments of a pruner: the keys of its table, if it has one, and the pattern's group."""
         table = getattr(self, pruner).model_dump() if pruner in SETTINGS else self.tables.get(pruner, {})
         return {**table, "group": parse(self.pattern).group}
 
-    def told(self, pruner: str) -> dict[str, Any]:
+    def told(self, pruner: str) -> Table:
         """The settings that determine what a pruner removes, for people and other programs.
 
         Of whole channels those of `channels`; magnitude measures no `score`.
@@ -330,7 +330,7 @@ class QuantizeConfig(SettingsTable):
             raise ValueError("group_size: must be at least 1, or -1 for the whole row, got 0")
         return self
 
-    def told(self, method: str) -> dict[str, Any]:
+    def told(self, method: str) -> Table:
         """The settings that determine what a quantizer does; rtn has no `damping`."""
         of_gptq = ["damping", *(["act_order"] if self.act_order else [])] if method == "gptq" else []
         return self.model_dump(include={"group_size", "symmetric", *of_gptq})
@@ -508,7 +508,7 @@ def make_plan(
         flat = [*pattern.round(flat, sizes)]
 
     def level(amount: float, offsets: bytes | None = None, linears: tuple[Level, ...] = ()) -> Level:
-        amounts: dict[str, Any] = {"bits": budget.bits, amount_of: amount}
+        amounts: Table = {"bits": budget.bits, amount_of: amount}
         return Level(**amounts, rows=None if offsets is None else offsets_to_text(offsets), linears=linears)
 
     # A level for each block, with those of its linears if they differ, or if whole channels go.

@@ -15,6 +15,7 @@ from atp_tune.config.plugged import PluginRef
 from atp_tune.measures import MEASURES
 from atp_tune.metrics import BosEffect
 from atp_tune.plan import Plan, Share
+from atp_tune.utils.registry import Table
 
 
 def _written(text: str) -> str:
@@ -28,7 +29,7 @@ def _nll(value: float) -> float:
     return value
 
 
-def _effect(effect: dict[str, Any]) -> dict[str, Any]:
+def _effect(effect: Table) -> Table:
     _written(BosEffect.model_validate(effect).token)  # ValidationError is a ValueError
     return effect
 
@@ -39,7 +40,7 @@ def _plugged(rows: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     return rows
 
 
-def _planned(fields: dict[str, Any]) -> dict[str, Any]:
+def _planned(fields: Table) -> Table:
     plan = Plan.model_validate(fields)
     _written(plan.method + plan.allocation + "".join(plan.parameters))
     return fields
@@ -62,8 +63,8 @@ Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Batches: TypeAlias = dict[Words, Batch]
 CutOff: TypeAlias = dict[Words, Words | bool]
 FOUND = ("zero_shot", "speed", "continuations", "answers", "recovered")
-ITEMS: dict[str, Any] = {by.items: {"nlls": Nlls, "ranks": Ranks}.get(by.items, Kls) for by in MEASURES.values()}
-SCORES: dict[str, Any] = {  # of a study: the dense model's items, and by trial those of the test text, and findings
+ITEMS: Table = {by.items: {"nlls": Nlls, "ranks": Ranks}.get(by.items, Kls) for by in MEASURES.values()}
+SCORES: Table = {  # of a study: the dense model's items, and by trial those of the test text, and findings
     **{by.dense_items: ITEMS[by.items] for by in MEASURES.values()},
     **{f"test_{key}": dict[Role, kind] for key, kind in ITEMS.items()},  # type: ignore[valid-type]
     **dict.fromkeys(FOUND, dict[Role, Found]),
@@ -74,7 +75,7 @@ TABLES = (*(f"test_{key}" for key in ITEMS), "draws", "refits", *FOUND)  # by tr
 class TrialRecord(BaseModel):
     """Attributes of a trial: its plan, what was measured beside `ITEMS`, and who ran it."""
 
-    plan: Annotated[dict[str, Any], AfterValidator(_planned)]
+    plan: Annotated[Table, AfterValidator(_planned)]
     realised: Share
     packed_bytes: Count
     quantized_bytes: Count
@@ -108,7 +109,7 @@ class StudyRecord(BaseModel):
     """Attributes of a study beside `SCORES`: facts of its model and texts, and how far it is."""
 
     fingerprint: dict[Words, Words | int | float | bool | list[Words] | list[float]]
-    made_from: dict[str, Any]
+    made_from: Table
     sizes: Annotated[list[Size], Field(min_length=1)]
     dense_bytes: Count
     blocks: Words
@@ -122,7 +123,7 @@ class StudyRecord(BaseModel):
     screens: Words
     total: Total
     terminated_early: Annotated[list[Total], Field(min_length=2, max_length=2)]
-    gp_posterior: dict[str, Any]
+    gp_posterior: Table
     training: dict[Words, Words | int | float]
     draws: dict[Number, dict[Number, Nlls]]
     refits: dict[Number, dict[Number, dict[Number, Nlls]]]  # by trial, number of draws, and draw

@@ -27,13 +27,12 @@ from atp_tune.config.study import Study
 from atp_tune.errors import PluginError, UserError, did_you_mean, is_text, printable, without_secrets
 from atp_tune.pruners import PRUNERS
 from atp_tune.utils.cache import write_out
-from atp_tune.utils.registry import STORED
+from atp_tune.utils.registry import STORED, Table
 from atp_tune.utils.system import is_special
 
 # --- Turns the errors of pydantic about a study file into one line: the first mistake, its key, rule and correction.
 
 KeyPath: TypeAlias = tuple[str | int, ...]
-Table: TypeAlias = dict[str, Any]  # of TOML or JSON
 
 PATTERNS = {
     "model.sha256": "must be 64 hexadecimal digits in lower case",

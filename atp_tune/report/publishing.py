@@ -35,6 +35,7 @@ from atp_tune.storage.attributes import Attributes, StudySnapshot, readable
 from atp_tune.storage.database import MADE_ANEW, Database, without_password
 from atp_tune.storage.progress import is_lost
 from atp_tune.utils.cache import temporary_folder, write_atomically
+from atp_tune.utils.registry import Table
 from atp_tune.utils.system import as_typed
 
 # --- The texts of the dashboard: Markdown notes on studies and trials, and columns of its table.
@@ -78,10 +79,10 @@ def _code(text: object) -> str:
     return "`" + printable(str(text)).replace("`", "'") + "`"
 
 
-def columns(trial: FrozenTrial) -> dict[str, Any]:
+def columns(trial: FrozenTrial) -> Table:
     """A trial's attributes for the dashboard's table: numbers, which sort, and no long lists."""
     attrs = trial.user_attrs
-    setup: dict[str, Any] = {name: attrs[name] for name in ("device", "dtype", "host") if name in attrs}
+    setup: Table = {name: attrs[name] for name in ("device", "dtype", "host") if name in attrs}
     remark = trial_remark(trial)
     return {**measured_columns(attrs), **setup, **({"remark": remark} if remark else {})}
 
@@ -94,7 +95,7 @@ PREFIX = "dashboard:"  # of the dashboard's attributes
 LENGTH = 2045  # characters of a part, which fit into a column of Optuna's tables
 
 
-def note_parts(text: str, version: int, trial: int | None = None) -> dict[str, Any]:
+def note_parts(text: str, version: int, trial: int | None = None) -> Table:
     """The attributes of a note; `trial`: the trial's id in the storage, None for the study's own note."""
     head = _head(trial)
     return {f"{head}note_ver": version, **_parts(f"{head}note_str:", text)}
@@ -147,16 +148,16 @@ def publish(study: Study, address: str, folder: Path | None) -> None:
         attach(study, folder, database.CONFIG, config)
 
 
-def dashboard_figures(summary: Summary) -> dict[str, Any]:
+def dashboard_figures(summary: Summary) -> Table:
     """The figures of a study, as system attributes in the dashboard's format."""
-    attributes: dict[str, Any] = {}
+    attributes: Table = {}
     for name, figure in draw(summary).items():
         # The attributes of a figure: its name among the study's figures, and Plotly's JSON of it.
         attributes |= _parts(f"{PREFIX}plot_data:{name}:", figure.to_json())
     return attributes
 
 
-def dashboard_note(text: str, stored: Attributes, trial: int | None = None, step: int = 1) -> dict[str, Any]:
+def dashboard_note(text: str, stored: Attributes, trial: int | None = None, step: int = 1) -> Table:
     """The note of a study or trial with people's own text below, as system attributes.
 
     `trial`: the trial's id in the storage, None for the study's note. Its version is `step` above the stored one. A
@@ -166,7 +167,7 @@ def dashboard_note(text: str, stored: Attributes, trial: int | None = None, step
     return note_parts(note, note_version(stored, trial) + step, trial)
 
 
-def without_rests(attributes: Attributes, stored: Attributes) -> dict[str, Any]:
+def without_rests(attributes: Attributes, stored: Attributes) -> Table:
     """Made attributes, and "" for stored parts beyond them: longer figures and notes are stored in more parts."""
     series = {key.rpartition(":")[0] for key in attributes if key.rpartition(":")[2].isdecimal()}
     rests = {key: "" for key in stored if key not in attributes and key.rpartition(":")[0] in series}

@@ -39,6 +39,7 @@ from atp_tune.storage.progress import measured, objective_values, order, ranked,
 if TYPE_CHECKING:
     from atp_tune.results.summary import Summary
 
+Trials: TypeAlias = list[FrozenTrial]
 Column: TypeAlias = tuple[str, Callable[[Model], object]]  # head, and cell of a model; None is a dash
 
 
@@ -105,14 +106,14 @@ class AtSparsity:
         """The best of these trials: the lowest first value."""
         return next(iter(ranked(trials)), None)
 
-    def rivals(self) -> list[FrozenTrial]:
+    def rivals(self) -> Trials:
         """The best trial of each allocation, the best first; a trial with equal sparsities counts as uniform."""
         best: dict[str, FrozenTrial] = {}
         for trial in measured(self.study):
             best.setdefault(allocation_name(trial), trial)
         return list(best.values())
 
-    def leaders(self) -> list[FrozenTrial]:
+    def leaders(self) -> Trials:
         """The trials that lead, the best first."""
         return self.rivals()
 
@@ -133,7 +134,7 @@ class AtSparsity:
         """The points by sparsity, the lowest first; [] at one sparsity."""
         return []
 
-    def timed(self, summary: "Summary") -> list[FrozenTrial]:
+    def timed(self, summary: "Summary") -> Trials:
         """The trials that `speedup` is to measure."""
         return [summary.best_trial] if summary.best_trial else []
 
@@ -146,7 +147,7 @@ class AtSparsity:
 
     sparsest = nearest  # within a limit; UserError if no trial is, or if the study lacks the numbers
 
-    def rows(self, summary: "Summary") -> list[FrozenTrial]:
+    def rows(self, summary: "Summary") -> Trials:
         """The trials in the table of results, below dense."""
         return uniform_trials(self.study) + [trial for trial in summary.ranks if not is_uniform(trial)]
 
@@ -209,7 +210,7 @@ class OverInterval(AtSparsity):
 
     def _knee(self, done: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The knee of the front of ranked trials over sparsity; None without one."""
-        front, lowest = list[FrozenTrial](), math.inf
+        front, lowest = Trials(), math.inf
         for trial in sorted(done, key=lambda trial: target_sparsity(trial) or 0.0, reverse=True):
             value = objective_values(trial)[0]
             if value < lowest and (value > 0 or not self._of_logs):
@@ -228,16 +229,16 @@ class OverInterval(AtSparsity):
             )
         return min(done, key=lambda trial: excesses[trial.number], default=None)
 
-    def rivals(self) -> list[FrozenTrial]:
+    def rivals(self) -> Trials:
         """None: allocations at different sparsities do not compare."""
         return []
 
-    def leaders(self) -> list[FrozenTrial]:
+    def leaders(self) -> Trials:
         """The best trial, then the others of the front."""
         best = best_trial(self.study)
         return [best, *(trial for trial in self._others() if trial.number != best.number)] if best else []
 
-    def _others(self) -> list[FrozenTrial]:
+    def _others(self) -> Trials:
         return pareto_front(self.study)
 
     def compared(self) -> list[str]:
@@ -271,7 +272,7 @@ class OverInterval(AtSparsity):
             for trial in shown
         ]
 
-    def _shown(self, front: list[FrozenTrial]) -> list[FrozenTrial]:
+    def _shown(self, front: Trials) -> Trials:
         done = measured(self.study)
         sparsities = {trial.params.get("sparsity") for trial in done if is_uniform(trial)}
         sparsities -= {trial.params.get("sparsity") for trial in front}
@@ -281,7 +282,7 @@ class OverInterval(AtSparsity):
                 uniforms.setdefault(trial.params["sparsity"], trial)
         return [*front, *uniforms.values()]
 
-    def timed(self, summary: "Summary") -> list[FrozenTrial]:
+    def timed(self, summary: "Summary") -> Trials:
         """The points that have no speed yet."""
         return [point.trial for point in summary.points if point.speed is None]
 
@@ -321,7 +322,7 @@ class OverInterval(AtSparsity):
             raise UserError(f"{name}: no trial is within {words}; the nearest is {nearest}")
         return Choice(trial, f"the sparsest within {words}")
 
-    def rows(self, summary: "Summary") -> list[FrozenTrial]:
+    def rows(self, summary: "Summary") -> Trials:
         """The points."""
         return [point.trial for point in summary.points]
 
@@ -402,10 +403,10 @@ class WithinLimit(OverInterval):
         """The sparsest within the limit; if none is, the one with the smallest excess."""
         return self._within(ranked(trials), self.limit)
 
-    def _others(self) -> list[FrozenTrial]:
+    def _others(self) -> Trials:
         return []
 
-    def _shown(self, front: list[FrozenTrial]) -> list[FrozenTrial]:
+    def _shown(self, front: Trials) -> Trials:
         return measured(self.study)
 
     def columns(self, summary: "Summary") -> Iterator[Column]:
@@ -485,7 +486,7 @@ def limit_excess(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = 
     return math.inf if value is None else value
 
 
-def pareto_front(study: optuna.Study) -> list[FrozenTrial]:
+def pareto_front(study: optuna.Study) -> Trials:
     """The Pareto front of a study of several objectives, the lowest perplexity first; [] for one objective."""
     if len(study.directions) == 1:
         return []

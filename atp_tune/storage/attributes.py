@@ -43,6 +43,7 @@ from atp_tune.utils.compat import (
     TrialUserAttributeModel,
     transaction,
 )
+from atp_tune.utils.registry import Table
 
 # --- Validation of stored studies: the database may be a stranger's, or a later version's.
 #
@@ -59,7 +60,7 @@ TRIAL, STUDY, SYSTEM = kinds(TrialRecord, ITEMS), kinds(StudyRecord, SCORES), ki
 WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
 
 
-def folded(attrs: Attributes) -> dict[str, Any]:
+def folded(attrs: Attributes) -> Table:
     """The attributes with a table `test_nlls` instead of its rows `test_nlls:dense`, `test_nlls:12` …, and so on.
 
     Rows are stored separately because two hosts may add to one table at the same moment. Earlier versions stored whole
@@ -75,7 +76,7 @@ def folded(attrs: Attributes) -> dict[str, Any]:
     return attributes
 
 
-def _with(table: Any, path: Sequence[str], row: Any) -> dict[str, Any]:
+def _with(table: Any, path: Sequence[str], row: Any) -> Table:
     """A table with a row at the end of a path, in the place of what was there."""
     rows = dict(table) if isinstance(table, dict) else {}
     rows[path[0]] = row if len(path) == 1 else _with(rows.get(path[0]), path[1:], row)
@@ -98,7 +99,7 @@ class ValidatedStudy(optuna.Study):
         super().stop()
 
     @property
-    def user_attrs(self) -> dict[str, Any]:
+    def user_attrs(self) -> Table:
         """The study's valid attributes."""
         with readable(self.study_name):
             attrs = checked(folded(super().user_attrs), STUDY)
@@ -140,7 +141,7 @@ class StudySnapshot(optuna.Study):
         self._all = study.get_trials(deepcopy=False)
 
     @property
-    def user_attrs(self) -> dict[str, Any]:
+    def user_attrs(self) -> Table:
         """The attributes."""
         return dict(self._attrs)
 
@@ -188,7 +189,7 @@ def _is(kind: TypeAdapter[Any], value: Any) -> bool:
     return True
 
 
-def checked(attrs: Attributes, kinds: Mapping[str, TypeAdapter[Any]]) -> dict[str, Any]:
+def checked(attrs: Attributes, kinds: Mapping[str, TypeAdapter[Any]]) -> Table:
     """The attributes without those of the wrong type; attributes without a type in `kinds` stay."""
     return {name: value for name, value in attrs.items() if name not in kinds or _is(kinds[name], value)}
 
@@ -216,7 +217,7 @@ PREFIX = "atp_tune:"
 APART = TRIAL.keys() - shown(TrialRecord), STUDY.keys() - shown(StudyRecord)  # what is stored apart
 
 
-def joined(user: Attributes, system: Attributes) -> tuple[dict[str, Any], dict[str, Any]]:
+def joined(user: Attributes, system: Attributes) -> tuple[Table, Table]:
     """User and system attributes as they were before details were separated; a detail replaces a user attribute."""
     details = {key.removeprefix(PREFIX): value for key, value in system.items() if key.startswith(PREFIX)}
     others = {key: value for key, value in system.items() if not key.startswith(PREFIX)}
@@ -266,11 +267,11 @@ class AttributeStorage(RDBStorage):
         frozen.user_attrs, frozen.system_attrs = joined(frozen.user_attrs, frozen.system_attrs)
         return frozen
 
-    def get_trial_user_attrs(self, trial_id: int) -> dict[str, Any]:
+    def get_trial_user_attrs(self, trial_id: int) -> Table:
         """The attributes of a trial, with the details."""
         return joined(super().get_trial_user_attrs(trial_id), super().get_trial_system_attrs(trial_id))[0]
 
-    def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
+    def get_trial_system_attrs(self, trial_id: int) -> Table:
         """The system attributes, without the details."""
         return joined({}, super().get_trial_system_attrs(trial_id))[1]
 
@@ -281,7 +282,7 @@ class AttributeStorage(RDBStorage):
         else:
             super().set_study_user_attr(study_id, key, value)
 
-    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+    def get_study_user_attrs(self, study_id: int) -> Table:
         """The attributes with the details; the parts of the dashboard's figures, which may be long, are not read."""
         details = (StudySystemAttributeModel.study_id == study_id, StudySystemAttributeModel.key.startswith(PREFIX))
         with transaction(self.scoped_session) as session:
@@ -289,7 +290,7 @@ class AttributeStorage(RDBStorage):
             system = {str(row.key): json.loads(str(row.value_json)) for row in rows}
         return joined(super().get_study_user_attrs(study_id), system)[0]
 
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+    def get_study_system_attrs(self, study_id: int) -> Table:
         """The system attributes, without the details."""
         return joined({}, super().get_study_system_attrs(study_id))[1]
 

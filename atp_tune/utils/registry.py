@@ -18,7 +18,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -35,6 +35,7 @@ from pydantic_core.core_schema import with_info_before_validator_function
 from atp_tune.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+Table: TypeAlias = dict[str, Any]  # of TOML or JSON, by key
 Via = Literal["decorator", "entry point", "file", "module"]
 
 
