@@ -29,7 +29,6 @@ from atp_tune.folders.training import Trainer
 from atp_tune.measures import Change, Perplexity, change, perplexity
 from atp_tune.results.formatting import recovery_note
 from atp_tune.results.summary import summarise
-from atp_tune.search.runner import StudyRun
 from atp_tune.utils import cache as entries
 from atp_tune.utils.cache import cache_dir
 
@@ -147,9 +146,9 @@ def test_apply_trains_again_or_takes_what_was_trained_and_keeps_the_zeros(
     assert not [file.name for file in place.iterdir() if file.name.startswith(".")]
 
 
-def seen_and_interrupted(run: StudyRun, *_: object) -> None:
+def seen_and_interrupted(folder: Path, *_: object) -> None:
     """Training that others see, and that ends at once."""
-    assert recovery_note(summarise(stored(run.file.folder))).startswith(f"The best plan is being trained on {node()}, ")
+    assert recovery_note(summarise(stored(folder))).startswith(f"The best plan is being trained on {node()}, ")
     raise KeyboardInterrupt
 
 
@@ -173,7 +172,7 @@ def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLi
     assert again.out.startswith("complete: 6 of 6 trials; nothing to do")
     least = f"recover.min_increase={max(0.0, increase - 0.001)}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp_tune.api.tuning._recovered", seen_and_interrupted)
+        patch.setattr("atp_tune.folders.finetuning.recovered", partial(seen_and_interrupted, place))
         assert run(place, command, "recover.steps=9", "recover.learning_rate=0.01", least).code == 130
     assert "Not trained yet: the same command" in command("status", "--study", place / "tiny.toml").out
     assert "step 9 of 9: loss" in run(place, command, "recover.steps=9", "recover.learning_rate=0.01", least).out

@@ -17,7 +17,7 @@ from atp_tune.api.arguments import Lender, Settings, Target, is_model, names, wo
 from atp_tune.api.presets import StudyRequest
 from atp_tune.api.result import Result
 from atp_tune.config.best import Config
-from atp_tune.config.prune import RecoverConfig, Recovered
+from atp_tune.config.prune import Recovered
 from atp_tune.config.study import Study
 from atp_tune.config.studyfile import StudyFile, settings, tables
 from atp_tune.config.typed import goal
@@ -115,12 +115,17 @@ def _train(
         reason = f"{cost}, less than recover.min_increase = {options.min_increase:g} asks for; a lower one trains it"
         outcome = Recovered(settings=options, kept=False, skipped=True, reason=reason)
     else:
+        from atp_tune.api.configuration import in_folder
+        from atp_tune.folders.finetuning import recovered
+
         uniform = uniform_beside(study, best)
         nlls = study.user_attrs.get("test_nlls", {}).get(str(uniform.number), ()) if uniform else ()
         study.set_user_attr("training", identity())  # so that others see it
         try:
             run.watch(TrialStarted(f"training the kept weights of trial {best.number}", None))
-            outcome = _recovered(run, config, options, nlls, place, lender)
+            turns = getattr(run.file.study.test_text, "turns", ())
+            with in_folder(config, lender, place, cache_dir("recovered")) as (of_folder, there, _):
+                outcome = recovered(of_folder, options, there, nlls, turns)
         except UserError as error:
             run.note(f"warning: the best plan stays as it was pruned: {error}")
             return None
@@ -129,16 +134,6 @@ def _train(
     if not outcome.kept:
         run.note(f"the best plan stays as it was pruned: {outcome.reason}")
     return outcome
-
-
-def _recovered(
-    run: StudyRun, config: Config, options: RecoverConfig, uniform: Sequence[float], place: Place, lender: Lender
-) -> Recovered:
-    from atp_tune.api.configuration import in_folder
-    from atp_tune.folders.finetuning import recovered
-
-    with in_folder(config, lender, place, cache_dir("recovered")) as (of_folder, there, _):
-        return recovered(of_folder, options, there, uniform, getattr(run.file.study.test_text, "turns", ()))
 
 
 Pool = Callable[[StudyRun], None]  # runs a study in other processes

@@ -190,9 +190,18 @@ class DenseMetrics:
     def tail_exponents(self, start: TailStart = "peak") -> LinearSparsities:
         """For each linear of each block, the exponent α; TrialError if a spectrum has no tail."""
         fit = {"peak": tail_exponent, "middle": middle_exponent}[start]
+
+        def exponent(index: int, linear: Linear, weight: Tensor) -> float:
+            fitted = fit(eigenvalues(weight))
+            if not math.isfinite(fitted):
+                raise TrialError(
+                    f"linear {linear.name} of block {index}: its spectrum has no tail to fit an exponent to"
+                )
+            return fitted
+
         return self._once(
             ("exponents", start),
-            lambda: tuple(tuple(self._exponents(index, block, fit)) for index, block in self._blocks()),
+            lambda: tuple(tuple(exponent(index, *each) for each in block) for index, block in self._blocks()),
         )
 
     def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
@@ -222,18 +231,14 @@ class DenseMetrics:
         """`measure` of the linears of each block: pairs of a copy of the weight [out, in] and its statistics."""
 
         def measured() -> tuple[T, ...]:
-            statistics = None if kind is None else self.statistics(kind)
-            return tuple(measure(self._pairs(index, statistics)) for index in range(len(self.checkpoint.linears)))
+            statistics, results = None if kind is None else self.statistics(kind), []
+            for index, linears in enumerate(self.checkpoint.linears):
+                weights, by_name = self.checkpoint.weights(index), statistics[index] if statistics else {}
+                self.step(index + 1)
+                results.append(measure([(x.matrix(weights[x.key]).clone(), by_name.get(x.name)) for x in linears]))
+            return tuple(results)
 
         return self._once(("blocks", key, kind), measured)
-
-    def _pairs(
-        self, index: int, statistics: Sequence[Mapping[str, Statistics]] | None
-    ) -> list[tuple[Tensor, Statistics | None]]:
-        weights, by_name = self.checkpoint.weights(index), statistics[index] if statistics else {}
-        linears = self.checkpoint.linears[index]
-        self.step(index + 1)
-        return [(linear.matrix(weights[linear.key]).clone(), by_name.get(linear.name)) for linear in linears]
 
     @torch.inference_mode()
     def _once(self, key: tuple[object, ...], measure: Callable[[], T]) -> T:
@@ -261,17 +266,6 @@ class DenseMetrics:
                 if isinstance(statistics := by_name.get(linear.name), InputNorms):
                     scores[-1] = scores[-1] * statistics.norms().to(weight.device)
             yield scores
-
-    def _exponents(
-        self, index: int, block: list[tuple[Linear, Tensor]], fit: Callable[[Tensor], float]
-    ) -> Iterator[float]:
-        for linear, weight in block:
-            exponent = fit(eigenvalues(weight))
-            if not math.isfinite(exponent):
-                raise TrialError(
-                    f"linear {linear.name} of block {index}: its spectrum has no tail to fit an exponent to"
-                )
-            yield exponent
 
 
 def outlier_ratio(scores: list[Tensor], threshold: float) -> float:

@@ -411,8 +411,8 @@ class Pricing:
         def price(index: int, total: Mapping[str, Tensor]) -> None:
             dense = checkpoint.weights(index)
             rows[index] = torch.stack([
-                self._price(index, linear, s, linear.matrix(dense[linear.key]), linear.matrix(total[linear.key]))
-                for linear, s in zip(checkpoint.linears[index], sparsities[index], strict=True)
+                self._price(index, x, shares[index][x.name], x.matrix(dense[x.key]), x.matrix(total[x.key]))
+                for x in checkpoint.linears[index]
             ])  # fmt: skip
 
         self.gradients.visit(sample, pruned, price)

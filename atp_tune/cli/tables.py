@@ -133,10 +133,11 @@ def _show_rest(summary: Summary) -> None:
         echo(f"ended early, after {summary.total} of {summary.requested} trials")
     if summary.total is not None and summary.done < summary.total:
         echo(f"{summary.done} of {summary.total} trials are done")
-    elif not summary.complete and summary.best_trial is not None and not summary.is_tested:
-        echo("the test text is not measured yet: the same command resumes the study")
-    elif not summary.complete and summary.best_trial is not None and summary.done == summary.total:
-        echo("not all final numbers are measured yet: the same command resumes the study")
+    elif not summary.complete and summary.best_trial is not None:
+        if not summary.is_tested:
+            echo("the test text is not measured yet: the same command resumes the study")
+        elif summary.done == summary.total:
+            echo("not all final numbers are measured yet: the same command resumes the study")
 
 
 def show_status(summary: Summary, file: StudyFile) -> None:

@@ -401,15 +401,15 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
     if plans := more * compared(study) + (amounts.is_short and fitted):
         role, evaluated = ("test", tokens.test) if study.data.test is not None else ("validation", tokens.validation)
         anew, drawn = (more + amounts.is_short) * fitted / max(1, number), more * shared
-        pruned = replace(amounts, tokens=replace(tokens, curve=0)).pruning
+        pruned, own = replace(amounts, tokens=replace(tokens, curve=0)).pruning, anew * by_prices / plans
         each = pruned + evaluated + 2 * (drawn + round(anew * descended)) / plans
-        own = anew * by_prices / plans
         seconds = plan(evaluated, role) + rates.statistics(drawn) / plans
         yield Part("draw", plans, plans * is_open, each, seconds + own, each, own)
     # What is done with the best plan.
     models, read = continued(study)
     yield Part("generate", models, models * is_open, 0, rates.read(read), read)
-    if measured := speed_tokens(amounts):
+    if study.speed:  # the best plan is pruned once more, and measured beside the dense model
+        measured = amounts.pruning + 2 * (1 + RUNS) * (TOKENS + STEPS * ALONE)
         yield Part("speed", 1, is_open, 0, rates.read(measured) + rates.load, measured)
     if study.recover is not None:
         sent, loads = training(amounts)
@@ -492,13 +492,6 @@ def continued(study: Study) -> tuple[int, int]:
     if not tokens or study.images is not None:
         return 0, 0
     return 2 + max(1, study.leaders), (len(PROMPTS) + len(study.continuations.prompts)) * tokens * GENERATED
-
-
-def speed_tokens(amounts: Amounts) -> float:
-    """Tokens that take as long to read as the best plan is pruned once more, and measured beside the dense model."""
-    if not amounts.study.speed:
-        return 0
-    return amounts.pruning + 2 * (1 + RUNS) * (TOKENS + STEPS * ALONE)
 
 
 def training(amounts: Amounts) -> tuple[float, int]:

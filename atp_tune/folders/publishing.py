@@ -67,13 +67,8 @@ def is_made_from(folder: Path, config: Config, packed: bool = False, slim: bool 
         return False
     about = read_config(folder / ABOUT)
     is_packed = about.manifest is not None and any(map(PACKED.match, about.manifest.files))
-    training = [each.trained and each.trained.settings for each in (about, config)]
-    return (is_packed, about.slim, about.weights_id, training[0]) == (
-        packed,
-        slim,
-        config.weights_id,
-        training[1],
-    )
+    there, wanted = ((each.weights_id, each.trained and each.trained.settings) for each in (about, config))
+    return (is_packed, about.slim, there) == (packed, slim, wanted)
 
 
 def check_permission(name: str, private: bool) -> None:

@@ -318,11 +318,20 @@ def class_indices(pictures: Pictures, wanted: ImageSet, config: Any) -> list[int
     is_named = not all(name.startswith(UNNAMED) for name in names.values())
     numbered = (wanted.labels or pictures.names) if is_named else ()
     by_name = _by_name(names) if is_named else _unnamed(pictures, names) if pictures.classes else {}
+
+    def class_of(label: str | int) -> int | None:
+        """The model's class of a label; None if it has none, or several."""
+        if isinstance(label, str):
+            return by_name.get(_plain(label))
+        if not numbered or _plain(names.get(label, "")) == _plain(numbered[label]):
+            return label if label in names else None
+        return by_name.get(_plain(numbered[label]))
+
     result = []
     for index, label in enumerate(pictures.labels):
         if isinstance(label, int) and numbered and not 0 <= label < len(numbered):
             raise UserError(f"labels: {pictures.name(index)} has class {label}, and there are {len(numbered)} names")
-        own = _class_id(label, numbered, names, by_name)
+        own = class_of(label)
         if own is None:
             shown = numbered[label] if isinstance(label, int) and numbered else label
             raise UserError(
@@ -331,15 +340,6 @@ def class_indices(pictures: Pictures, wanted: ImageSet, config: Any) -> list[int
             )
         result.append(own)
     return result
-
-
-def _class_id(label: str | int, numbered: Sequence[str], names: dict[int, str], by_name: dict[str, int]) -> int | None:
-    """The model's class of a label; None if it has none, or several."""
-    if isinstance(label, str):
-        return by_name.get(_plain(label))
-    if not numbered or _plain(names.get(label, "")) == _plain(numbered[label]):
-        return label if label in names else None
-    return by_name.get(_plain(numbered[label]))
 
 
 def _by_name(names: dict[int, str]) -> dict[str, int]:

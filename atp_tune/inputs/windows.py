@@ -206,11 +206,26 @@ def _random(documents: Sequence[str], encode: Encode, text: Text, first: list[in
     encoded = lru_cache(maxsize=32)(lambda index: encode(documents[index]))
     short: dict[int, int] = {}
     rows, tokens, taken = [], text.seqlen - len(first), list[tuple[int, int]]()
+
+    def long_document(generator: random.Random) -> tuple[int, list[int]]:
+        """Index and ids of the first drawn document with more than `tokens` ids; `short`: the lengths of the others."""
+        while len(short) < len(documents):
+            index = generator.randint(0, len(documents) - 1)
+            if index in short:
+                continue
+            if len(ids := encoded(index)) > tokens:
+                return index, ids
+            short[index] = len(ids)
+        raise UserError(
+            f"seqlen: none of the {len(documents)} documents is longer than {tokens} tokens, the longest has "
+            f'{max(short.values())}; lower seqlen, or set sampling = "consecutive"'
+        )
+
     for draw in range(draws):
         generator, own = random.Random(text.seed + draw), list[tuple[int, int]]()
         for _ in range(text.nsamples or 0):
             for _ in range(_TRIES):
-                index, ids = _long_document(generator, encoded, len(documents), tokens, short)
+                index, ids = long_document(generator)
                 start = generator.randint(0, len(ids) - tokens - 1)
                 if not any(index == other and abs(start - offset) < tokens for other, offset in taken):
                     break
@@ -223,27 +238,6 @@ def _random(documents: Sequence[str], encode: Encode, text: Text, first: list[in
             rows.append([*first, *ids[start : start + tokens]])
         taken += own
     return np.array(rows, np.int64)
-
-
-def _long_document(
-    generator: random.Random,
-    encoded: Callable[[int], list[int]],
-    count: int,
-    tokens: int,
-    short: dict[int, int],
-) -> tuple[int, list[int]]:
-    """Index and ids of the first drawn document with more than `tokens` ids; `short`: the lengths of the others."""
-    while len(short) < count:
-        index = generator.randint(0, count - 1)
-        if index in short:
-            continue
-        if len(ids := encoded(index)) > tokens:
-            return index, ids
-        short[index] = len(ids)
-    raise UserError(
-        f"seqlen: none of the {count} documents is longer than {tokens} tokens, the longest has "
-        f'{max(short.values())}; lower seqlen, or set sampling = "consecutive"'
-    )
 
 
 def _consecutive(

@@ -20,7 +20,6 @@ from markupsafe import Markup
 from optuna.trial import FrozenTrial, TrialState
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
-from pydantic import BaseModel
 
 import atp_tune
 from atp_tune.allocations.budget import SYMBOLS
@@ -253,8 +252,10 @@ def _points(score: TaskScore | None, metric: str = SHARES[0]) -> str:
     return NOTHING if score is None else score.written("+.4g")
 
 
-def comparison(studies: Sequence[Contents]) -> Table:
-    """One row per study, all on one text: test if all are measured on it, else validation."""
+def comparison(studies: Sequence[Contents]) -> Table | None:
+    """One row per study, all on one text: test if all are measured on it, else validation. None of a single study."""
+    if len(studies) < 2:
+        return None
     on: Role = "test" if all(contents.summary.text == "test" for contents in studies) else "validation"
     data = " or ".join(dict.fromkeys(contents.summary.results.data for contents in studies))
     columns = (f"dense, {on} {data}", "uniform", "best", "against uniform")
@@ -327,7 +328,7 @@ def fenced(language: str, text: str) -> str:
 def markdown(studies: Sequence[Contents]) -> bytes:
     """The report: a comparison if there are several studies, then each study."""
     sections = [_tables(contents) for contents in studies]
-    return (rendered("report.md.jinja", studies=sections, comparison=_comparison(studies)) + "\n").encode()
+    return (rendered("report.md.jinja", studies=sections, comparison=comparison(studies)) + "\n").encode()
 
 
 def table(content: Table, gap: str = "") -> str:
@@ -393,6 +394,7 @@ def rendered(name: str, **given: Any) -> str:
 
 FORMAT = "atp_tune.report/3"
 KEPT = ("errors", "device", "dtype")  # attributes of trials
+FINDINGS = ("zero_shot", "speed", "recovered", "continuations")  # of the best trial
 
 
 def machine(studies: Sequence[Contents]) -> bytes:
@@ -439,10 +441,7 @@ def _document(contents: Contents) -> dict[str, Any]:
         "description": contents.description,
         "state": {"running": contents.running, "failed": contents.failed},
         "realised": contents.realised,
-        "zero_shot": _dumped(summary.zero_shot),
-        "speed": _dumped(summary.speed),
-        "recovered": _dumped(summary.recovered),
-        "continuations": _dumped(summary.continuations),
+        **{name: (found := getattr(summary, name)) and found.model_dump() for name in FINDINGS},
         "importance": contents.importance,
         "time": contents.seconds,
         "devices": contents.devices,
@@ -450,10 +449,6 @@ def _document(contents: Contents) -> dict[str, Any]:
         "fingerprint": contents.facts,
         "versions": contents.versions,
     }
-
-
-def _dumped(value: BaseModel | None) -> dict[str, Any] | None:
-    return value.model_dump() if value else None
 
 
 def finite(value: Any) -> Any:
@@ -477,17 +472,13 @@ def html(studies: Sequence[Contents]) -> bytes:
     page = PAGES.get_template("page.html.jinja").render(
         studies=[_section(contents, index) for index, contents in enumerate(studies)],
         made=max(contents.made for contents in studies),
-        comparison=_comparison(studies),
+        comparison=comparison(studies),
         overlays=_drawn(overlays(studies)),
         style=_own("page.css"),
         script=_own("page.js"),
         plotly=Markup(get_plotlyjs()),
     )
     return (page.strip() + "\n").encode()
-
-
-def _comparison(studies: Sequence[Contents]) -> Table | None:
-    return comparison(studies) if len(studies) > 1 else None
 
 
 def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,7 +49,6 @@ from atp_tune.blocks.gradients import (
     BlockGradients,
     ByPlaces,
     ByPruner,
-    Levels,
     Places,
     Pricing,
     RowPricing,
@@ -59,7 +58,7 @@ from atp_tune.blocks.prune_pass import BlockStatistics, advance, embed, entering
 from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import arithmetic, host_memory
+from atp_tune.checkpoints.devices import Tensors, arithmetic, host_memory
 from atp_tune.config.prune import NLL_SHARES, Loss, QuantizeConfig
 from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.inputs import Batch, InputKind
@@ -324,13 +323,13 @@ class DescentSteps:
         self._file = file
         self.prices: list[Prices] = []
         self.ends: list[Any] = []
-        self.state: dict[str, Tensor] = {}
+        self.state: Tensors = {}
         with suppress(OSError, SafetensorError, ValueError, TypeError, KeyError), safe_open(file, "pt") as stored:
             table = json.loads(stored.metadata()["steps"])
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             self.prices, self.ends, self.state = table["prices"], table["ends"], state
 
-    def add(self, prices: Prices, state: dict[str, Tensor]) -> None:
+    def add(self, prices: Prices, state: Tensors) -> None:
         """Keeps one more step; without room on the disk it is not kept."""
         self.prices.append(prices)
         steps = json.dumps({"prices": self.prices, "ends": self.ends})
@@ -338,17 +337,7 @@ class DescentSteps:
             save_file(state, temporary, {"steps": steps})
 
 
-class PricingProtocol(Protocol):
-    """Measures prices, for a descent."""
-
-    def prices(self, sparsities: LinearSparsities, sample: Sample) -> Prices:
-        """Price of each linear of each block at these sparsities, for the mean loss of the sample."""
-
-    def state(self) -> dict[str, Tensor]:
-        """The state that the next prices depend on beside sparsities and sample."""
-
-    def resume(self, state: dict[str, Tensor]) -> None:
-        """Goes on from a state."""
+AnyPricing = Pricing | RowPricing  # `state`: what the next prices depend on beside sparsities and sample
 
 
 @dataclass(eq=False)
@@ -359,7 +348,7 @@ class Descent:
     """
 
     gradients: CalibrationGradients
-    pricing: Callable[[], PricingProtocol]
+    pricing: Callable[[], AnyPricing]
     levels: Sequence[Any]
     share: float = 1.0  # of the NLL in the loss; the rest is KL from the dense model
 
@@ -376,7 +365,7 @@ class Descent:
         """An end as `_descend` returns it, read from JSON."""
         return RowSparsities(tuple(map(tuple, end)))
 
-    def _end(self, pricing: PricingProtocol, end: LinearSparsities) -> Any:
+    def _end(self, pricing: AnyPricing, end: LinearSparsities) -> Any:
         """An end that was just reached, as JSON."""
         return end
 
@@ -415,7 +404,7 @@ class RowDescent(Descent):
         linears, offsets = end
         return RowSparsities(tuple(map(tuple, linears)), RowOffsets.read(offsets, self.gradients.checkpoint.shapes))
 
-    def _end(self, pricing: PricingProtocol, end: LinearSparsities) -> Any:
+    def _end(self, pricing: AnyPricing, end: LinearSparsities) -> Any:
         assert isinstance(pricing, RowPricing)
         return end, pricing.offsets().stored()
 
@@ -443,18 +432,14 @@ def by_score(
     places = by_wanda if score == "wanda" else lambda index, linear, weight: by_magnitude(weight, group)
     if rows:
         return RowDescent(gradients, places, score, rows)
-    levels = ByPlaces(places)
-    return _descent(gradients, levels, [score, *([] if group is None else [group])])
+    own = [score, *([] if group is None else [group])]
+    return Descent(gradients, lambda: Pricing(gradients.of_blocks, ByPlaces(places)), own)
 
 
 def by_pruner(gradients: CalibrationGradients, pruner: Pruner, statistics: Callable[[int], BlockStatistics]) -> Descent:
     """The descent by what a pruner makes of the weights; `statistics`: as it has prepared them."""
     levels = ByPruner(pruner, statistics, int(LEVEL_SHARE * host_memory()))
-    return _descent(gradients, levels, [repr(pruner), GRID])
-
-
-def _descent(gradients: CalibrationGradients, levels: Levels, own: Sequence[Any]) -> Descent:
-    return Descent(gradients, lambda: Pricing(gradients.of_blocks, levels), own)
+    return Descent(gradients, lambda: Pricing(gradients.of_blocks, levels), [repr(pruner), GRID])
 
 
 def windows_of_step(positions: int, targets: Sequence[float]) -> int:

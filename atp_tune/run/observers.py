@@ -230,11 +230,10 @@ class Prompts(Whole[tuple[str, ...]]):
     def run(self, weights_of: WeightsOf) -> tuple[str, ...]:
         """The continuation of each prompt."""
         session = self.session
-
-        def step(done: int, total: int) -> None:
-            session.watch(Step("generate", done, total))
-
-        return continued(session.replay, weights_of, self._tokenizer, self.prompts, self.tokens, session.bos, step)
+        return continued(
+            session.replay, weights_of, self._tokenizer, self.prompts, self.tokens, session.bos,
+            lambda done, total: session.watch(Step("generate", done, total)),
+        )  # fmt: skip
 
     def result(self) -> Continuations:
         """The continuations by dense, uniform and best, and by others."""

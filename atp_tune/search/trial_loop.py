@@ -105,19 +105,17 @@ def has_gap(points: Sequence[FrozenTrial], kinds: Distributions) -> bool:
     for pruner in {method_in(point.params) for point in points}:
         own = [point for point in points if method_in(point.params) == pruner]
         for name, kind in kinds.items():
-            if isinstance(kind, FloatDistribution) and any(
-                width > GAP * (kind.high - kind.low) and value < near_best
-                for width, value in _stretches(own, name, kind)
+            if not isinstance(kind, FloatDistribution):
+                continue
+            # The points by this parameter between its interval's ends; of two neighbours the lower value counts.
+            pairs = sorted((point.params[name], math.inf if point.value is None else point.value) for point in own)
+            ends = [(kind.low, math.inf), *pairs, (kind.high, math.inf)]
+            if any(
+                right - left > GAP * (kind.high - kind.low) and min(a, b) < near_best
+                for (left, a), (right, b) in pairwise(ends)
             ):
                 return True
     return False
-
-
-def _stretches(points: Sequence[FrozenTrial], name: str, kind: FloatDistribution) -> list[tuple[float, float]]:
-    """Widths between neighbouring points of a parameter and its interval's ends, each with the lower adjacent value."""
-    pairs = sorted((point.params[name], math.inf if point.value is None else point.value) for point in points)
-    ends = [(kind.low, math.inf), *pairs, (kind.high, math.inf)]
-    return [(right - left, min(a, b)) for (left, a), (right, b) in pairwise(ends)]
 
 
 POLL = 2  # seconds between looks at a trial of another process
