@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from atp_tune.packed import kernel
-from atp_tune.packed.kernel import PackedMatrix, kernel_name
+from atp_tune.packed.kernel import BLOCK, CodedMatrix, PackedMatrix, kernel_name
+from atp_tune.packed.modeling_atp_sparse import bitmask_of
 
 SHAPES = [(2048, 5632), (5632, 2048), (576, 1536)]  # [out, in]
 BYTES = 768 << 20
@@ -53,6 +54,22 @@ def ways(shape: tuple[int, int], sparsity: float) -> Iterator[tuple[str, torch.d
     ):  # fmt: skip
         name = f"packed {str(dtype).removeprefix('torch.')}"
         yield name, inputs, [packed(weight, dtype).product for _ in copies(size * density + 1 / 8)]
+    if kernel.multiplies_codes(shape[1], BLOCK):
+        for name, kept in (("codes, 4 bits", weight != 0), ("codes, no zeros", weight > -torch.inf)):
+            masked = bool((~kept).any())
+            yield (
+                name,
+                torch.bfloat16,
+                [coded(kept, masked).product for _ in copies(4 / 8 * float(kept.float().mean()) + masked / 8)],
+            )
+
+
+def coded(kept: Tensor, masked: bool) -> CodedMatrix:
+    """Random codes of 4 bits of the weights that are kept, with scales of groups of BLOCK columns."""
+    groups = kept.shape[0], kept.shape[1] // BLOCK
+    codes = torch.randint(0, 256, (-(-int(kept.sum()) // 2),), dtype=torch.uint8)
+    scales, zeros = torch.rand(groups).half(), torch.randint(0, 16, groups, dtype=torch.uint8)
+    return CodedMatrix(codes, 4, scales, zeros, 0, kept.shape[1], bitmask_of(kept) if masked else None)
 
 
 def microseconds(

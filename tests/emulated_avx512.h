@@ -40,6 +40,75 @@ EMULATED_EXPAND(ps, simde__m512, float, uint16_t)
 EMULATED_EXPAND(epi16, simde__m512i, uint16_t, uint32_t)
 EMULATED_EXPAND(epi8, simde__m512i, uint8_t, uint64_t)
 
+static inline simde__m512i emulated_mask_expand_epi8(simde__m512i other, uint64_t mask, simde__m512i in) {
+  uint8_t from[64], to[64];
+  simde__m512i out;
+  memcpy(from, &in, sizeof from);
+  memcpy(to, &other, sizeof to);
+  for (int k = 0, next = 0; k < 64; k++)
+    if (mask >> k & 1) to[k] = from[next++];
+  memcpy(&out, to, sizeof out);
+  return out;
+}
+
+static inline __m128i emulated_cvtepi32_epi8(simde__m512i in) {
+  int32_t numbers[16];
+  int8_t low[16];
+  __m128i out;
+  memcpy(numbers, &in, sizeof numbers);
+  for (int k = 0; k < 16; k++) low[k] = (int8_t)numbers[k];
+  memcpy(&out, low, sizeof out);
+  return out;
+}
+
+static inline int32_t emulated_reduce_add_epi32(simde__m512i in) {
+  int32_t numbers[16], sum = 0;
+  memcpy(numbers, &in, sizeof numbers);
+  for (int k = 0; k < 16; k++) sum += numbers[k];
+  return sum;
+}
+
+static inline float emulated_reduce_max_ps(simde__m512 in) {
+  float numbers[16], most;
+  memcpy(numbers, &in, sizeof numbers);
+  most = numbers[0];
+  for (int k = 1; k < 16; k++) most = numbers[k] > most ? numbers[k] : most;
+  return most;
+}
+
+static inline simde__m512i emulated_cvtepu8_epi32(__m128i in) {
+  uint8_t bytes[16];
+  int32_t numbers[16];
+  simde__m512i out;
+  memcpy(bytes, &in, sizeof bytes);
+  for (int k = 0; k < 16; k++) numbers[k] = bytes[k];
+  memcpy(&out, numbers, sizeof out);
+  return out;
+}
+
+#define EMULATED_LOAD(NAME, VECTOR, NUMBER)                                              \
+  static inline VECTOR emulated_maskz_loadu_##NAME(uint16_t mask, const void *from) {    \
+    NUMBER to[16];                                                                       \
+    VECTOR out;                                                                          \
+    for (int k = 0; k < 16; k++) {                                                       \
+      to[k] = 0;                                                                         \
+      if (mask >> k & 1) memcpy(to + k, (const char *)from + k * sizeof(NUMBER), sizeof(NUMBER)); \
+    }                                                                                    \
+    memcpy(&out, to, sizeof out);                                                        \
+    return out;                                                                          \
+  }
+EMULATED_LOAD(ps, simde__m512, float)
+EMULATED_LOAD(epi16, __m256i, uint16_t)
+EMULATED_LOAD(epi8, __m128i, uint8_t)
+
+#define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
+#define _mm512_maskz_loadu_ps emulated_maskz_loadu_ps
+#define _mm256_maskz_loadu_epi16 emulated_maskz_loadu_epi16
+#define _mm_maskz_loadu_epi8 emulated_maskz_loadu_epi8
+#define _mm512_reduce_add_epi32 emulated_reduce_add_epi32
+#define _mm512_reduce_max_ps emulated_reduce_max_ps
+#define _mm512_mask_expand_epi8 emulated_mask_expand_epi8
+#define _mm512_cvtepi32_epi8 emulated_cvtepi32_epi8
 #define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
 #define _mm512_maskz_expand_ps emulated_maskz_expand_ps

@@ -5,12 +5,17 @@ Processes import it that look at the kernel alone, under sanitizers or in emulat
 
 import ctypes
 import mmap
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from atp_tune.packed.kernel import PackedMatrix
+from atp_tune.packed.kernel import CodedMatrix, PackedMatrix
+from atp_tune.packed.layout import Coded, encode
+from atp_tune.packed.modeling_atp_sparse import BITMASK, CODES, SCALES, ZEROS, zero_points
+from atp_tune.pruners.rounding import RTN
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 PAGE = mmap.PAGESIZE
@@ -43,6 +48,37 @@ def close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> N
     unit = torch.finfo(y.dtype)
     bound = (weight.shape[1] + 4) * 2.0**-24 * sizes + unit.eps * expected.abs() + unit.smallest_normal * unit.eps
     assert y.shape == expected.shape and bool(((y.double() - expected).abs() <= bound).all())
+
+
+def codes(
+    shape: tuple[int, int], bits: int, group_size: int = 64, symmetric: bool = False, density: float = 0.3
+) -> tuple[Coded, Tensor]:
+    """The codes of a random weight, and the weight that they stand for."""
+    quantizer, weight = RTN(group_size, symmetric), sparse(shape, torch.float32, density)
+    coded = encode(
+        quantizer.quantize(weight, bits, None), quantizer.grid(weight, bits), bits, group_size, symmetric, False
+    )
+    return coded, coded.decoded()
+
+
+def coded_matrix(coded: Coded, place: Callable[[Tensor], Tensor] = Tensor.clone, **more: Any) -> CodedMatrix:
+    """As the kernel has it, with each part where it is placed."""
+    form, parts = coded.about["codes"], {end: place(part) for end, part in coded.parts.items()}
+    zeros = place(zero_points(parts.get(ZEROS), form["bits"], *parts[SCALES].shape).to(torch.uint8))
+    columns, bits = coded.about["shape"][1], form["bits"]
+    return CodedMatrix(parts[CODES], bits, parts[SCALES], zeros, form["exponent"], columns, parts.get(BITMASK), **more)
+
+
+def close_rounded(y: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """As `close`, of x [tokens, C] that is rounded to 16 bits, 64 columns by their largest."""
+    assert y is not None and y.shape == (len(x), len(weight))
+    blocks, of_weight = x.float().abs().unflatten(1, (-1, 64)).amax(-1), weight.abs().unflatten(1, (-1, 64)).sum(-1)
+    unit, expected = torch.finfo(y.dtype).eps, x.double() @ weight.double().T
+    expected = expected if bias is None else expected + bias.double()
+    rounding = blocks.double() @ of_weight.double().T / 32_639
+    sizes = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
+    bound = rounding + (weight.shape[1] + 4) * 2.0**-24 * sizes + unit * expected.abs()
+    assert bool(((y.double() - expected).abs() <= bound + torch.finfo(y.dtype).smallest_normal).all())
 
 
 class Guarded:

@@ -16,12 +16,13 @@ import pytest
 import torch
 from expect import parametrize, slow
 from families import few
-from packedweights import FLOATS, Guarded, close, pack, sparse
+from packedweights import FLOATS, Guarded, close, close_rounded, coded_matrix, codes, pack, sparse
 from torch import Tensor
 from torch.testing import assert_close
 
 from atp_tune.packed import kernel
 from atp_tune.packed.kernel import BATCH, PackedMatrix, kernel_name, multiplies
+from atp_tune.packed.layout import Coded
 from atp_tune.utils import system
 
 TYPES = (*FLOATS, torch.int8)
@@ -343,9 +344,9 @@ from pathlib import Path
 import torch
 from atp_tune.packed import kernel
 kernel.LIBRARY = Path(sys.argv[1])
-kernel._flags = lambda: frozenset().union(*kernel._NEEDS.values())
+kernel._flags = lambda: frozenset().union(kernel._CODES, *kernel._NEEDS.values())
 kernel.system.is_amd = lambda: False  # whose CPUs have no tiles
-from packedweights import FLOATS, Guarded, close, pack, sparse
+from packedweights import FLOATS, Guarded, close, close_rounded, coded_matrix, codes, pack, sparse
 from atp_tune.packed import kernel
 from atp_tune.packed.kernel import PackedMatrix, multiplies
 guarded = Guarded()
@@ -385,6 +386,14 @@ for variant in sys.argv[2:]:
             assert (y is None) == (variant not in kernel.FASTER)
             if y is not None:
                 close(y, x, weight)
+    for bits in range(2, 9) if kernel.multiplies_codes(64, 64) else ():
+        for shape, density in (((1, 64), 1.0), ((3, 128), 0.3), ((9, 576), 0.05), ((2, 4480), 0.5)):
+            coded, full = codes(shape, bits, density=density)
+            matrix = coded_matrix(coded, guarded.place)
+            assert torch.equal(matrix.rows(0, shape[0]), full)
+            for tokens in (1, 2, 4, 8):
+                x = guarded.place(torch.randn(tokens, shape[1]))
+                close_rounded(matrix.product(x), x, full)
 print("done")
 """
 
@@ -392,6 +401,105 @@ print("done")
 def build(library: Path, *options: str) -> None:
     command = ["cc", "-std=c11", "-fPIC", "-shared", *options, "-o", str(library), str(SOURCE)]
     subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+# --- codes of rounded weights
+
+with_codes = pytest.mark.skipif(not kernel.multiplies_codes(64, 64), reason="needs AVX-512 with VBMI, VBMI2 and VNNI")
+
+
+@with_codes
+@parametrize("bits", range(2, 9))
+@parametrize(
+    ("shape", "size", "symmetric", "density"),
+    [
+        ((1, 64), 64, False, 1.0),
+        ((7, 640), -1, True, 0.3),
+        ((150, 1024), 128, False, 0.5),
+        ((5, 4480), 64, False, 0.05),
+    ],
+)
+def test_codes_give_the_weights_and_their_products(
+    shape: tuple[int, int], size: int, symmetric: bool, density: float, bits: int
+) -> None:
+    """In every number format, of any number of tokens; with a row of zeros and one without any."""
+    (coded, full), bias = codes(shape, bits, size, symmetric, density), torch.randn(shape[0])
+    matrix, biased = coded_matrix(coded), coded_matrix(coded, bias=bias)
+    for dtype in FLOATS:
+        assert torch.equal(matrix.rows(0, shape[0], dtype), full.to(dtype))
+        assert torch.equal(matrix.rows(shape[0] // 2, shape[0], dtype), full.to(dtype)[shape[0] // 2 :])
+        for tokens in (0, 1, 2, 3, 4, 5, 8, 9, 32):
+            x = torch.randn(tokens, shape[1]).mul(torch.randn(shape[1]).exp()).to(dtype)
+            close_rounded(matrix.product(x), x, full)
+            close_rounded(biased.product(x), x, full, bias)
+    assert matrix.product(torch.zeros(33, shape[1])) is None
+
+
+@with_codes
+def test_products_with_codes_depend_on_their_token_alone() -> None:
+    """Not on what is beside it, nor on the number of threads."""
+    coded, _ = codes((1024, 640), 4)
+    matrix, x = coded_matrix(coded), torch.randn(8, 640)
+    every, threads = matrix.product(x), torch.get_num_threads()
+    assert every is not None
+    for tokens in (1, 2, 3, 5):
+        assert torch.equal(few_of := matrix.product(x[:tokens]), every[:tokens]), few_of  # type: ignore[arg-type]
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(matrix.product(x), every)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@with_codes
+def test_codes_read_nothing_behind_their_arrays(guarded: Guarded) -> None:
+    for bits, density in product(range(2, 9), (0.05, 0.5, 1.0)):
+        coded, full = codes((5, 192), bits, density=density)
+        matrix, x = coded_matrix(coded, guarded.place), guarded.place(torch.randn(3, 192))
+        close_rounded(matrix.product(x), x, full)
+        assert torch.equal(matrix.rows(4, 5), full[4:])
+
+
+@with_codes
+def test_a_bitmask_that_changes_under_codes_does_no_harm(guarded: Guarded) -> None:
+    """The numbers are wrong; what is read lies in the arrays."""
+    for factor in (1, 3, 1000, -1):
+        matrix = coded_matrix(codes((5, 192), 4)[0], guarded.place)
+        bitmask, offsets = matrix._held[1:3]
+        assert bitmask is not None
+        bitmask.fill_(255)
+        offsets.mul_(factor)
+        assert matrix.product(torch.randn(2, 192)) is not None
+        assert matrix.rows(0, 5).shape == (5, 192)
+
+
+@with_codes
+@parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_tokens_that_are_not_finite_are_not_rounded(bad: float) -> None:
+    matrix, x = coded_matrix(codes((6, 128), 4)[0]), torch.randn(3, 128)
+    x[1, 77] = bad
+    assert matrix.product(x) is None
+
+
+@with_codes
+def test_tokens_of_any_size() -> None:
+    coded, full = codes((6, 128), 4)
+    matrix = coded_matrix(coded)
+    for size in (0.0, 1e-42, 1e-30, 1e30):
+        x = torch.randn(2, 128) * size
+        y = matrix.product(x)
+        assert_close(y, x @ full.T, rtol=1e-3, atol=1e-38 + size * 1e-3)
+
+
+@with_codes
+def test_what_are_no_codes_is_refused() -> None:
+    coded, _ = codes((6, 128), 4)
+    cut, wide = (
+        {**coded.parts, **one} for one in ({"_codes": coded.parts["_codes"][1:]}, {"_scales": torch.ones(6, 3).half()})
+    )
+    for parts in (cut, wide):
+        with pytest.raises(ValueError, match=r"are no codes of|are not"):
+            coded_matrix(Coded(coded.about, parts, True))
 
 
 @slow

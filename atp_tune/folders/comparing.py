@@ -40,8 +40,8 @@ from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.measures import TaskScore, accuracy, difference, gain, mean_of_tasks
 from atp_tune.metrics import NAMES, Continuations, Side
 from atp_tune.packed.kernel import kernel_name
-from atp_tune.packed.layout import LEAST, Kind, packed_linear, zero_share
-from atp_tune.packed.modeling_atp_sparse import is_packable, speed_dense_linears
+from atp_tune.packed.layout import Kind, packed_linear, zero_share
+from atp_tune.packed.modeling_atp_sparse import LEAST, is_packable, speed_dense_linears
 from atp_tune.plan import Plan
 from atp_tune.run.generation import Speaker
 from atp_tune.run.observers import Kept, Prompts, RoleScores, TaskResults, check_room

@@ -46,9 +46,10 @@ from atp_tune.folders.applying import CONFIG, OURS, Way, folder_scores, rewrite,
 from atp_tune.folders.card import ABOUT as PROVENANCE
 from atp_tune.folders.card import CARD, DESCRIPTIONS, FINETUNED, Packed, describe, origin, stored_manifest
 from atp_tune.measures import Perplexity, perplexity
-from atp_tune.packed.layout import LEAST, Coded, Kind, encode, fits_kernel, pack, spread, zero_share
+from atp_tune.packed.layout import Coded, Kind, encode, fits_kernel, pack, spread, zero_share
 from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
+    LEAST,
     MODEL_TYPE,
     SCALES,
     VALUES,
@@ -293,7 +294,8 @@ class _Packing:
             if self._kind != "same":
                 self._original.tensors[name] = sha256_of_tensor(dense)
             return {name: dense}
-        linear = next((other for other in names if other in self._packable), None) if is_sparse else None
+        can_stay = is_sparse or coded is not None
+        linear = next((other for other in names if other in self._packable), None) if can_stay else None
         about: Table = {"shape": [*dense.shape]}
         if linear is not None:
             about["transposed"] = isinstance(self._packable[linear], Conv1D)
@@ -305,7 +307,7 @@ class _Packing:
             again = unpack_as(about, parts[VALUES], parts[BITMASK], parts.get(SCALES)).to(dense.dtype)
         else:
             about, parts, again = {**about, **coded.about}, coded.parts, coded.decoded().to(dense.dtype)
-            self._fits = self._fits and (linear is None or (coded.fits and fits_kernel(about)))
+            self._fits = self._fits and (not is_sparse or linear is None or (coded.fits and fits_kernel(about)))
             if raw_bytes(again) != raw_bytes(dense):
                 raise UserError(f"{name}: its codes do not give the weights of {self.source}")
         (self.stored if linear is None else self.linears)[linear or name] = about

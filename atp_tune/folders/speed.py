@@ -46,7 +46,8 @@ from atp_tune.inputs.pictures import ImageProcessor, Pictures
 from atp_tune.metrics import GRAPH, SIDES, Measured, Phase, Side, Sizes, Speed
 from atp_tune.packed.gpu import has_kernel
 from atp_tune.packed.kernel import kernel_name
-from atp_tune.packed.layout import LEAST, Kind, packed_bytes
+from atp_tune.packed.layout import Kind, packed_bytes
+from atp_tune.packed.modeling_atp_sparse import LEAST
 from atp_tune.plan import Plan
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.run.session import Session, Setup

@@ -63,6 +63,9 @@ struct matrix {
   void *parallel;         /* GOMP_parallel of torch's OpenMP runtime, or NULL */
   int64_t rows, columns, count, groups; /* `count` of the values */
   int32_t type, bias_type, isa, alone;  /* `alone`: multiplications up to which one thread works */
+  const uint8_t *zeros; /* of codes, as kernel_codes.h has them: of each block its zero point, [R, C / BLOCK], */
+  float unit;           /* and what its scale, a float16, is multiplied by */
+  int32_t bits;         /* of a code */
 };
 
 /* What the threads of a call share. */
@@ -82,6 +85,8 @@ struct job {
   float *panels;     /* of x, for many tokens */
   _Atomic int not_finite; /* whether an x is infinite or no number */
 };
+
+typedef void (*loop)(const struct job *, int64_t, int64_t);
 
 /* --- numbers */
 
@@ -216,6 +221,7 @@ static struct {
   uint8_t floats[256 * 32];            /* of float32, for AVX2: int32, negative makes a zero */
   uint16_t ranks[256][8];              /* the columns of the bits, one after the other */
   uint8_t counts[256];
+  _Alignas(64) uint8_t code_bytes[9][64], code_shifts[9][8][64]; /* of codes, by their bits and the first bit's place */
 } tables;
 
 #if defined(WITH_AMX)
@@ -240,6 +246,13 @@ int32_t atp_setup(void) {
       rank += is;
     }
     tables.counts[bits] = (uint8_t)rank;
+  }
+  for (int bits = 1; bits <= 8; bits++) {
+    for (int place = 0; place < 64; place++) {
+      tables.code_bytes[bits][place] = (uint8_t)(place / 8 * bits + place % 8);
+      for (int first = 0; first < 8; first++)
+        tables.code_shifts[bits][first][place] = (uint8_t)(place % 8 * bits + first);
+    }
   }
   int32_t compiled = 1 << PORTABLE;
 #if defined(__x86_64__)
@@ -941,6 +954,7 @@ words_TARGET static void bytes_sort(float *line, int64_t width) {
   }
 }
 
+#include "kernel_codes.h"
 #if defined(WITH_AMX)
 #include "kernel_amx.h"
 #endif
@@ -1053,7 +1067,6 @@ MANIES(neon)
 
 static const uint8_t SIZES[TYPES] = {[BF16] = 2, [HALF] = 2, [FLOAT] = 4, [INT8] = 1, [GROUPED_INT8] = 1,
                                      [DENSE_BF16] = 2, [DENSE_FLOAT] = 4};
-typedef void (*loop)(const struct job *, int64_t, int64_t);
 #define FOR_TOKENS(ISA, TYPE) {ISA##_##TYPE##_1, ISA##_##TYPE##_2, ISA##_##TYPE##_4, ISA##_##TYPE##_8}
 #define FOR_TYPES(ISA)                                                                                                \
   {                                                                                                                   \
@@ -1247,6 +1260,84 @@ int32_t atp_unpack(const struct matrix *matrix, int64_t first, int64_t last, uin
   struct job job = {.matrix = matrix, .y = out, .y_type = type, .loop = chosen, .first = first, .last = last};
   run(&job, 4, INT64_MAX, (last - first) * matrix->columns, threads);
   return FINE;
+}
+
+#if defined(__x86_64__)
+/* The tail of codes: as many bytes as a row and a vector after it take, then as many zeros; before it so many bytes.
+   Returns what to free, or NULL. */
+static uint8_t *with_codes_tail(struct job *job, size_t before) {
+  const struct matrix *matrix = job->matrix;
+  const int64_t most = matrix->columns * matrix->bits / 8 + 2 * BLOCK;
+  const int64_t length = matrix->count < most ? matrix->count : most;
+  uint8_t *memory = malloc(before + 2 * (size_t)most + 64);
+  if (memory == NULL) return NULL;
+  uint8_t *tail = memory + 64 - (uintptr_t)memory % 64 + before;
+  job->tail = tail, job->tail_at = (uint64_t)(matrix->count - length);
+  if (length > 0) memcpy(tail, matrix->values + job->tail_at, (size_t)length);
+  memset(tail + length, 0, (size_t)(2 * most - length));
+  return memory;
+}
+
+static int wrong_codes(const struct matrix *matrix) {
+  return matrix->rows < 0 || matrix->columns < 0 || matrix->columns % BLOCK || matrix->count < 0 || matrix->bits < 2 ||
+         matrix->bits > 8;
+}
+#endif
+
+/* y [tokens, R] = x [tokens, C], rounded to 16 bits, times the transpose of a weight of codes, plus the bias; up to 8
+   tokens. NOT_FINITE, with y undefined, if an x is infinite or no number. Needs AVX-512 with VBMI, VBMI2 and VNNI. */
+int32_t atp_codes_product(const struct matrix *matrix, const uint8_t *x, int32_t type, int32_t tokens, uint8_t *y,
+                          int32_t threads) {
+#if defined(__x86_64__)
+  if (wrong_codes(matrix) || type < BF16 || type > FLOAT || tokens < 0 || tokens > MOST_TOKENS) return WRONG_ARGUMENT;
+  if (tokens == 0 || matrix->rows == 0) return FINE;
+  const int64_t columns = matrix->columns, blocks = columns / BLOCK;
+  const int which = tokens > 4 ? 3 : tokens > 2 ? 2 : tokens - 1, padded = 1 << which;
+  const size_t of_floats = (size_t)columns * sizeof(float), of_blocks = (size_t)(padded * blocks) * sizeof(float);
+  const size_t of_values = (size_t)(padded * columns); /* of the high bytes, and of the low ones */
+  struct job job = {.matrix = matrix, .tokens = tokens, .y = y, .y_type = type, .loop = code_products[which],
+                    .first = 0, .last = matrix->rows};
+  uint8_t *memory = with_codes_tail(&job, (of_floats + 2 * of_values + 2 * of_blocks + 63) / 64 * 64);
+  if (memory == NULL) return NO_MEMORY;
+  float *floats = (float *)(void *)(memory + 64 - (uintptr_t)memory % 64);
+  float *scales = floats + columns, *sums = scales + padded * blocks;
+  int8_t *high = (int8_t *)(sums + padded * blocks), *low = high + of_values;
+  int finite = 1;
+  for (int t = 0; t < padded; t++) {
+    if (t < tokens)
+      variants[AVX512].widen(x + t * columns * size_of(type), type, columns, floats);
+    else
+      memset(floats, 0, of_floats);
+    const int64_t to = t * columns, of_block = t * blocks;
+    finite &= codes_round(floats, columns, high + to, low + to, scales + of_block, sums + of_block);
+  }
+  const struct rounded rounded = {.high = high, .low = low, .scales = scales, .sums = sums};
+  job.x = &rounded;
+  if (finite) run(&job, 4, INT64_MAX, matrix->rows * columns * padded, threads);
+  free(memory);
+  return finite ? FINE : NOT_FINITE;
+#else
+  (void)matrix, (void)x, (void)type, (void)tokens, (void)y, (void)threads;
+  return WRONG_ARGUMENT;
+#endif
+}
+
+/* Rows `first` to `last` of a weight of codes, [last - first, C] of `type`: BF16, HALF or FLOAT. */
+int32_t atp_codes_unpack(const struct matrix *matrix, int64_t first, int64_t last, uint8_t *out, int32_t type,
+                         int32_t threads) {
+#if defined(__x86_64__)
+  if (wrong_codes(matrix) || type < BF16 || type > FLOAT || first < 0 || last > matrix->rows || first > last)
+    return WRONG_ARGUMENT;
+  struct job job = {.matrix = matrix, .y = out, .y_type = type, .loop = codes_unpack, .first = first, .last = last};
+  uint8_t *memory = with_codes_tail(&job, 0);
+  if (memory == NULL) return NO_MEMORY;
+  run(&job, 4, INT64_MAX, (last - first) * matrix->columns, threads);
+  free(memory);
+  return FINE;
+#else
+  (void)matrix, (void)first, (void)last, (void)out, (void)type, (void)threads;
+  return WRONG_ARGUMENT;
+#endif
 }
 
 /* Fills offsets [R + 1] with the sums of the bits of the rows before; the first row with a bit after its last column,

@@ -47,10 +47,12 @@ _FASTEST_ON_AMD = ("avx512-bf16", "avx512-vbmi2", *_OTHERS)
 _AVX2 = frozenset(("avx2", "fma", "f16c", "popcnt", "bmi1", "bmi2"))
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _VBMI2 = _AVX512 | {"avx512_vbmi2"}
+_CODES = _VBMI2 | {"avx512vbmi", "avx512_vnni"}
 _NEEDS = {
     "avx2": _AVX2, "avx512": _AVX512, "avx512-vbmi2": _VBMI2, "avx512-bf16": _VBMI2 | {"avx512_bf16"},
     "amx": _VBMI2 | {"amx_tile", "amx_bf16"},
 }  # fmt: skip
+_WITH_CODES = ("amx", "avx512-vbmi2", "avx512-bf16")  # variants beside which there are products with codes
 _NO_MEMORY, _NOT_FINITE = 2, 3
 _PLAIN = (Tensor, nn.Parameter, type(None))
 _FOLLOWING = ~sum(  # keys but those of each thread
@@ -66,7 +68,8 @@ class Weight(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("values", "bitmask", "offsets", "scales", "bias", "parallel")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "count", "groups")),
         *((name, ctypes.c_int32) for name in ("type", "bias_type", "isa", "alone")),
-    )
+        ("zeros", ctypes.c_void_p), ("unit", ctypes.c_float), ("bits", ctypes.c_int32),
+    )  # fmt: skip
 
 
 def kernel_name() -> str | None:
@@ -91,13 +94,14 @@ def library() -> ctypes.CDLL | None:
     """The library beside this file, or None: it was not compiled, or for another machine, or from an earlier source."""
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
-        product_of_many = loaded.atp_product_of_many
+        product_of_many, unpack_codes = loaded.atp_product_of_many, loaded.atp_codes_unpack
     except (OSError, AttributeError):
         return None
     pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    loaded.atp_product.argtypes = (pointer, pointer, small, small, pointer, small)
     product_of_many.argtypes = (pointer, pointer, small, number, pointer, small)
-    loaded.atp_unpack.argtypes = (pointer, number, number, pointer, small, small)
+    for unpack, multiply in ((loaded.atp_unpack, loaded.atp_product), (unpack_codes, loaded.atp_codes_product)):
+        unpack.argtypes = (pointer, number, number, pointer, small, small)
+        multiply.argtypes = (pointer, pointer, small, small, pointer, small)
     loaded.atp_offsets.argtypes = (pointer, number, number, pointer)
     loaded.atp_offsets.restype = number
     loaded.atp_setup()
@@ -173,7 +177,7 @@ def _flags() -> frozenset[str]:
     return {"AVX2": _AVX2, "AVX512": _AVX512}.get(torch.backends.cpu.get_cpu_capability(), frozenset())
 
 
-INTERFACE = 6  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
+INTERFACE = 7  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
 BATCH = 8  # tokens up to which each weight is expanded to a vector
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
 # Tokens up to which they go BATCH by BATCH, as in kernel.c.
@@ -189,7 +193,7 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # values, b
 
 def check_interface(version: int) -> None:
     """ImportError unless the file of a packed folder, perhaps of another version of atp_tune, fits this one."""
-    if version != INTERFACE:
+    if version not in (6, INTERFACE):  # 7 adds codes
         difference = f"the file of the packed folder wants interface {version} of the kernel, this is {INTERFACE}"
         raise ImportError(f"{difference}; pack the folder again")
 
@@ -435,11 +439,106 @@ def _unpacked(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | No
     return weight if scales is None else weight * scales.repeat_interleave(columns // scales.shape[1], dim=1)
 
 
+# --- Products with codes of rounded weights, as they lie in a packed folder (docs/formats.md).
+#
+# Up to FEW_CODED tokens are rounded to 16 bits, each BLOCK of them by its largest number, and multiplied as integers.
+# More are multiplied in their own format by the weights, which are unpacked some rows at a time.
+
+FEW_CODED = 4 * BATCH
+
+
+def multiplies_codes(columns: int, group_size: int) -> bool:
+    """Whether this CPU multiplies by codes of so many columns, in groups of so many (-1: all)."""
+    size = columns if group_size == -1 else group_size
+    can = kernel_name() in _WITH_CODES and _flags() >= _CODES
+    return can and columns % BLOCK == 0 and size % BLOCK == 0 and columns % size == 0
+
+
+class CodedMatrix:
+    """A weight [R, C] of codes (q - z) s, and the product with it; for sizes that `multiplies_codes`.
+
+    Raises ValueError if the tensors are none.
+    """
+
+    def __init__(
+        self, codes: Tensor, bits: int, scales: Tensor, zeros: Tensor, exponent: int, columns: int,
+        bitmask: Tensor | None = None, bias: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """codes: uint8 [⌈count·bits/8⌉], the lowest bit first, of all weights or of those in the bitmask.
+
+        scales: float16 [R, groups], times two to the exponent; zeros: z, uint8 [R, groups].
+        """
+        rows, count = len(scales), len(scales) * columns
+        self.shape, self.offsets = (rows, columns), torch.empty(0)
+        if bitmask is not None:
+            self.offsets = row_offsets(bitmask, columns)
+            count = int(self.offsets[-1])
+        fits = codes.shape == (-(-count * bits // 8),) and codes.dtype == zeros.dtype == torch.uint8
+        fits = fits and scales.dtype == torch.float16 and scales.shape == zeros.shape and columns % scales.shape[1] == 0
+        if not fits or not multiplies_codes(columns, columns // scales.shape[1]):
+            raise ValueError(f"packed weight: {_words(codes)} are no codes of {count} weights in {_words(scales)}")
+        # What each block of columns has.
+        many = columns // BLOCK // scales.shape[1]
+        scales, zeros = (part.repeat_interleave(many, 1).contiguous() for part in (scales, zeros))
+        self._held = parts = (codes.contiguous(), bitmask, self.offsets, scales, bias)
+        places = (None if part is None else part.data_ptr() for part in parts)
+        self._weight = Weight(
+            *places, parallel(), rows, columns, len(codes), scales.shape[1], 0,
+            0 if bias is None else FLOATS[bias.dtype], 0, ALONE, zeros.data_ptr(), 2.0**exponent, bits,
+        )  # fmt: skip
+        self._zeros, self.at = zeros, ctypes.addressof(self._weight)
+
+    def product(self, x: Tensor) -> Tensor | None:
+        """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
+
+        None for more than FEW_CODED tokens, or if one is not finite.
+        """
+        return coded_product(x, self.shape[0], self.at)
+
+    def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows `first` to `last` with their zeros, [last - first, C]."""
+        return coded_rows(first, last, self.shape[1], dtype, self.at)
+
+
+def coded_product(x: Tensor, rows: int, at: int) -> Tensor | None:
+    """`CodedMatrix.product`, of that whose `Weight` lies at an address, with so many rows."""
+    loaded = library()
+    if loaded is None or len(x) > FEW_CODED:
+        return None
+    x, y, done = x.contiguous(), x.new_empty((len(x), rows)), True
+    for few, into in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True):
+        words = few.data_ptr(), FLOATS[x.dtype], len(few), into.data_ptr(), torch.get_num_threads()
+        done &= succeed(loaded.atp_codes_product(at, *words))
+    return y if done else None
+
+
+def coded_rows(first: int, last: int, columns: int, dtype: torch.dtype, at: int) -> Tensor:
+    """`CodedMatrix.rows`, of that whose `Weight` lies at an address, with so many columns."""
+    out, loaded = torch.empty(last - first, columns, dtype=dtype), library()
+    assert loaded is not None
+    succeed(loaded.atp_codes_unpack(at, first, last, out.data_ptr(), FLOATS[dtype], torch.get_num_threads()))
+    return out
+
+
+def coded_linear(x: Tensor, bias: Tensor | None, rows: int, at: int) -> Tensor:
+    """The operator atp_sparse::coded: x [..., C] to [..., R], by a `CodedMatrix` whose `Weight` lies at an address."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = coded_product(flat, rows, at)
+    if y is None:
+        y = functional.linear(flat, coded_rows(0, rows, x.shape[-1], x.dtype, at), bias)
+    return y.view(*x.shape[:-1], rows)
+
+
 OPERATORS = torch.library.Library("atp_sparse", "DEF")  # type: ignore[no-untyped-call]
 for name in ("linear", "product"):
     OPERATORS.define(  # type: ignore[no-untyped-call]
         f"{name}(Tensor x, Tensor values, Tensor bitmask, Tensor offsets, Tensor? scales, Tensor? bias) -> Tensor"
     )
+OPERATORS.define("coded(Tensor x, Tensor? bias, int rows, int at) -> Tensor")  # type: ignore[no-untyped-call]
+OPERATORS.impl("coded", coded_linear, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake(
+    "atp_sparse::coded", lambda x, _, rows, at: x.new_empty((*x.shape[:-1], rows)), lib=OPERATORS
+)
 OPERATORS.impl("linear", followed, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 OPERATORS.impl("product", linear, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake(

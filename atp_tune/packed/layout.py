@@ -15,6 +15,7 @@ from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
     CODES,
     GROUP,
+    LEAST,
     SCALES,
     VALUES,
     ZEROS,
@@ -28,7 +29,6 @@ from atp_tune.pruners.rounding import Grid
 
 Kind = Literal["same", "bf16", "int8"]  # number format of the values
 LARGEST = 127  # code of int8
-LEAST = 0.45  # share of zeros from which a packed matrix is smaller, and no slower
 
 
 def zero_share(dense: Tensor) -> float:

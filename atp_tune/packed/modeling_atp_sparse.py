@@ -37,7 +37,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 try:
     from atp_tune.packed import kernel
 
-    kernel.check_interface(6)
+    kernel.check_interface(7)
     from atp_tune.packed import gpu
 except ImportError as error:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
     kernel, MISSING = None, str(error)  # type: ignore[assignment]
@@ -49,6 +49,7 @@ logger = logging.get_logger(__name__)
 SLOW = f"packed weights: torch multiplies, slowly, without the kernel of atp-tune ({MISSING})"
 TILE = 4 << 20  # bytes of unpacked rows: 3.4 ms for a weight of 46 MB, of which the allocation alone takes 30 if whole
 GROUP = 32  # columns that every group of scales has a multiple of
+LEAST = 0.45  # share of zeros from which a packed matrix is smaller, and no slower
 
 MODEL_TYPE, SLIM = "atp_sparse", "atp_slim"  # of the config, and the name of its table
 VERSION, WITH_CODES = 1, 2  # of the format; the second of folders that have codes
@@ -62,7 +63,6 @@ AUTO_CLASSES = {
     "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
 }
 PARTS = VALUES, BITMASK, SCALES, CODES, ZEROS = "_values", "_bitmask", "_scales", "_codes", "_zeros"  # ends of names
-_OWN = ("weight_values", "weight_bitmask", "weight_scales", "bias")  # parameters of a packed linear
 Table = dict[str, Any]  # of a config, or of a part of it
 Get = Callable[[str], Tensor | None]  # a tensor of files by its name, if they have it
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -74,7 +74,7 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None 
     values [nonzeros], row by row; bitmask uint8 [..., ⌈columns/8⌉], the lowest bit first; scales [..., groups] of int8
     values, each for columns/groups columns. Errors: ValueError if they disagree, but not in a graph, which cannot look.
     """
-    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    in_graph = _is_graph()
     kept = _bits(bitmask)[..., :columns] if in_graph else kept_by(bitmask, columns, values.numel())
     if values.dim() != 1:
         raise ValueError(f"packed weight: values {list(values.shape)} are no list")
@@ -85,6 +85,11 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None 
     codes = torch.zeros(kept.shape, dtype=scales.dtype, device=values.device)
     codes.masked_scatter_(kept, values.to(scales.dtype))
     return (codes.view(*scales.shape, -1) * scales.unsqueeze(-1)).view(kept.shape)
+
+
+def _is_graph() -> bool:
+    """Whether a graph is being made, in which no number of a tensor is known."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def bitmask_of(kept: Tensor) -> Tensor:
@@ -119,12 +124,14 @@ def unpack_codes(packed: Tensor, code_bits: int, count: int) -> Tensor:
 
     Errors: ValueError if there are more or fewer.
     """
-    if packed.dtype != torch.uint8 or packed.shape != (-(-count * code_bits // 8),):
+    if packed.dtype != torch.uint8 or not (_is_graph() or packed.shape == (-(-count * code_bits // 8),)):
         raise ValueError(
             f"packed weight: codes {list(packed.shape)} {packed.dtype} are not {count} of {code_bits} bits"
         )
     eights = -(-count // 8)  # 8 codes take `code_bits` bytes
-    octets = nn.functional.pad(packed, (0, eights * code_bits - len(packed))).view(eights, code_bits).short()
+    octets = (
+        nn.functional.pad(packed, (0, eights * code_bits - -(-count * code_bits // 8))).view(eights, code_bits).short()
+    )
     codes = torch.empty(eights, 8, dtype=torch.int16, device=packed.device)
     for index in range(8):
         first, shift = divmod(index * code_bits, 8)
@@ -138,7 +145,7 @@ def read_codes(get: Get, name: str, about: Table) -> tuple[Tensor, Tensor]:
     float32 of the same shape: a weight is k times its scale.
 
     get: gives its parts by name; about: its entry in the table of a config. Errors: ValueError if a part is missing, or
-    if they disagree.
+    if they disagree, but not in a graph, which cannot look.
     """
     form = about["codes"]
     bits, columns = form["bits"], _packed_shape(about)[-1]
@@ -146,19 +153,27 @@ def read_codes(get: Get, name: str, about: Table) -> tuple[Tensor, Tensor]:
     size = columns if form["group_size"] == -1 else form["group_size"]
     codes = unpack_codes(_part(get, name + CODES), bits, count)
     scales = _part(get, name + SCALES)
-    if scales.dtype != torch.float16 or [*scales.shape] != [*rows, -(-columns // size)]:
+    if not _is_graph() and (scales.dtype != torch.float16 or [*scales.shape] != [*rows, -(-columns // size)]):
         raise ValueError(f"packed weight: scales {list(scales.shape)} are not of {about['shape']} weights")
-    zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int16)
-    if not form["symmetric"]:
-        zeros = unpack_codes(_part(get, name + ZEROS), bits, scales.numel()).view(scales.shape)
+    zeros = zero_points(
+        None if form["symmetric"] else _part(get, name + ZEROS), form["bits"], *rows, -(-columns // size)
+    )
     of_weights = [part.repeat_interleave(size, -1)[..., :columns] for part in (zeros, scales)]
     integers = codes.view(of_weights[0].shape) if not form["mask"] else of_weights[0].clone()
     if form["mask"]:
-        integers.masked_scatter_(kept_by(_part(get, name + BITMASK), columns, count), codes)
+        mask = _part(get, name + BITMASK)
+        integers.masked_scatter_(_bits(mask)[..., :columns] if _is_graph() else kept_by(mask, columns, count), codes)
     integers = integers - of_weights[0]
-    if int(integers.count_nonzero()) != about["nonzeros"]:
+    if not _is_graph() and int(integers.count_nonzero()) != about["nonzeros"]:
         raise ValueError(f"packed weight: {int(integers.count_nonzero())} codes are not 0, not {about['nonzeros']}")
     return integers, of_weights[1].float() * 2.0 ** form["exponent"]
+
+
+def zero_points(zeros: Tensor | None, bits: int, *shape: int) -> Tensor:
+    """The zero point of each group, int16, in the shape of the scales; those of symmetric codes are not stored."""
+    if zeros is None:
+        return torch.full(shape, 2 ** (bits - 1), dtype=torch.int16)
+    return unpack_codes(zeros, bits, prod(shape)).view(shape)
 
 
 def _part(get: Get, name: str) -> Tensor:
@@ -260,24 +275,30 @@ class SparseLinear(nn.Module):
     values: their dtype, by default that of the linear; groups: number of scales of a row of int8 values.
     """
 
+    weight_values: nn.Parameter
+    weight_bitmask: nn.Parameter
     weight_scales: nn.Parameter | None
     bias: nn.Parameter | None
+    own: tuple[str, ...] = ("weight_values", "weight_bitmask", "weight_scales", "bias")  # names of its parameters
 
     def __init__(self, linear: Any, nonzeros: int, values: torch.dtype | None = None, groups: int = 1) -> None:
+        scales = ((_sides(linear)[0], groups), torch.float32) if values == torch.int8 else None
+        kept = (nonzeros,), values or linear.weight.dtype
+        self._begin(linear, nonzeros, True, weight_values=kept, weight_scales=scales)
+
+    def _begin(
+        self, linear: Any, nonzeros: int, mask: bool, **parts: tuple[tuple[int, ...], torch.dtype] | None
+    ) -> None:
+        """Makes the parameters, of these shapes and types, and with those of a bitmask and of the linear's bias."""
         super().__init__()
-        self.transposed = isinstance(linear, Conv1D)
-        shape, dtype = linear.weight.shape, linear.weight.dtype
-        self.out_features, self.in_features = shape[::-1] if self.transposed else shape
-
-        def frozen(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
-
-        self.weight_values = frozen(nonzeros, dtype=values or dtype)
-        self.weight_bitmask = frozen(self.out_features, -(-self.in_features // 8), dtype=torch.uint8)
-        scaled = values == torch.int8
-        scales = frozen(self.out_features, groups, dtype=torch.float32) if scaled else None
-        self.register_parameter("weight_scales", scales)
-        self.register_parameter("bias", None if linear.bias is None else frozen(self.out_features))
+        self.transposed, self._nonzeros = isinstance(linear, Conv1D), nonzeros
+        rows, columns = self.out_features, self.in_features = _sides(linear)
+        parts["weight_bitmask"] = ((rows, -(-columns // 8)), torch.uint8) if mask else None
+        parts["bias"] = None if linear.bias is None else ((rows,), linear.weight.dtype)
+        for name in self.own:
+            part = parts[name]
+            frozen = part and nn.Parameter(torch.empty(part[0], dtype=part[1]), requires_grad=False)
+            self.register_parameter(name, frozen)
         self._matrix: Any = None  # of the kernel, made of these tensors when it is first needed
         self._places: tuple[int | None, ...] = ()  # where they lay then
         self._offsets: Tensor | None = None  # of the rows in the values
@@ -303,11 +324,15 @@ class SparseLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if compiled:
-            parts = (self.weight_values, self.weight_bitmask, self._offsets, self.weight_scales, self.bias)
-            return cast("Tensor", torch.ops.atp_sparse.linear(x, *parts))
+            return self._in_graph(x)
         learns = torch.is_grad_enabled() and x.requires_grad  # what is before it
         y = None if learns else cast("Tensor | None", matrix.product(x.reshape(-1, self.in_features)))
         return self._by_tiles(x, matrix) if y is None else y.view(*x.shape[:-1], self.out_features)
+
+    def _in_graph(self, x: Tensor) -> Tensor:
+        """The product as an operator, for a graph that is compiled."""
+        parts = (self.weight_values, self.weight_bitmask, self._offsets, self.weight_scales, self.bias)
+        return cast("Tensor", torch.ops.atp_sparse.linear(x, *parts))
 
     def _by_tiles(self, x: Tensor, matrix: Any) -> Tensor:
         """Unpacks some rows at a time, which are multiplied while a CPU's cache holds them."""
@@ -321,28 +346,26 @@ class SparseLinear(nn.Module):
 
     def check(self) -> None:
         """ValueError if bits and values disagree."""
-        if self._of_kernel(self.weight_values) is None:
+        if self._of_kernel(next(self.parameters())) is None:
             self._dense()
 
     def _of_kernel(self, x: Tensor) -> Any:
         """The weight for the kernel; None where it does not run, or must not."""
         own: Table = self._parameters  # attributes take a microsecond each
-        parts = values, bitmask, scales, bias = [own[name] if name in own else getattr(self, name) for name in _OWN]
+        parts = values, bitmask, *_ = [own[name] if name in own else getattr(self, name) for name in self.own]
         if (kernel is not None and kernel.watched(x, *parts)) or torch.float64 in (x.dtype, values.dtype):
             return None
         places = (
-            values.data_ptr(), bitmask.data_ptr(),
-            None if scales is None else scales.data_ptr(), None if bias is None else bias.data_ptr(),
-            0 if bitmask.is_inference() else bitmask._version,  # where rows start
+            *(None if part is None else part.data_ptr() for part in parts),
+            None if bitmask is None or bitmask.is_inference() else bitmask._version,  # where rows start
         )  # fmt: skip
         if self._matrix is None or places != self._places:  # new, moved or changed
             device = values.device
             if not _has_kernel(device):
                 return None
-            held: list[Any] = [None if part is None else part.detach() for part in parts]
-            values, bitmask, scales, bias = held
-            kind = kernel.PackedMatrix if device.type == "cpu" else gpu.GpuMatrix
-            matrix = kind(values, bitmask, self.in_features, scales, bias)  # which keeps them
+            matrix = self._packed(device, *(None if part is None else part.detach() for part in parts))
+            if matrix is None:
+                return None
             # accelerate may fetch the weights for each use, and free them
             hook = getattr(self, "_hf_hook", None)
             if hook is not None and getattr(hook, "offload", True):
@@ -350,19 +373,24 @@ class SparseLinear(nn.Module):
             self._matrix, self._places, self._offsets = matrix, places, matrix.offsets
         return self._matrix
 
+    def _packed(self, device: torch.device, values: Any, bitmask: Any, scales: Any, bias: Any) -> Any:
+        """The weight for the kernel of a device, which keeps the parts; None if that has none for it."""
+        kind = kernel.PackedMatrix if device.type == "cpu" else gpu.GpuMatrix
+        return kind(values, bitmask, self.in_features, scales, bias)
+
     def _dense(self) -> Tensor:
         return unpack(self.weight_values, self.weight_bitmask, self.in_features, self.weight_scales)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Casts and moves the tensors; scales stay float32."""
+        """Casts and moves the tensors; scales keep their type."""
         scales = None if self.weight_scales is None else self.weight_scales.detach()
         self._matrix = self._offsets = None  # keeps the former tensors
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if scales is not None and self.weight_scales is not None and self.weight_scales.dtype != torch.float32:
+        if scales is not None and self.weight_scales is not None and self.weight_scales.dtype != scales.dtype:
             self.weight_scales.data = scales.to(self.weight_scales.device)
-        if not self.weight_values.is_meta:
+        if not next(self.parameters()).is_meta:
             with suppress(ValueError):  # as after `to_empty`; who uses it is told
-                self._of_kernel(self.weight_values)  # a graph that is compiled next needs its offsets
+                self._of_kernel(next(self.parameters()))  # a graph that is compiled next needs its offsets
         return self
 
     def __getstate__(self) -> Table:
@@ -370,8 +398,56 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The sizes of the linear, and its share of zeros."""
-        zeros = 1 - len(self.weight_values) / (self.in_features * self.out_features)
+        zeros = 1 - self._nonzeros / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, zeros={zeros:.1%}"
+
+
+class CodedLinear(SparseLinear):
+    """y = x Wᵀ + b with W in the codes of its files; up to 8 tokens x are rounded to 16 bits, 64 columns at a time.
+
+    about: the entry of its tensor in the table of a config, of which `keeps_codes`.
+    """
+
+    own = ("weight_codes", "weight_bitmask", "weight_scales", "weight_zeros", "bias")
+
+    def __init__(self, linear: Any, about: Table) -> None:
+        (rows, columns), form = _sides(linear), about["codes"]
+        groups = 1 if form["group_size"] == -1 else -(-columns // form["group_size"])
+        count, bits = about["nonzeros"] if form["mask"] else rows * columns, form["bits"]
+        zeros = None if form["symmetric"] else ((-(-rows * groups * bits // 8),), torch.uint8)
+        codes, scales = ((-(-count * bits // 8),), torch.uint8), ((rows, groups), torch.float16)
+        self.about, parts = about, {"weight_codes": codes, "weight_scales": scales, "weight_zeros": zeros}
+        self._begin(linear, about["nonzeros"], form["mask"], **parts)
+
+    def _packed(self, device: torch.device, codes: Any, bitmask: Any, scales: Any, *others: Any) -> Any:
+        zeros, bias = others
+        if device.type != "cpu" or not keeps_codes(self.about) or getattr(bias, "dtype", None) == torch.float64:
+            return None
+        form, columns = self.about["codes"], self.in_features
+        points = zero_points(zeros, form["bits"], *scales.shape).to(torch.uint8)
+        return kernel.CodedMatrix(codes, form["bits"], scales, points, form["exponent"], columns, bitmask, bias)
+
+    def _in_graph(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return nn.functional.linear(x, self._dense().to(x.dtype), self.bias)
+        return cast("Tensor", torch.ops.atp_sparse.coded(x, self.bias, self.out_features, self._matrix.at))
+
+    def _dense(self) -> Tensor:
+        parts = {name.removeprefix("weight"): getattr(self, name) for name in self.own}
+        codes, scales = read_codes(parts.get, "", self.about)
+        return codes * scales
+
+
+def keeps_codes(about: Table) -> bool:
+    """Whether a linear stays in memory as the codes of its files: this CPU's kernel has them, and there is no GPU."""
+    may = kernel is not None and "codes" in about and not torch.cuda.is_available()
+    return may and kernel.multiplies_codes(_packed_shape(about)[-1], about["codes"]["group_size"])
+
+
+def _sides(linear: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear or a `Conv1D`."""
+    rows, columns = reversed(linear.weight.shape) if isinstance(linear, Conv1D) else linear.weight.shape
+    return rows, columns
 
 
 class DenseLinear(nn.Linear):
@@ -406,7 +482,7 @@ def _has_kernel(device: torch.device) -> bool:
 def _look_again(linear: SparseLinear, _: Any) -> None:
     """Where values start in each row follows from bits that have been read anew."""
     linear._matrix = linear._offsets = None
-    if not linear.weight_values.is_meta:
+    if not next(linear.parameters()).is_meta:
         linear.check()
 
 
@@ -547,8 +623,10 @@ def _own_model(config_class: Any, family: Any, model_type: str, auto_class: str)
 
     def get_dtype_plan(self: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
         plan: dict[str, torch.dtype] = super(subclass, self)._get_dtype_plan(dtype)
-        kind = DTYPES.get(getattr(self.config, model_type).get("values"))
-        return plan | ({} if kind is None else {"weight_values": kind, "weight_scales": torch.float32})
+        table = getattr(self.config, model_type)
+        kind, linears = DTYPES.get(table.get("values")), table["linears"] if model_type == MODEL_TYPE else {}
+        scales = {f"{name}_scales": torch.float16 if keeps_codes(linears[name]) else torch.float32 for name in linears}
+        return plan | scales | ({} if kind is None else {"weight_values": kind})
 
     def save_pretrained(self: Any, folder: Any, *args: Any, **options: Any) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -583,15 +661,18 @@ def _load(load: Any, path: Any, args: Any, config: Any, dequantize: bool, option
     model_type = MODEL_TYPE if hasattr(config, MODEL_TYPE) else SLIM
     table = getattr(config, model_type)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check` says it in one line
-    coded = any("codes" in about for about in table["linears"].values())
-    if model_type == SLIM or not (dequantize or table["stored"] or coded):
+    expanded = any("codes" in about and not keeps_codes(about) for about in table["linears"].values())
+    if model_type == SLIM or not (dequantize or table["stored"] or expanded):
         return load(path, *args, **{**options, "config": config, **FORMS[model_type].variant})
-    state = dict(_unpacked(path, hub, table, dequantize))
-    # The table of what is in memory, and so it is saved: what no packed linear keeps is dense, and codes are expanded.
+    # The table of what is in memory, and so it is saved: codes are expanded, and those with few zeros dense.
     linears = {
-        name: {key: value for key, value in about.items() if key != "codes"} for name, about in table["linears"].items()
+        name: {key: value for key, value in about.items() if key != "codes" or keeps_codes(about)}
+        for name, about in table["linears"].items()
+        if keeps_codes(about) or "codes" not in about or about["nonzeros"] <= (1 - LEAST) * prod(about["shape"])
     }
-    setattr(config, MODEL_TYPE, {**table, "version": VERSION, "linears": linears, "stored": {}})
+    state = dict(_unpacked(path, hub, table, {} if dequantize else linears))
+    version = WITH_CODES if any("codes" in about for about in linears.values()) else VERSION
+    setattr(config, MODEL_TYPE, {**table, "version": version, "linears": linears, "stored": {}})
     given = {key: value for key, value in options.items() if key not in (*hub, "variant")}
     with suppress(OSError):  # the folder has none
         given.setdefault("generation_config", GenerationConfig.from_pretrained(path, **hub))
@@ -608,9 +689,8 @@ def _replace_linears(model: Any, table: Table) -> None:
         linear = _find(model, name, "packed folder")
         if not is_packable(linear) or [*linear.weight.shape] != about["shape"]:
             raise ValueError(f"packed folder: {name} is no linear of shape {about['shape']} in its model")
-        columns = about["shape"][0 if isinstance(linear, Conv1D) else 1]
-        groups = groups_of(columns, table["group_size"])
-        model.set_submodule(name, SparseLinear(linear, about["nonzeros"], DTYPES.get(table["values"]), groups))
+        words = about["nonzeros"], DTYPES.get(table["values"]), groups_of(_sides(linear)[1], table["group_size"])
+        model.set_submodule(name, CodedLinear(linear, about) if keeps_codes(about) else SparseLinear(linear, *words))
     speed_dense_linears(model)
 
 
@@ -652,7 +732,7 @@ def _check(model: nn.Module, info: Table, prefix: str) -> None:
     packed = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     for name, module in packed.items():
         module.requires_grad_(False)  # transformers has made each float parameter anew
-        if not module.weight_bitmask.is_meta:
+        if not next(module.parameters()).is_meta:
             try:
                 module.check()
             except ValueError as error:
@@ -668,8 +748,8 @@ def tensors_in(files: Iterable[str | Path]) -> Iterator[tuple[set[str], Get]]:
         yield {*by_name}, lambda name: by_name[name].get_tensor(name) if name in by_name else None
 
 
-def _unpacked(path: Any, hub: Table, table: Table, linears: bool) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a folder; stored tensors are unpacked, and with `linears` those of packed linears too.
+def _unpacked(path: Any, hub: Table, table: Table, linears: Table) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a folder; all are unpacked but those of `linears`, which stay packed, perhaps otherwise.
 
     Files are downloaded if they are on the hub.
     """
@@ -677,8 +757,9 @@ def _unpacked(path: Any, hub: Table, table: Table, linears: bool) -> Iterator[tu
     if single is None:
         index = cached_file(path, INDEX, **hub)
         files = list(get_checkpoint_shard_files(path, index, **hub)[0])  # type: ignore[no-untyped-call]
-    packed = {**table["stored"], **(table["linears"] if linears else {})}
-    coded = {name: about for name, about in table["linears"].items() if name not in packed and "codes" in about}
+    every = {**table["stored"], **table["linears"]}
+    packed = {name: about for name, about in every.items() if name not in linears}
+    coded = {name: every[name] for name in linears if "codes" in every[name] and "codes" not in linears[name]}
     with tensors_in(files if single is None else [single]) as (names, get):
         for name in names - {f"{name}{end}" for name in (*packed, *coded) for end in PARTS}:
             yield name, _part(get, name)
