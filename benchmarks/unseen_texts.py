@@ -44,13 +44,15 @@ WAYS = {  # name → sparsity or size, bits, allocation
     "2.5 bits, gradient": (None, 2.5, BITS),
     "3 bits": (None, 3, '["uniform"]'),
     "3 bits, gradient": (None, 3, BITS),
+    "3.5 bits, gradient": (None, 3.5, BITS),
     "4 bits": (None, 4, '["uniform"]'),
+    "4 bits, gradient": (None, 4, BITS),
     "70 % zeros, rows, 4 bits": (0.7, 4, ROWS),
     "60 % zeros, rows, 4 bits": (0.6, 4, ROWS),
     "50 % zeros, rows, 4 bits": (0.5, 4, ROWS),
     "50 % zeros, rows, 3 bits": (0.5, 3, ROWS),
     "50 % zeros, rows, 6 bits": (0.5, 6, ROWS),
-    **{f"size {size}": (size, None, ROWS) for size in ("2.78bpw", "3.3bpw", "4.3bpw")},
+    **{f"size {size}": (size, None, ROWS) for size in ("2.78bpw", "3.3bpw", "3.8bpw", "4.3bpw")},
     **{f"{share} % zeros, {name}": (share / 100, None, own) for share in (50, 60) for name, own in ZEROS.items()},
 }
 

@@ -306,7 +306,9 @@ def test_codes_stay_codes_in_memory(
             assert_close(found(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-4)
         few = found(many[:, :3]).logits
         assert torch.equal(deepcopy(found)(many[:, :3]).logits, few)
-        assert_close(torch.compile(found, backend="aot_eager")(many[:, :3]).logits, few)
+        for model in (found, deepcopy(found)):  # a copy has not multiplied yet
+            torch._dynamo.reset()
+            assert_close(torch.compile(model, backend="aot_eager")(many[:, :3]).logits, few, rtol=1e-3, atol=1e-4)
     found.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved")), logits(found))
     if wide == 128:  # what was expanded is saved as that

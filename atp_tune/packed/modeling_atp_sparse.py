@@ -428,7 +428,7 @@ class CodedLinear(SparseLinear):
         return kernel.CodedMatrix(codes, form["bits"], scales, points, form["exponent"], columns, bitmask, bias)
 
     def _in_graph(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self._matrix is None:
             return nn.functional.linear(x, self._dense().to(x.dtype), self.bias)
         return cast("Tensor", torch.ops.atp_sparse.coded(x, self.bias, self.out_features, self._matrix.at))
 
