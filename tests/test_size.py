@@ -18,6 +18,7 @@ from atp_tune.allocations.budget import Costs
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.config.best import read_config
 from atp_tune.config.prune import QuantizeConfig, bits_of_size, make_plan
+from atp_tune.events import Message
 from atp_tune.plan import Plan
 
 WIDTHS = (2, 3, 4, 8)
@@ -108,7 +109,9 @@ def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with copied(tiny_place, tmp_path_factory) as place:
         toml = STUDY.replace("sparsity = 0.6", 'size = "3.9bpw"').replace("trials = 3", "trials = 5")
         (place / "tiny.toml").write_text(toml + TABLES)
-        run(place)
+        notes: list[str] = []
+        run(place, watch=lambda event: notes.append(event.text) if isinstance(event, Message) else None)
+        (place / "notes.txt").write_text("\n".join(notes))
         return place
 
 
@@ -118,6 +121,8 @@ done_at_a_size = copy_of("ran")
 @slow
 def test_trials_differ_in_zeros_and_bits_and_all_fit(done_at_a_size: Path, command: CommandLine) -> None:
     place = done_at_a_size
+    said = "size: 3.90 bits a weight; from 3.6 on bits alone were better than zeros with bits"
+    assert (place / "notes.txt").read_text().count(said) == 1
     trials = stored(place).get_trials()
     plans = [Plan.model_validate(trial.user_attrs["plan"]) for trial in trials]
     assert [plan.parameters.get("zeros") for plan in plans][:4] == [0, 0.5, 0.4, 0]

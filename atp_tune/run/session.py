@@ -131,6 +131,9 @@ class Setup:
         return IMAGES if self.score == CLASSES else "tokens"
 
 
+BITS_ALONE = 3.6  # bits a weight, from which zeros beside them lose to bits alone, both trained
+
+
 class Session(Released):
     """A dense checkpoint and the windows of each text, ready to prune and measure any plan.
 
@@ -363,8 +366,12 @@ class Session(Released):
         """Bytes of all weights in the dense model's files, and of a value of the blocks."""
         return self.folder.stored_bytes()
 
+    @cached_property
     def _size(self) -> Size | None:
-        """The size of all linears, if one is given; UserError if even the smallest widths make more."""
+        """The size of all linears, if one is given; UserError if even the smallest widths make more.
+
+        A line tells where bits alone were better.
+        """
         if self.size is None or self.quantize is None:
             return None
         (dense, itemsize), weights, stored = self.stored_bytes, sum(self.checkpoint.sizes), self.quantize.stored_bits
@@ -375,6 +382,10 @@ class Session(Released):
         if most < least:
             ends = f"{math.ceil(100 * least / weights) / 100}bpw or {math.ceil((others + least / 8) / 1e4) / 100}MB"
             raise UserError(f"size: {self.size} is less than {fewest} bits everywhere take, {ends}; give a larger one")
+        if most >= BITS_ALONE * weights:
+            better = f"from {BITS_ALONE} on bits alone were better than zeros with bits (docs/bits.md#trained)"
+            text = f"size: {most / weights:.2f} bits a weight; {better}: give `bits` in the place of `size`"
+            self.watch(Message(text))
         return Size(most, stored)
 
     def budget(self, target: float) -> Budget:
@@ -383,7 +394,7 @@ class Session(Released):
         own = (self._priced, settings.priced_by, settings.by_rows, self._path, self._width_costs)
         evidence = self.measured.evidence(*own)
         if not self.pattern.channels:
-            size = self._size()
+            size = self._size
             widths = () if self.quantize is None or (self.prunes and size is None) else self.quantize.widths
             return Budget(target, sizes, shapes, evidence, widths=widths, bits=self.bits, size=size)
         budget = Budget(target, sizes, (), evidence, channels=self.channels)
