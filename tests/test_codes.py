@@ -317,6 +317,24 @@ def test_codes_stay_codes_in_memory(
     for half in (load(packed, dtype=torch.bfloat16), load(packed).to(torch.bfloat16)):
         assert {m.weight_scales.dtype for m in half.modules() if isinstance(m, CodedLinear)} == {torch.float16}
         assert_close(logits(half), rounded, rtol=0.05, atol=0.05)
+    graphs: list[object] = []  # one for all layers of a shape, however many
+
+    def counted(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    apart = [torch.compile(module, backend=counted) for module in coded.values() if module.in_features == 64]
+    with torch.inference_mode():
+        for linear in apart:
+            linear(torch.ones(1, 64))
+    assert len(graphs) <= 3
+    name, module = next(iter(coded.items()))
+    changed, x = deepcopy(module), torch.ones(1, 64)
+    with torch.no_grad():
+        once = changed(x) - changed(x * 0)
+        changed.weight_scales.mul_(2)  # what is computed of them follows
+        assert_close(changed(x) - changed(x * 0), 2 * once, rtol=1e-3, atol=1e-4)
     embedded = found.get_input_embeddings()(many[:, :3]).detach().requires_grad_()
     found(inputs_embeds=embedded).logits.square().sum().backward()
     expected = embedded.detach().clone().requires_grad_()
@@ -352,6 +370,9 @@ def test_codes_of_a_transposed_matrix_stay(tmp_path: Path) -> None:
     (lambda f: changed_tensor(f, SCALES, lambda t: t[:, :0].clone()), "that its config says"),
     (lambda f: changed_tensor(f, ZEROS, lambda _: None), "that its config says|has no tensor"),
     (lambda f: changed_tensor(f, BITMASK, lambda t: t ^ 1), "are no codes of"),
+    (lambda f: changed_tensor(f, CODES, lambda t: t ^ 3), "codes are not 0"),
+    (lambda f: changed_tensor(f, ZEROS, lambda t: t ^ 3), "codes are not 0"),
+    (lambda f: edited(f, lambda t: form_of(t).update(symmetric=True)), "codes are not 0"),
 ])  # fmt: skip
 def test_damaged_codes_that_would_stay_are_refused(change: Callable[[Path], None], said: str, tmp_path: Path) -> None:
     in_groups(tmp_path, 64, False, 4, 0.6, 128)

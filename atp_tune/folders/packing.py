@@ -294,8 +294,7 @@ class _Packing:
             if self._kind != "same":
                 self._original.tensors[name] = sha256_of_tensor(dense)
             return {name: dense}
-        can_stay = is_sparse or coded is not None
-        linear = next((other for other in names if other in self._packable), None) if can_stay else None
+        linear = next((other for other in names if other in self._packable), None)
         about: Table = {"shape": [*dense.shape]}
         if linear is not None:
             about["transposed"] = isinstance(self._packable[linear], Conv1D)

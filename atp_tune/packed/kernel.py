@@ -444,14 +444,20 @@ def _unpacked(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | No
 # Up to FEW_CODED tokens are rounded to 16 bits, each BLOCK of them by its largest number, and multiplied as integers.
 # More are multiplied in their own format by the weights, which are unpacked some rows at a time.
 
-FEW_CODED = 4 * BATCH
+FEW_CODED = 3 * BATCH
+CodedParts = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]  # as of `_coded_weight`
 
 
 def multiplies_codes(columns: int, group_size: int) -> bool:
     """Whether this CPU multiplies by codes of so many columns, in groups of so many (-1: all)."""
     size = columns if group_size == -1 else group_size
-    can = kernel_name() in _WITH_CODES and _flags() >= _CODES
-    return can and columns % BLOCK == 0 and size % BLOCK == 0 and columns % size == 0
+    return columns % BLOCK == 0 and size % BLOCK == 0 and columns % size == 0 and _has_codes(kernel_name())
+
+
+@cache
+def _has_codes(name: str | None) -> bool:
+    """Whether a variant has products with codes, on this CPU."""
+    return name in _WITH_CODES and _flags() >= _CODES
 
 
 class CodedMatrix:
@@ -468,65 +474,96 @@ class CodedMatrix:
 
         scales: float16 [R, groups], times two to the exponent; zeros: z, uint8 [R, groups].
         """
-        rows, count = len(scales), len(scales) * columns
-        self.shape, self.offsets = (rows, columns), torch.empty(0)
-        if bitmask is not None:
-            self.offsets = row_offsets(bitmask, columns)
-            count = int(self.offsets[-1])
-        fits = codes.shape == (-(-count * bits // 8),) and codes.dtype == zeros.dtype == torch.uint8
-        fits = fits and scales.dtype == torch.float16 and scales.shape == zeros.shape and columns % scales.shape[1] == 0
-        if not fits or not multiplies_codes(columns, columns // scales.shape[1]):
+        parts = codes, bitmask, scales, zeros, bias
+        (rows, groups), offsets = scales.shape if scales.dim() == 2 else (0, 0), torch.empty(0)
+        fits = groups > 0 and columns % groups == 0 and multiplies_codes(columns, columns // groups)
+        fits = fits and all(part is None or (part.is_cpu and part.is_contiguous()) for part in parts)
+        fits = fits and codes.dtype == zeros.dtype == torch.uint8 and scales.dtype == torch.float16
+        fits = fits and scales.shape == zeros.shape and (bitmask is None or len(bitmask) == rows)
+        fits = fits and (bias is None or (bias.shape == (rows,) and bias.dtype in FLOATS))
+        count = rows * columns
+        if fits and bitmask is not None:
+            offsets = row_offsets(bitmask, columns)
+            count = int(offsets[-1])
+        fits = fits and codes.shape == (-(-count * bits // 8),)
+        if not fits:
             raise ValueError(f"packed weight: {_words(codes)} are no codes of {count} weights in {_words(scales)}")
-        # What each block of columns has.
-        many = columns // BLOCK // scales.shape[1]
-        scales, zeros = (part.repeat_interleave(many, 1).contiguous() for part in (scales, zeros))
-        self._held = parts = (codes.contiguous(), bitmask, self.offsets, scales, bias)
-        places = (None if part is None else part.data_ptr() for part in parts)
-        self._weight = Weight(
-            *places, parallel(), rows, columns, len(codes), scales.shape[1], 0,
-            0 if bias is None else FLOATS[bias.dtype], 0, ALONE, zeros.data_ptr(), 2.0**exponent, bits,
-        )  # fmt: skip
-        self._zeros, self.at = zeros, ctypes.addressof(self._weight)
+        # What each block of columns has; of groups of one block the scales themselves.
+        if (many := columns // BLOCK // groups) > 1:
+            scales, zeros = (part.repeat_interleave(many, 1) for part in (scales, zeros))
+        self.shape, self.offsets, self.bits, self.unit = (rows, columns), offsets, bits, torch.tensor(2.0**exponent)
+        self.parts: CodedParts = codes, bitmask, offsets, scales, zeros, bias
+        self._weight = _coded_weight(columns, 2.0**exponent, bits, *self.parts)
 
     def product(self, x: Tensor) -> Tensor | None:
         """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
 
         None for more than FEW_CODED tokens, or if one is not finite.
         """
-        return coded_product(x, self.shape[0], self.at)
+        return _coded_product(x, self._weight)
 
     def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows `first` to `last` with their zeros, [last - first, C]."""
-        return coded_rows(first, last, self.shape[1], dtype, self.at)
+        return _coded_rows(first, last, dtype, self._weight)
+
+    def constant(self) -> Tensor:
+        """The weight [R, C], float32, as a constant of a graph that is traced."""
+        out = bytearray(4 * self.shape[0] * self.shape[1])
+        place = ctypes.addressof(ctypes.c_char.from_buffer(out))
+        _unpack_codes(self._weight, 0, self.shape[0], place, torch.float32)
+        return torch.frombuffer(out, dtype=torch.float32).view(self.shape)
+
+    def nonzeros(self) -> int:
+        """The number of weights that are not 0."""
+        rows, step = self.shape[0], max(1, (1 << 20) // self.shape[1])
+        return sum(int(self.rows(a, min(a + step, rows)).count_nonzero()) for a in range(0, rows, step))
 
 
-def coded_product(x: Tensor, rows: int, at: int) -> Tensor | None:
-    """`CodedMatrix.product`, of that whose `Weight` lies at an address, with so many rows."""
+def _coded_weight(columns: int, unit: float, bits: int, *parts: *CodedParts) -> Weight:
+    """The arguments of the library: codes, bitmask, offsets of rows, scales and zero points of blocks, bias."""
+    codes, bitmask, offsets, scales, zeros, bias = parts
+    held = (codes, bitmask, offsets, scales, bias)
+    places = (None if part is None else part.data_ptr() for part in held)
+    kind = 0 if bias is None else FLOATS[bias.dtype]
+    sizes = (len(scales), columns, len(codes), scales.shape[1], 0, kind, 0, ALONE)
+    return Weight(*places, parallel(), *sizes, zeros.data_ptr(), unit, bits)
+
+
+def _coded_product(x: Tensor, weight: Weight) -> Tensor | None:
+    """`CodedMatrix.product`."""
     loaded = library()
-    if loaded is None or len(x) > FEW_CODED:
+    if loaded is None or x.dtype not in FLOATS or x.dim() != 2 or x.shape[1] != weight.columns or not x.is_cpu:
+        raise ValueError(f"packed weight: x is {_words(x)}; needed: [tokens, {weight.columns}] of a float type")
+    if len(x) > FEW_CODED:
         return None
-    x, y, done = x.contiguous(), x.new_empty((len(x), rows)), True
+    x, y, done = x.contiguous(), x.new_empty((len(x), weight.rows)), True
     for few, into in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True):
         words = few.data_ptr(), FLOATS[x.dtype], len(few), into.data_ptr(), torch.get_num_threads()
-        done &= succeed(loaded.atp_codes_product(at, *words))
+        done &= succeed(loaded.atp_codes_product(ctypes.addressof(weight), *words))
     return y if done else None
 
 
-def coded_rows(first: int, last: int, columns: int, dtype: torch.dtype, at: int) -> Tensor:
-    """`CodedMatrix.rows`, of that whose `Weight` lies at an address, with so many columns."""
-    out, loaded = torch.empty(last - first, columns, dtype=dtype), library()
-    assert loaded is not None
-    succeed(loaded.atp_codes_unpack(at, first, last, out.data_ptr(), FLOATS[dtype], torch.get_num_threads()))
+def _coded_rows(first: int, last: int, dtype: torch.dtype, weight: Weight) -> Tensor:
+    """`CodedMatrix.rows`."""
+    out = torch.empty(last - first, weight.columns, dtype=dtype)
+    _unpack_codes(weight, first, last, out.data_ptr(), dtype)
     return out
 
 
-def coded_linear(x: Tensor, bias: Tensor | None, rows: int, at: int) -> Tensor:
-    """The operator atp_sparse::coded: x [..., C] to [..., R], by a `CodedMatrix` whose `Weight` lies at an address."""
-    flat = x.reshape(-1, x.shape[-1])
-    y = coded_product(flat, rows, at)
+def _unpack_codes(weight: Weight, first: int, last: int, place: int, dtype: torch.dtype) -> None:
+    loaded, threads = library(), torch.get_num_threads()
+    assert loaded is not None
+    succeed(loaded.atp_codes_unpack(ctypes.addressof(weight), first, last, place, FLOATS[dtype], threads))
+
+
+def coded_linear(x: Tensor, unit: Tensor, bits: int, *parts: *CodedParts) -> Tensor:
+    """The operator atp_sparse::coded: x [..., C] to [..., R]; `unit` and parts as of a `CodedMatrix`."""
+    flat, columns, bias = x.reshape(-1, x.shape[-1]), BLOCK * parts[3].shape[1], parts[-1]
+    weight = _coded_weight(columns, float(unit), bits, *parts)
+    y = _coded_product(flat, weight)
     if y is None:
-        y = functional.linear(flat, coded_rows(0, rows, x.shape[-1], x.dtype, at), bias)
-    return y.view(*x.shape[:-1], rows)
+        y = functional.linear(flat, _coded_rows(0, weight.rows, x.dtype, weight), bias if bias is None else bias.to(x))
+    return y.view(*x.shape[:-1], weight.rows)
 
 
 OPERATORS = torch.library.Library("atp_sparse", "DEF")  # type: ignore[no-untyped-call]
@@ -534,10 +571,13 @@ for name in ("linear", "product"):
     OPERATORS.define(  # type: ignore[no-untyped-call]
         f"{name}(Tensor x, Tensor values, Tensor bitmask, Tensor offsets, Tensor? scales, Tensor? bias) -> Tensor"
     )
-OPERATORS.define("coded(Tensor x, Tensor? bias, int rows, int at) -> Tensor")  # type: ignore[no-untyped-call]
+OPERATORS.define(  # type: ignore[no-untyped-call]
+    "coded(Tensor x, Tensor unit, int bits, Tensor codes, Tensor? bitmask, Tensor offsets, Tensor scales, "
+    "Tensor zeros, Tensor? bias) -> Tensor"
+)
 OPERATORS.impl("coded", coded_linear, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake(
-    "atp_sparse::coded", lambda x, _, rows, at: x.new_empty((*x.shape[:-1], rows)), lib=OPERATORS
+    "atp_sparse::coded", lambda x, unit, bits, *parts: x.new_empty((*x.shape[:-1], len(parts[3]))), lib=OPERATORS
 )
 OPERATORS.impl("linear", followed, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 OPERATORS.impl("product", linear, "CPU")  # type: ignore[no-untyped-call]

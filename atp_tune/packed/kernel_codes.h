@@ -3,7 +3,7 @@
    A weight is (q - z) s. q is the next code, or z where the mask has no bit; scale s and zero point z are those of a
    BLOCK of columns, which several blocks may share. x is rounded to 16 bits, with a scale of its own for each block of
    a token, and multiplied as two bytes, 256 h + l: in 8 bits it would cost SmolLM2 0.014 to 0.03 nats. So what a block
-   adds is s times that scale, times Σ q x - z Σ x: integers, without rounding; a zero costs no instruction of its own.
+   adds is s times that scale, times Σ q x - z Σ x, of integers; a zero costs no instruction of its own.
 
    64 codes of b bits are 8 b bytes: the i-th 8 of them begin in byte i b, from where they are put into 64 bits, and out
    of these each is shifted into a byte. They begin in the middle of a byte as well as at its start, so that codes of 8
@@ -173,7 +173,7 @@ codes_TARGET static void codes_unpack(const struct job *job, int64_t first, int6
   }
 }
 
-/* Rounds C numbers x to 16 bits, each block by its largest one; 0 if one is not finite. */
+/* Rounds C numbers x to 16 bits, each block by its largest one; 0 if one is not finite, or so large that a sum is not. */
 codes_TARGET static int codes_round(const float *x, int64_t count, int8_t *high, int8_t *low, float *scales,
                                     float *sums) {
   int finite = 1;
@@ -183,7 +183,7 @@ codes_TARGET static int codes_round(const float *x, int64_t count, int8_t *high,
     UNROLL for (int k = 0; k < 4; k++) {
       in[k] = _mm512_loadu_ps(x + block * BLOCK + 16 * k);
       most = _mm512_max_ps(_mm512_abs_ps(in[k]), most); /* NaN, if `in` is */
-      finite &= _mm512_cmp_ps_mask(_mm512_abs_ps(in[k]), _mm512_set1_ps(__FLT_MAX__), _CMP_LE_OQ) == 0xffff;
+      finite &= _mm512_cmp_ps_mask(_mm512_abs_ps(in[k]), _mm512_set1_ps(__FLT_MAX__ / (2 * BLOCK)), _CMP_LE_OQ) == 0xffff;
     }
     const float largest = _mm512_reduce_max_ps(most), scale = largest / codes_MOST;
     const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1 / scale : 0);

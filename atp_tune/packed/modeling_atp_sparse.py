@@ -340,7 +340,7 @@ class SparseLinear(nn.Module):
         step = max(1, TILE // (self.in_features * x.element_size())) if x.is_cpu else self.out_features
         for first in range(0, self.out_features, step):
             last = min(first + step, self.out_features)
-            bias = None if self.bias is None else self.bias[first:last]
+            bias = None if self.bias is None else self.bias[first:last].to(x.dtype)
             y[..., first:last] = nn.functional.linear(x, matrix.rows(first, last, x.dtype), bias)
         return y
 
@@ -352,13 +352,14 @@ class SparseLinear(nn.Module):
     def _of_kernel(self, x: Tensor) -> Any:
         """The weight for the kernel; None where it does not run, or must not."""
         own: Table = self._parameters  # attributes take a microsecond each
-        parts = values, bitmask, *_ = [own[name] if name in own else getattr(self, name) for name in self.own]
+        parts = values, *_ = [own[name] if name in own else getattr(self, name) for name in self.own]
         if (kernel is not None and kernel.watched(x, *parts)) or torch.float64 in (x.dtype, values.dtype):
             return None
         places = (
             *(None if part is None else part.data_ptr() for part in parts),
-            None if bitmask is None or bitmask.is_inference() else bitmask._version,  # where rows start
-        )  # fmt: skip
+            # What else is computed of them: where rows start, and zero points.
+            *(None if part is None or part.is_inference() else part._version for part in parts[1:-1]),
+        )
         if self._matrix is None or places != self._places:  # new, moved or changed
             device = values.device
             if not _has_kernel(device):
@@ -403,7 +404,7 @@ class SparseLinear(nn.Module):
 
 
 class CodedLinear(SparseLinear):
-    """y = x Wᵀ + b with W in the codes of its files; up to 8 tokens x are rounded to 16 bits, 64 columns at a time.
+    """y = x Wᵀ + b with W in the codes of its files; up to 24 tokens x are rounded to 16 bits, 64 columns at a time.
 
     about: the entry of its tensor in the table of a config, of which `keeps_codes`.
     """
@@ -425,14 +426,26 @@ class CodedLinear(SparseLinear):
             return None
         form, columns = self.about["codes"], self.in_features
         points = zero_points(zeros, form["bits"], *scales.shape).to(torch.uint8)
-        return kernel.CodedMatrix(codes, form["bits"], scales, points, form["exponent"], columns, bitmask, bias)
+        matrix = kernel.CodedMatrix(codes, form["bits"], scales, points, form["exponent"], columns, bitmask, bias)
+        self._blocks = (*matrix.parts[2:5], matrix.unit)
+        return matrix
+
+    def check(self) -> None:
+        """ValueError if bits and codes disagree, or if another number of weights is not 0 than the table says."""
+        super().check()
+        if self._matrix is not None and (found := self._matrix.nonzeros()) != self._nonzeros:
+            raise ValueError(f"packed weight: {found} codes are not 0, not {self._nonzeros}")
 
     def _in_graph(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or self._matrix is None:
+        if torch.is_grad_enabled():
             return nn.functional.linear(x, self._dense().to(x.dtype), self.bias)
-        return cast("Tensor", torch.ops.atp_sparse.coded(x, self.bias, self.out_features, self._matrix.at))
+        offsets, scales, zeros, unit = self._blocks
+        parts = (self.weight_codes, self.weight_bitmask, offsets, scales, zeros, self.bias)
+        return cast("Tensor", torch.ops.atp_sparse.coded(x, unit, self.about["codes"]["bits"], *parts))
 
     def _dense(self) -> Tensor:
+        if torch.jit.is_tracing() and self._matrix is not None:  # type: ignore[attr-defined, no-untyped-call]
+            return cast("Tensor", self._matrix.constant())
         parts = {name.removeprefix("weight"): getattr(self, name) for name in self.own}
         codes, scales = read_codes(parts.get, "", self.about)
         return codes * scales
