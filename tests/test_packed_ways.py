@@ -257,7 +257,7 @@ def test_a_way_to_run_it(way: str, kind: str) -> None:
 
 @slow
 @parametrize("dynamo", [False, True])
-@parametrize("kind", ["codes", "dense"])
+@parametrize("kind", KINDS[2:])
 def test_a_graph_of_onnx(kind: str, dynamo: bool, tmp_path: Path) -> None:
     """It was one constant, without an input."""
     (module, linear), x, other = make(kind), torch.randn(3, COLUMNS), torch.randn(3, COLUMNS)
