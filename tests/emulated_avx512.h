@@ -6,25 +6,21 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 
-static inline simde__m512i emulated_cvtepi8_epi32(__m128i in) {
-  int8_t bytes[16];
-  int32_t numbers[16];
-  simde__m512i out;
-  memcpy(bytes, &in, sizeof bytes);
-  for (int k = 0; k < 16; k++) numbers[k] = bytes[k];
-  memcpy(&out, numbers, sizeof out);
-  return out;
-}
-
-static inline __m256i emulated_cvtepi32_epi16(simde__m512i in) {
-  int32_t numbers[16];
-  int16_t low[16];
-  __m256i out;
-  memcpy(numbers, &in, sizeof numbers);
-  for (int k = 0; k < 16; k++) low[k] = (int16_t)numbers[k];
-  memcpy(&out, low, sizeof out);
-  return out;
-}
+/* Sixteen numbers of 32 bits of as many narrower ones, or the low bits of each. */
+#define EMULATED_CONVERT(NAME, FROM, IN, TO, OUT)                   \
+  static inline TO emulated_##NAME(FROM in) {                       \
+    IN numbers[16];                                                 \
+    OUT converted[16];                                              \
+    TO out;                                                         \
+    memcpy(numbers, &in, sizeof numbers);                           \
+    for (int k = 0; k < 16; k++) converted[k] = (OUT)numbers[k];    \
+    memcpy(&out, converted, sizeof out);                            \
+    return out;                                                     \
+  }
+EMULATED_CONVERT(cvtepi8_epi32, __m128i, int8_t, simde__m512i, int32_t)
+EMULATED_CONVERT(cvtepu8_epi32, __m128i, uint8_t, simde__m512i, int32_t)
+EMULATED_CONVERT(cvtepi32_epi16, simde__m512i, int32_t, __m256i, int16_t)
+EMULATED_CONVERT(cvtepi32_epi8, simde__m512i, int32_t, __m128i, int8_t)
 
 #define EMULATED_EXPAND(NAME, VECTOR, NUMBER, MASK)                                    \
   static inline VECTOR emulated_maskz_expand_##NAME(MASK mask, VECTOR in) {            \
@@ -51,16 +47,6 @@ static inline simde__m512i emulated_mask_expand_epi8(simde__m512i other, uint64_
   return out;
 }
 
-static inline __m128i emulated_cvtepi32_epi8(simde__m512i in) {
-  int32_t numbers[16];
-  int8_t low[16];
-  __m128i out;
-  memcpy(numbers, &in, sizeof numbers);
-  for (int k = 0; k < 16; k++) low[k] = (int8_t)numbers[k];
-  memcpy(&out, low, sizeof out);
-  return out;
-}
-
 static inline int32_t emulated_reduce_add_epi32(simde__m512i in) {
   int32_t numbers[16], sum = 0;
   memcpy(numbers, &in, sizeof numbers);
@@ -74,16 +60,6 @@ static inline float emulated_reduce_max_ps(simde__m512 in) {
   most = numbers[0];
   for (int k = 1; k < 16; k++) most = numbers[k] > most ? numbers[k] : most;
   return most;
-}
-
-static inline simde__m512i emulated_cvtepu8_epi32(__m128i in) {
-  uint8_t bytes[16];
-  int32_t numbers[16];
-  simde__m512i out;
-  memcpy(bytes, &in, sizeof bytes);
-  for (int k = 0; k < 16; k++) numbers[k] = bytes[k];
-  memcpy(&out, numbers, sizeof out);
-  return out;
 }
 
 #define EMULATED_LOAD(NAME, VECTOR, NUMBER)                                              \
