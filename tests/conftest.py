@@ -1,4 +1,4 @@
-"""Every test has a cache of its own, it and what it starts one thread; hypothesis draws the same in every run."""
+"""Every test has a cache of its own, it and what it starts one thread; hypothesis and torch draw the same each time."""
 
 import gc
 import json
@@ -98,6 +98,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"slow tests in files that do not name the mark: {', '.join(unseen)}")
     place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Random models are the same in every run: a bound that holds for most of them would fail in one run of many."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
