@@ -142,10 +142,6 @@ class Budget:
             return [[size for _, size in block.linears] for block in self.channels]
         return [[shape.size for shape in shapes] for shapes in self.linears]
 
-    def block_means(self, levels: Sequence[Sequence[float]]) -> tuple[float, ...]:
-        """Sparsity, or bits, of each block, from those of its linears."""
-        return tuple(map(weighted_mean, levels, self.linear_sizes))
-
 
 def weighted_mean(levels: Sequence[float], sizes: Sequence[int]) -> float:
     """The mean of sparsities, or bits, weighted by the number of weights."""

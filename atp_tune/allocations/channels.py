@@ -74,12 +74,6 @@ class BlockChannels:
         attention = self.heads.count * self.heads.weights
         return max(0.0, (most - self.heads.weights) / (self.size - attention))
 
-    def heads_gone(self, sparsity: float) -> int:
-        """The heads that go at a sparsity."""
-        if self.heads is None:
-            return 0
-        return min(int(self.heads.count * sparsity + SLACK), self.heads.count - 1)
-
     def shares(self, heads: int, mlp: int) -> tuple[float, ...]:
         """The share of each linear that goes, with these numbers of heads and MLP channels."""
         shares = dict.fromkeys(self.mlp.linears, mlp / self.mlp.count)
@@ -112,7 +106,10 @@ def rounded(sparsities: Sequence[float], blocks: Sequence[BlockChannels], target
     """
     sizes = [block.size for block in blocks]
     wanted = level(sparsities, sizes, target, 0.0, min(block.highest for block in blocks))
-    heads = [block.heads_gone(s) for block, s in zip(blocks, wanted, strict=True)]
+    heads = [
+        min(int(block.heads.count * s + SLACK), block.heads.count - 1) if block.heads else 0
+        for block, s in zip(blocks, wanted, strict=True)
+    ]
     steps, rests, jumps = list[int](), list[float](), list[int]()
     for block, s, number in zip(blocks, wanted, heads, strict=True):
         left = s * block.size - (number * block.heads.weights if block.heads else 0)

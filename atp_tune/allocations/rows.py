@@ -52,8 +52,12 @@ class RowOffsets:
 
     def towards(self, other: "RowOffsets", share: float) -> "RowOffsets":
         """The offsets at this share of the way to others."""
-        pairs = zip(self.blocks, other.blocks, strict=True)
-        return RowOffsets(tuple(tuple(_between(a, b, share) for a, b in zip(*pair, strict=True)) for pair in pairs))
+        return RowOffsets(
+            tuple(
+                tuple(_rounded((1 - share) * _numbers(a) + share * _numbers(b)) for a, b in zip(*pair, strict=True))
+                for pair in zip(self.blocks, other.blocks, strict=True)
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,6 @@ def _numbers(row: bytes) -> "NDArray[Any]":
     import numpy as np
 
     return np.frombuffer(row, np.int8).astype(np.float64)
-
-
-def _between(row: bytes, other: bytes, share: float) -> bytes:
-    return _rounded((1 - share) * _numbers(row) + share * _numbers(other))
 
 
 def _rounded(values: "NDArray[Any]") -> bytes:

@@ -241,11 +241,6 @@ class ChannelPruner:
             return HessianAndMoments
         return None if self.by_magnitude else InputMoments
 
-    def readers(self, index: int, linears: list[Linear]) -> list[Linear]:
-        """The linears of block `index` that read channels."""
-        names = {each.reader for each in self.blocks[index].sets}
-        return [linear for linear in linears if linear.name in names]
-
     def prune(
         self,
         index: int,

@@ -7,7 +7,7 @@ gradients need, as many as a share of the free memory has room for; these are no
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
@@ -103,18 +103,14 @@ def graph_bytes(result: Tensor) -> int:
         if node is None or node in met:
             continue
         met.add(node)
-        storages = [tensor.untyped_storage() for tensor in _saved_by(node)]
-        sizes |= {storage.data_ptr(): storage.nbytes() for storage in storages}
+        for name in dir(node):
+            if name.startswith("_saved_") or name == "saved_tensors":  # of PyTorch's own nodes, and of a model's
+                value = getattr(node, name)
+                for x in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(x, Tensor):
+                        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         left += [after for after, _ in node.next_functions]
     return sum(sizes.values())
-
-
-def _saved_by(node: Any) -> Iterator[Tensor]:
-    """The tensors that a node of a graph keeps: `_saved_NAME` of PyTorch's own, `saved_tensors` of a model's."""
-    for name in dir(node):
-        if name.startswith("_saved_") or name == "saved_tensors":
-            value = getattr(node, name)
-            yield from (x for x in (value if isinstance(value, tuple | list) else (value,)) if isinstance(x, Tensor))
 
 
 class BlockGradients:
@@ -146,20 +142,16 @@ class BlockGradients:
         visit = _Visit(self, change, KeptRuns(0 if each else room(self.checkpoint)))
         with torch.inference_mode(False), torch.no_grad():
             entering = visit.forward(sample.items)
-            gradient = self._of_head(sample, entering.pop())
+            hidden = entering.pop()
+
+            def step(rows: slice) -> Tensor:
+                return self._gradient(self.replay, sample.items[rows], hidden[rows], sample.states(rows), sample.share)
+
+            gradient = torch.cat(self._heads.over(len(hidden), step))  # of the sum of the items' losses
             gradient = gradient.float() if gradient.dtype == torch.float16 else gradient
             gradient = gradient / (1 if each else len(sample.items))
-            backward = visit.backward_each if each else visit.backward
             while entering:
-                gradient = backward(len(entering) - 1, entering.pop(), gradient, take)
-
-    def _of_head(self, sample: Sample, hidden: Tensor) -> Tensor:
-        """Gradient of the sum of the items' losses by the final hidden states."""
-
-        def step(rows: slice) -> Tensor:
-            return self._gradient(self.replay, sample.items[rows], hidden[rows], sample.states(rows), sample.share)
-
-        return torch.cat(self._heads.over(len(hidden), step))
+                gradient = visit.backward(len(entering) - 1, entering.pop(), gradient, take, each)
 
 
 def room(checkpoint: Checkpoint) -> int:
@@ -189,31 +181,29 @@ class _Visit:
             states.append(torch.cat(self._batch.over(len(states[-1]), step)))
         return states
 
-    def backward(self, index: int, entering: Tensor, leaving: Tensor, take: Take) -> Tensor:
-        """The gradient by the states that enter a block, from that by those that leave it; both summed over items."""
+    def backward(self, index: int, entering: Tensor, leaving: Tensor, take: Take, each: bool) -> Tensor:
+        """The gradient by the states that enter a block, from that by those that leave it.
+
+        `each`: item by item, each with gradients of its own; else both are summed over items.
+        """
         total, weights = Tensors(), cache(partial(self._changed, index))
 
         def step(rows: slice) -> Tensor:
             by_states, by_weights = self._gradients(index, weights, entering, leaving, rows)
             for key, gradient in by_weights.items():
-                if rows.start:
+                if rows.start and not each:
                     total[key] += gradient
                 else:
                     total[key] = gradient
+            if each:
+                take(index, total)
             return by_states
 
+        if each:
+            return torch.cat([step(slice(item, item + 1)) for item in range(len(entering))])
         before = torch.cat(self._batch.over(len(entering), step))
         take(index, total)
         return before
-
-    def backward_each(self, index: int, entering: Tensor, leaving: Tensor, take: Take) -> Tensor:
-        """Goes back item by item, each with gradients of its own."""
-        before, weights = [], cache(partial(self._changed, index))
-        for item in range(len(entering)):
-            by_states, by_weights = self._gradients(index, weights, entering, leaving, slice(item, item + 1))
-            take(index, by_weights)
-            before.append(by_states)
-        return torch.cat(before)
 
     def _gradients(
         self, index: int, weights: Callable[[], Tensors], entering: Tensor, leaving: Tensor, rows: slice
@@ -483,7 +473,12 @@ class RowPricing:
         self._gradients.visit(sample, pruned, price)
         check_finite((float(rows.sum()) for _, rows in prices.values()), "prices of rows")
         for key, (_, rows) in prices.items():
-            self._move(key, rows)
+            smooth = self._smooth[key] = KEPT * self._smooth[key] + (1 - KEPT) * rows
+            apart = smooth - smooth.mean()
+            deviation = apart.square().mean().sqrt()
+            if deviation:
+                moved = self._offsets[key] - DISTANCE * (apart / deviation).clamp(-LARGEST, LARGEST)
+                self._offsets[key] = moved - moved.mean()
         return tuple(
             tuple(prices[index, linear.name][0] for linear in linears)
             for index, linears in enumerate(checkpoint.linears)
@@ -513,16 +508,6 @@ class RowPricing:
         last = (zeros + further - 1).clamp(-1, columns - 1)  # fits the small format of places, which is compared fast
         return last.to(places.device, places.dtype)[:, None]
 
-    def _move(self, key: Key, prices: Tensor) -> None:
-        """Moves the rows of a linear by their prices [out]."""
-        smooth = self._smooth[key] = KEPT * self._smooth[key] + (1 - KEPT) * prices
-        apart = smooth - smooth.mean()
-        deviation = apart.square().mean().sqrt()
-        if not deviation:
-            return
-        moved = self._offsets[key] - DISTANCE * (apart / deviation).clamp(-LARGEST, LARGEST)
-        self._offsets[key] = moved - moved.mean()
-
 
 Rounded = Callable[[Tensor, int], Tensor]  # a weight [out, in] at so many bits
 
@@ -548,16 +533,13 @@ class BitPricing:
         none = torch.zeros(len(self.widths), dtype=torch.float64)
         total = [[none] * len(linears) for linears in checkpoint.linears]
 
-        def errors_of(index: int) -> list[Tensor]:
+        def add(index: int, gradients: Mapping[str, Tensor]) -> None:
             if index not in errors:
                 errors.clear()
                 weights = checkpoint.weights(index)
                 errors[index] = [self._errors(x.matrix(weights[x.key])) for x in checkpoint.linears[index]]
                 done(len(total) - index)
-            return errors[index]
-
-        def add(index: int, gradients: Mapping[str, Tensor]) -> None:
-            for k, (linear, error) in enumerate(zip(checkpoint.linears[index], errors_of(index), strict=True)):
+            for k, (linear, error) in enumerate(zip(checkpoint.linears[index], errors[index], strict=True)):
                 slopes = error @ linear.matrix(gradients[linear.key]).flatten()
                 total[index][k] = total[index][k] + slopes.cpu().double() ** 2 / len(items)
 

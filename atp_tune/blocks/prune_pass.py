@@ -313,7 +313,8 @@ class Pass:
         else:
             statistics: BlockStatistics = {}
             if channels is not None:
-                statistics = {} if kind is None else measured(kind, channels.readers(index, linears))
+                readers = {each.reader for each in channels.blocks[index].sets}
+                statistics = {} if kind is None else measured(kind, [x for x in linears if x.name in readers])
                 timer.lap("calibrate")
                 shares = tuple(level.amount for level in levels)
                 pruned = once_more(partial(channels.prune, index, linears, weights, shares, statistics))
@@ -374,7 +375,7 @@ class Pruning:
         weights: Tensors,
         pruner: Pruner,
         levels: tuple[Level, ...],
-        keeps_grids: bool = False,
+        keeps_grids: bool,
     ) -> None:
         """`levels`: of each linear; where they have bits, the pruner is a `Treatment`, whose grids are kept if
         `keeps_grids`.

@@ -208,15 +208,10 @@ class PruneConfig(SettingsTable):
             parse(self.pattern)
         except ValueError as error:
             raise ValueError(f"pattern: {error}") from None
-        self._check_channels()
-        return self
-
-    def _check_channels(self) -> None:
-        """ValueError for a setting that does not go with whole channels, or for one that goes with them alone."""
         if not parse(self.pattern).channels:
             if self.channels != ChannelSettings():
                 raise ValueError(f'channels: belongs to pattern = "channels", and the pattern is {self.pattern}')
-            return
+            return self
         other = [name for name in self.pruners if name not in OF_CHANNELS]
         compare: str = self.settings("wanda")["compare"]
         for key, is_given, reason in (
@@ -227,6 +222,7 @@ class PruneConfig(SettingsTable):
         ):
             if is_given:
                 raise ValueError(f'{key}: {reason} where pattern = "channels"')
+        return self
 
     def settings(self, pruner: str) -> Table:
         """Arguments of a pruner: the keys of its table, if it has one, and the pattern's group."""
@@ -521,7 +517,7 @@ def make_plan(
         shifts: RowOffsets | None = find_offsets and find_offsets(budget, **parameters)
         offsets = shifts.blocks if shifts else [[None] * len(row) for row in rows]
         of_linears = [tuple(map(level, *each)) for each in zip(rows, offsets, strict=True)]
-        levels = map(level, budget.block_means(rows), [None] * len(rows), of_linears)
+        levels = map(level, map(weighted_mean, rows, budget.linear_sizes), [None] * len(rows), of_linears)
     return Plan(method=method, allocation=allocation, parameters=parameters, levels=tuple(levels))
 
 
