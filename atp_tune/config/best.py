@@ -362,7 +362,14 @@ class Config(FrozenModel, use_attribute_docstrings=True):
 
 def read_config(path: Path) -> Config:
     """Reads a configuration; UserError if it is missing or invalid."""
-    data = _parse(path)
+    try:
+        data = _storable(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; write one with: python tune.py export --study NAME") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not JSON ({str(error).splitlines()[0]}); write one with: python tune.py export --study NAME"
+        ) from None
     if isinstance(data, dict) and data.get("format") in OLDER:
         raise UserError(
             f"{path}: is of an older format, {data['format']}; search again with another "
@@ -375,14 +382,3 @@ def read_config(path: Path) -> Config:
         key = ".".join(str(part) for part in first["loc"]) or "file"
         rule = "is needed" if first["type"] == "missing" else first["msg"]
         raise UserError(f"{path}: {key}: {rule}; is it a configuration of atp_tune ({FORMAT})?") from None
-
-
-def _parse(path: Path) -> Any:
-    try:
-        return _storable(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; write one with: python tune.py export --study NAME") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not JSON ({str(error).splitlines()[0]}); write one with: python tune.py export --study NAME"
-        ) from None

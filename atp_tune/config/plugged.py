@@ -19,7 +19,7 @@ from atp_tune.allocations import ALLOCATIONS, Bounds, Budget, Shape
 from atp_tune.config.data import TEXT_SOURCES, Source
 from atp_tune.config.manifest import SHA256
 from atp_tune.config.prune import PruneConfig
-from atp_tune.config.search import SAMPLERS, SCORES
+from atp_tune.config.search import SCORES
 from atp_tune.config.study import Data, Study
 from atp_tune.errors import UserError
 from atp_tune.plugins import ASK, REGISTRIES, digest, file_digest, is_place, load, plugin_file, registry, short_name
@@ -94,14 +94,15 @@ def split_source(source: str) -> tuple[str, str]:
 
 def named_in(study: Study) -> list[Named]:
     """The plug-ins of a study: places, and names that are not built in."""
-    search, rows = study.search, list[tuple[Registry[Any] | None, Named]]()
-    rows += [(PRUNERS, Named("pruner", "prune.pruners", name)) for name in study.prune.pruners]
-    rows += [(ALLOCATIONS, Named("allocation", "allocation.names", name)) for name in study.allocation.names]
-    rows += [(SAMPLERS, Named("sampler", "search.sampler", search.sampler))]
-    rows += [(SCORES, Named("score", "search.score", search.score))]
+    rows = [Named("pruner", "prune.pruners", name) for name in study.prune.pruners]
+    rows += [Named("allocation", "allocation.names", name) for name in study.allocation.names]
+    rows += [
+        Named("sampler", "search.sampler", study.search.sampler),
+        Named("score", "search.score", study.search.score),
+    ]
     texts = {f"{key}.source": data for key, data in study.data.sources.items() if data.data == "text"}
-    rows += [(None, Named(SOURCE, key, split_source(text.source)[0])) for key, text in texts.items()]
-    return [plugin for objects, plugin in rows if _is_plugged(plugin, objects)]
+    rows += [Named(SOURCE, key, split_source(text.source)[0]) for key, text in texts.items()]
+    return [plugin for plugin in rows if is_place(plugin.written) or _is_plugged(plugin)]
 
 
 def code_in(study: Study) -> Iterator[tuple[str, str]]:
@@ -134,11 +135,11 @@ def permission(study: Study) -> list[str]:
     return [ASK] if any(code_in(study)) else []
 
 
-def _is_plugged(plugin: Named, objects: Registry[Any] | None) -> bool:
+def _is_plugged(plugin: Named) -> bool:
     """Whether a name is a plug-in's; a source of texts of an unknown name is a mistake, which reading it reports."""
-    if objects is not None or is_place(plugin.written):
-        return is_place(plugin.written) or not (objects and objects.is_built_in(plugin.short))
-    return plugin.short not in TEXT_SOURCES and plugin.short in registry(SOURCE)
+    if plugin.kind == SOURCE:
+        return plugin.short not in TEXT_SOURCES and plugin.short in registry(SOURCE)
+    return not registry(plugin.kind).is_built_in(plugin.short)
 
 
 def contents(study: Study, folder: Path) -> dict[str, str]:
@@ -155,15 +156,13 @@ def contents(study: Study, folder: Path) -> dict[str, str]:
         if source is not None:
             digests[plugin.short] = source.sha256
     for name in filter(is_task_path, study.tasks):
-        digests[Path(name).stem] = _of_tasks(written(name, folder, "limit.min_accuracy"))
+        # That of the YAML and Python files of a folder of tasks, or of those beside a task's YAML file.
+        path = written(name, folder, "limit.min_accuracy")
+        home, all_of = (path, "**/*") if path.is_dir() else (path.parent, "*")
+        files = sorted(file for file in home.glob(all_of) if file.suffix in (".yaml", ".yml", ".py") and file.is_file())
+        own = {str(file.relative_to(home)): digest(file.read_bytes()) for file in files}
+        digests[Path(name).stem] = sha256_of_json(own)
     return digests
-
-
-def _of_tasks(path: Path) -> str:
-    """The SHA-256 of the YAML and Python files of a folder of tasks, or of those beside a task's YAML file."""
-    folder, all_of = (path, "**/*") if path.is_dir() else (path.parent, "*")
-    files = sorted(file for file in folder.glob(all_of) if file.suffix in (".yaml", ".yml", ".py") and file.is_file())
-    return sha256_of_json({str(file.relative_to(folder)): digest(file.read_bytes()) for file in files})
 
 
 def origins(study: Study) -> dict[str, Origin]:
@@ -197,7 +196,14 @@ def plug_in(study: Study, folder: Path, trusted: bool) -> Study:
     if not trusted:
         for key, name in code_in(study):
             raise _ask(key, name)
-    _check_names(plugins)
+    by_name: dict[str, Named] = {}
+    for plugin in plugins:  # facts are named after it
+        other = by_name.setdefault(plugin.short, plugin)
+        if (other.kind, other.written) != (plugin.kind, plugin.written):
+            raise UserError(
+                f"{plugin.key}: {other.written}, in {other.key}, and {plugin.written} are both called {plugin.short}; "
+                "rename one of the plug-ins"
+            )
     for plugin in plugins:
         bring(plugin, folder, trusted)
     for kind in ("pruner", "allocation", "sampler", "score"):
@@ -205,18 +211,6 @@ def plug_in(study: Study, folder: Path, trusted: bool) -> Study:
     if not study.prune.tables:
         return study
     return study.model_copy(update={"prune": _with_settings(study.prune)})
-
-
-def _check_names(plugins: Sequence[Named]) -> None:
-    """UserError if two plug-ins of different kinds or texts have one name: facts are named after it."""
-    by_name: dict[str, Named] = {}
-    for plugin in plugins:
-        other = by_name.setdefault(plugin.short, plugin)
-        if (other.kind, other.written) != (plugin.kind, plugin.written):
-            raise UserError(
-                f"{plugin.key}: {other.written}, in {other.key}, and {plugin.written} are both called {plugin.short}; "
-                "rename one of the plug-ins"
-            )
 
 
 def bring(plugin: Named, folder: Path, trusted: bool) -> Origin:

@@ -148,10 +148,10 @@ FACTS: dict[str, TypeAdapter[Any]] = {  # of a fingerprint, of the facts that ot
 }
 
 
-def kinds(model: type[BaseModel], more: Mapping[str, Any] | None = None) -> dict[str, TypeAdapter[Any]]:
+def kinds(model: type[BaseModel], more: Mapping[str, Any]) -> dict[str, TypeAdapter[Any]]:
     """The type of each attribute: the fields of a model, and `more` by name."""
     own = {name: field.rebuild_annotation() for name, field in model.model_fields.items()}
-    return {name: TypeAdapter(kind) for name, kind in {**own, **(more or {})}.items()}
+    return {name: TypeAdapter(kind) for name, kind in {**own, **more}.items()}
 
 
 def shown(model: type[BaseModel]) -> set[str]:

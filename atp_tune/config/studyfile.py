@@ -10,6 +10,7 @@ import textwrap
 import tomllib
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -333,7 +334,10 @@ def override(data: Table, text: str, path: Path) -> KeyPath:
         data = data.setdefault(name, {})
         if not isinstance(data, dict):
             raise UserError(f"{path} with --set {text}: {dotted(keys[:depth])}: is not a table")
-    data[key] = _toml_value(value.strip())
+    data[key] = value.strip()
+    with suppress(ValueError, RecursionError):  # text that is not TOML is a string, so strings need no quotes
+        table = tomllib.loads(f"v = {data[key]}")
+        data[key] = table["v"] if len(table) == 1 else data[key]
     return keys
 
 
@@ -343,15 +347,6 @@ def tables(overrides: Sequence[str]) -> Table:
     for text in overrides:
         override(data, text, Path("study.toml"))
     return data
-
-
-def _toml_value(text: str) -> object:
-    """Parses a TOML value; text that is not TOML is a string, so strings need no quotes."""
-    try:
-        table = tomllib.loads(f"v = {text}")
-    except (ValueError, RecursionError):
-        return text
-    return table["v"] if len(table) == 1 else text
 
 
 def load(

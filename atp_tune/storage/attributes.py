@@ -56,7 +56,7 @@ UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError
 
 
 Attributes: TypeAlias = Mapping[str, Any]  # of a trial or a study, by name
-TRIAL, STUDY, SYSTEM = kinds(TrialRecord, ITEMS), kinds(StudyRecord, SCORES), kinds(SystemRecord)
+TRIAL, STUDY, SYSTEM = kinds(TrialRecord, ITEMS), kinds(StudyRecord, SCORES), kinds(SystemRecord, {})
 WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
 
 
