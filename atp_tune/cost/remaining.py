@@ -31,10 +31,6 @@ class Part:
     size: float
     took: list[float] = field(default_factory=list)  # seconds of each that ended
 
-    def each(self, rate: float | None) -> float | None:
-        """Seconds of each; `rate`: seconds per token of other parts, if one is known."""
-        return fmean(self.took) if self.took else rate and rate * self.size
-
 
 @dataclass
 class Item:
@@ -107,7 +103,7 @@ class Remaining:
 
     def _left(self, name: str, part: Part, rate: float | None, now: float) -> float | None:
         running = [item for item in self._at.values() if item.part == name]
-        number, each = max(part.number, 0), part.each(rate)
+        number, each = max(part.number, 0), fmean(part.took) if part.took else rate and rate * part.size
         if not part.took and (by_steps := [(now - item.began) / item.share for item in running if item.share]):
             each = fmean(by_steps)
         if number == 0:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import FloatDistribution
 from optuna.samplers import GPSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
@@ -160,17 +160,18 @@ class Branch:
     def _candidates(self, sparsity: float) -> list[Params]:
         """Points at a sparsity: uniform where the allocation contains it, those measured elsewhere, random ones."""
         generator = random.Random(f"{self._seed} {self._name}")
-        drawn = [{name: _drawn(kind, generator) for name, kind in self._kinds.items()} for _ in range(CANDIDATES)]
+        drawn = [
+            {
+                name: generator.uniform(kind.low, kind.high)
+                if isinstance(kind, FloatDistribution)
+                else generator.choice(kind.choices)  # type: ignore[attr-defined]
+                for name, kind in self._kinds.items()
+            }
+            for _ in range(CANDIDATES)
+        ]
         uniform = [self._space.within(point, self._name) for point in self._space.uniform(sparsity)]
         points = [{name: point[name] for name in self._kinds} for point in uniform if point is not None]
         return [self._space.at(point, sparsity) for point in (*points, *self._points, *drawn)]
-
-
-def _drawn(kind: Any, generator: random.Random) -> Any:
-    if isinstance(kind, CategoricalDistribution):
-        return generator.choice(kind.choices)
-    assert isinstance(kind, FloatDistribution)
-    return generator.uniform(kind.low, kind.high)
 
 
 def _fitted(shadow: optuna.Study, kinds: Distributions, seed: int) -> Any:

@@ -305,7 +305,13 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
         check_writable(run.file.best_path(run.name))
     if warning := opening.network_warning(run.file.storage_url):
         run.note(warning)
-    _check_screening(run)
+    if run.file.study.search.screen is not None:
+        other = load_existing(replace(run, name=run.name + SUFFIX))
+        if other is not None and not fingerprint.is_new(other) and not is_screening(other):
+            raise UserError(
+                f"search.screen: the screening would be called {other.study_name}, as a study of its own is; "
+                "choose another --study-name NAME"
+            )
     study = load_existing(run)
     if study is None or fingerprint.is_new(study):
         return None
@@ -324,18 +330,6 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
     if run.reports and NOTE not in study._storage.get_study_system_attrs(study._study_id):
         run.publish(study)  # the run that completed it died before
     return study
-
-
-def _check_screening(run: StudyRun) -> None:
-    """UserError if a study that is no screening has the name of this study's screening."""
-    if run.file.study.search.screen is None:
-        return
-    other = load_existing(replace(run, name=run.name + SUFFIX))
-    if other is not None and not fingerprint.is_new(other) and not is_screening(other):
-        raise UserError(
-            f"search.screen: the screening would be called {other.study_name}, as a study of its own is; "
-            "choose another --study-name NAME"
-        )
 
 
 def load_existing(run: StudyRun) -> optuna.Study | None:

@@ -233,7 +233,13 @@ def make_space(study: Study, budget: Budget) -> Space:
     method = "quantizer" if study.by_bits else "pruner"
     if study.interval is None:
         return Space(budget, pruners, bounds, pattern, both, method)
-    shares = {name: {key: _shares(*ends) for key, ends in own.items()} for name, own in bounds.items()}
+    shares = {  # the interval of each parameter's share of its bounds
+        name: {
+            key: (-1.0 if low < 0 else 0.0, 1.0 if high > 0 else 0.0) if low <= 0 <= high else (0.0, 1.0)
+            for key, (low, high) in own.items()
+        }
+        for name, own in bounds.items()
+    }
     return SpaceOverInterval(
         budget, pruners, shares, pattern, both, sparsities=study.interval, bounds_at=partial(_intervals, study)
     )
@@ -242,11 +248,6 @@ def make_space(study: Study, budget: Budget) -> Space:
 def baselines(names: Iterable[str]) -> list[str]:
     """The built-in ones among these allocations that are uniform where all parameters are 0."""
     return [name for name in names if ALLOCATIONS.is_built_in(name) and contains_uniform(name)]
-
-
-def _shares(low: float, high: float) -> Interval:
-    """The interval of a parameter's share of its bounds."""
-    return (-1.0 if low < 0 else 0.0, 1.0 if high > 0 else 0.0) if low <= 0 <= high else (0.0, 1.0)
 
 
 def _intervals(study: Study, allocation: str, budget: Budget) -> Bounds:

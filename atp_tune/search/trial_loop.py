@@ -64,19 +64,16 @@ def should_terminate(study: optuna.Study, space: Space) -> bool:
 
     A new best among these trials would show that the model was wrong.
     """
-    trials, branches = _in_order(study), [branch for branch in space.intervals if space.is_open(branch)]
+    # The measured trials, without repetitions, in the order in which they ended.
+    measured = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    own = (trial for trial in measured if "repeats" not in trial.user_attrs)
+    trials = sorted(own, key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
+    branches = [branch for branch in space.intervals if space.is_open(branch)]
     parts = [trials[: len(trials) - back] for back in range(RUN)]
     if not branches or len({_best_number(part) for part in parts}) > 1:
         return False
     limit = -math.log1p(-GAIN)
     return all(regret_bound(part, space, branch) < limit for part in parts for branch in branches)
-
-
-def _in_order(study: optuna.Study) -> list[FrozenTrial]:
-    """The measured trials, without repetitions, in the order in which they ended."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    own = (trial for trial in trials if "repeats" not in trial.user_attrs)
-    return sorted(own, key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
 
 
 def _best_number(trials: Sequence[FrozenTrial]) -> int | None:
@@ -159,7 +156,12 @@ def run_trials(
         elif remaining > 0 and not is_idle:
             _optimise(run, study, objective, remaining, total, end, publish, goal)
         elif elsewhere:
-            _wait(run, study, elsewhere[0])
+            # Waits until a trial of another process ends or is recovered as lost.
+            number, where = elsewhere[0].number, elsewhere[0].user_attrs.get("host", "another process")
+            run.note(f"waiting for trial {number}, which {where} runs (or was running when it stopped)")
+            while any(other.number == number for other in progress.running(study)):
+                sleep(POLL)
+                recover_lost(run, study)
         else:
             break
     return total
@@ -320,12 +322,3 @@ class Attempt:
     def is_lost(self, study: optuna.Study) -> bool:
         """Whether another process ended the last trial."""
         return self.number >= 0 and not self._is_bug and study.trials[self.number].state.is_finished()
-
-
-def _wait(run: "StudyRun", study: optuna.Study, trial: FrozenTrial) -> None:
-    """Waits until a trial of another process ends or is recovered as lost."""
-    where = trial.user_attrs.get("host", "another process")
-    run.note(f"waiting for trial {trial.number}, which {where} runs (or was running when it stopped)")
-    while any(other.number == trial.number for other in progress.running(study)):
-        sleep(POLL)
-        recover_lost(run, study)
