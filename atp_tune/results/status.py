@@ -313,12 +313,12 @@ class Listed(FrozenModel):
 
     name: str
     state: State
-    done: int
-    total: int | None
-    best: Score
-    description: str
+    done: int = 0
+    total: int | None = None
+    best: Score = None
+    description: str = ""
     path: str
-    error: str | None
+    error: str | None = None
 
 
 def to_json(what: FrozenModel | Sequence[FrozenModel], indent: int | None = 2) -> str:
@@ -330,9 +330,31 @@ def to_json(what: FrozenModel | Sequence[FrozenModel], indent: int | None = 2) -
 
 def make_status(summary: Summary, now: datetime) -> Status:
     """A study's status at a local time."""
-    running = tuple(_running(trial, now) for trial in summary.trials if trial.state.name == "RUNNING")
-    ranks = tuple(_best(trial, summary) for trial in summary.ranks)
     results, uniform = summary.results, summary.uniform_trial
+    running = tuple(
+        Running(
+            trial=trial.number,
+            plan=plan_words(trial),
+            seconds=round(max(0.0, (now - (trial.datetime_start or now)).total_seconds()), 1),
+            host=trial.user_attrs.get("host"),
+            lost=is_dead(trial.user_attrs),
+        )
+        for trial in summary.trials
+        if trial.state.name == "RUNNING"
+    )
+    ranks = tuple(
+        Best(
+            trial=trial.number,
+            pruner=method_in(trial.params),
+            allocation=allocation_name(trial),
+            parameters=allocation_parameters(trial),
+            scores=results.scores(trial),
+            against_uniform=_against(summary, trial),
+            draws=summary.over_draws.get(trial.number),
+            sparsity=target_sparsity(trial),
+        )
+        for trial in summary.ranks
+    )
     return Status(
         study=summary.name,
         sparsity=summary.sparsity,
@@ -347,7 +369,7 @@ def make_status(summary: Summary, now: datetime) -> Status:
         ranks=ranks,
         trials=tuple(_trial(summary, trial) for trial in summary.trials),
         screening=summary.screening,
-        objective=summary.results.objectives,
+        objective=results.objectives,
         front=tuple(trial.number for trial in summary.front),
         bos=summary.bos,
         uniform_draws=summary.over_draws.get(uniform.number) if uniform else None,
@@ -355,7 +377,7 @@ def make_status(summary: Summary, now: datetime) -> Status:
         limit=summary.limit,
         points=tuple(_point(summary, point) for point in summary.points),
         dense_bytes=summary.dense_bytes,
-        **{f"dense_{summary.results.words.rate}_per_second": dense_speed(summary)},
+        **{f"dense_{results.words.rate}_per_second": dense_speed(summary)},
         requested=summary.requested,
         sign=sign_of_beta(summary) or None,
         bits=summary.bits,
@@ -368,32 +390,19 @@ def seconds_left(summary: Summary, running: Iterable[Running]) -> float | None:
 
     None if no trial is measured or none runs. Without the final scores on the test text.
     """
-    took = [seconds for trial in summary.trials if (seconds := _duration(trial)) is not None]
+    # Wall times of trials that were measured; none where the clock was set back.
+    took = [
+        seconds
+        for trial in summary.trials
+        if trial.values is not None and trial.duration is not None and "repeats" not in trial.user_attrs
+        if counts(trial) and (seconds := trial.duration.total_seconds()) >= 0
+    ]
     alive = [one.seconds for one in running if not one.lost]
     if summary.total is None or not took or not alive:
         return None
     mean = fmean(took)
     work = (summary.total - summary.done) * mean - sum(min(seconds, mean) for seconds in alive)
     return max(0.0, work / len(alive))
-
-
-def _duration(trial: FrozenTrial) -> float | None:
-    """A trial's wall time in seconds; None if it was not measured, is a repetition, or the clock was set back."""
-    if trial.values is None or trial.duration is None or "repeats" in trial.user_attrs or not counts(trial):
-        return None
-    seconds = trial.duration.total_seconds()
-    return seconds if seconds >= 0 else None
-
-
-def _running(trial: FrozenTrial, now: datetime) -> Running:
-    began = trial.datetime_start or now
-    return Running(
-        trial=trial.number,
-        plan=plan_words(trial),
-        seconds=round(max(0.0, (now - began).total_seconds()), 1),
-        host=trial.user_attrs.get("host"),
-        lost=is_dead(trial.user_attrs),
-    )
 
 
 def _against(summary: Summary, model: Model) -> dict[str, Against | None]:
@@ -416,19 +425,6 @@ def _point(summary: Summary, point: Point) -> PointStatus:
         best=point.is_best,
         packed_bytes=point.packed_bytes,
         **{f"{summary.results.words.rate}_per_second": point.speed.fastest if point.speed else None},
-    )
-
-
-def _best(trial: FrozenTrial, summary: Summary) -> Best:
-    return Best(
-        trial=trial.number,
-        pruner=method_in(trial.params),
-        allocation=allocation_name(trial),
-        parameters=allocation_parameters(trial),
-        scores=summary.results.scores(trial),
-        against_uniform=_against(summary, trial),
-        draws=summary.over_draws.get(trial.number),
-        sparsity=target_sparsity(trial),
     )
 
 
@@ -469,12 +465,9 @@ def listed(file: StudyFile, summary: Summary | None) -> Listed:
         best=summary.results.score(best, "validation") if summary and best else None,
         description=file.study.description if name == file.name else f"--study {file.name} --study-name {name}",
         path=str(file.path),
-        error=None,
     )
 
 
 def invalid(path: Path, error: str) -> Listed:
     """The row of a study file that cannot be read."""
-    return Listed(
-        name=path.stem, state="invalid", done=0, total=None, best=None, description="", path=str(path), error=error
-    )
+    return Listed(name=path.stem, state="invalid", path=str(path), error=error)

@@ -145,12 +145,14 @@ def summarise(study: optuna.Study) -> Summary:
     results = Results(study.user_attrs, trials, fingerprint.stored_objectives(facts), measurements.get("recovered"))
     uniform, points, shared = results.uniform(best), goal.points(), None if "sparsity" in facts else facts.get("bits")
     tested = [bool(results.items(model, "test")) for model in (DENSE, uniform, best) if model]
+    total, done = study.user_attrs.get("total"), progress.counted(study)
+    is_done = total is not None and done >= total and not progress.running(study)
     return Summary(
         name=study.study_name,
         sparsity=tuple(target) if isinstance(target, list) else target,
         trials=trials,
-        total=study.user_attrs.get("total"),
-        done=progress.counted(study),
+        total=total,
+        done=done,
         best_trial=best,
         ranks=goal.leaders(),
         results=results,
@@ -159,7 +161,7 @@ def summarise(study: optuna.Study) -> Summary:
         made_from=made_from(study),
         sizes=tuple(study.user_attrs.get("sizes", ())),
         in_tower=in_tower(study.user_attrs.get("blocks")),
-        complete=_is_complete(study),
+        complete=is_done and is_reported(study, _asked_draws(study)),
         requested=progress.requested(study),
         gp_posterior=study.user_attrs.get("gp_posterior"),
         unlike=_unlike(study),
@@ -235,14 +237,6 @@ def _unlike(study: optuna.Study) -> dict[int, str]:
         if parts:
             remarks[trial.number] = " ".join(parts)
     return remarks
-
-
-def _is_complete(study: optuna.Study) -> bool:
-    """Whether the last run's total is reached, no trial runs, and the best trials have their final numbers."""
-    total = study.user_attrs.get("total")
-    if total is None or progress.counted(study) < total or progress.running(study):
-        return False
-    return is_reported(study, _asked_draws(study))
 
 
 def is_reported(study: optuna.Study, draws: int) -> bool:
