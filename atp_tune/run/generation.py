@@ -194,7 +194,16 @@ class Speaker:
 
         UserError if the template cannot write the messages, or if the model has no position left for an answer.
         """
-        ids = self._encode(messages)
+        ids: list[int]
+        if not self.has_template:
+            ids = encode(messages[-1]["content"], self.tokenizer, (), self.bos)
+        else:
+            try:
+                ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)[
+                    "input_ids"
+                ]
+            except Exception as error:  # a template is a program of the model's author
+                raise UserError(f"the chat template cannot write these messages: {one_line(error)}") from error
         with self.opened() as model:
             most = longest(model)
             if most is not None and len(ids) >= most:
@@ -208,12 +217,3 @@ class Speaker:
             is_whole = new[-1] in end_tokens(model, self.tokenizer)
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         return Answer(text, "model" if is_whole else "person" if is_stopped() else "length")
-
-    def _encode(self, messages: Sequence[ChatMessage]) -> list[int]:
-        if not self.has_template:
-            return encode(messages[-1]["content"], self.tokenizer, (), self.bos)
-        try:
-            encoding = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-            return list(encoding["input_ids"])
-        except Exception as error:  # a template is a program of the model's author
-            raise UserError(f"the chat template cannot write these messages: {one_line(error)}") from error

@@ -9,7 +9,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -92,10 +92,8 @@ class RoleScores(Observer[Scores]):
         self._parts = equal_parts(session.items(self.role), session.batch(self.role).windows)
         self._dense = session.dense_states(self.role, self._parts) if self.beside_dense else []
         self._kept: list[PrunedBlock] | None = [] if self.one_by_one and can_keep(session.checkpoint) else None
+        self._embedded = partial(Passing, session.replay, session.batch(self.role))
         self._passing = self._embedded(self._parts if self._kept is None else [])
-
-    def _embedded(self, parts: Sequence[Batch]) -> Passing:
-        return Passing(self.session.replay, self.session.batch(self.role), parts)
 
     @torch.inference_mode()
     def block(self, block: PrunedBlock) -> None:
