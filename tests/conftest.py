@@ -129,7 +129,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def mixed(cache: Path) -> dict[str, list[str]]:
     """Documents of the kinds of `mixed`, other than the real ones, in the cache; a word has the kind."""
-    from atp_tune.inputs.mixed import PACKAGED
+    from atp_tune.inputs.sources import PACKAGED
 
     made = {}
     for kind, packaged in PACKAGED.items():

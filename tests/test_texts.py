@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atp_tune.config.data import KINDS, Text
-from atp_tune.inputs.mixed import PACKAGED, RUN, SHORTEST, STEP, distinct, fetch
-from atp_tune.inputs.sources import Column, documents, hub_arguments
+from atp_tune.inputs.sources import PACKAGED, RUN, SHORTEST, STEP, Column, distinct, documents, fetch, hub_arguments
 
 
 def message(text: Text, base: Path) -> str:

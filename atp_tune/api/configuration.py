@@ -29,7 +29,7 @@ from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
 from atp_tune.utils.cache import cache_dir, temporary_folder
-from atp_tune.utils.system import check_writable
+from atp_tune.utils.system import check_free, check_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -206,7 +206,6 @@ class Configuration:
         trained weights always as the files. UserError if the folder exists.
         """
         from atp_tune.folders.slim import SLIM, check_pattern
-        from atp_tune.utils.system import check_free
 
         out = Path(folder).expanduser()
         with self._working() as place:

@@ -18,7 +18,7 @@ from atp_tune import __version__
 from atp_tune.config.manifest import INSTRUCTIONS, installed
 from atp_tune.utils.cache import cache_root
 from atp_tune.utils.registry import FrozenModel
-from atp_tune.utils.system import EXTRAS
+from atp_tune.utils.system import EXTRAS, Said, cpu_flags, cpu_name, log
 
 Found = TypeVar("Found")
 
@@ -149,8 +149,6 @@ def environment() -> MachineReport:
 def _processor() -> Processor:
     import torch
 
-    from atp_tune.utils.system import cpu_flags, cpu_name
-
     flags = cpu_flags()
     return Processor(
         name=cpu_name(),
@@ -198,19 +196,18 @@ def _triton() -> str:
     import torch
 
     from atp_tune.pruners import sparsegpt
-    from atp_tune.utils import system
 
     if find_spec("triton") is None:
         return "is not installed"
     if not torch.cuda.is_available():
         return "has no GPU to run on"
     reasons = list[str]()
-    handler = system.Said(reasons.append)
-    system.log.addHandler(handler)
+    handler = Said(reasons.append)
+    log.addHandler(handler)
     try:
         sparsegpt.on_gpu(torch.device("cuda", 0))
     finally:
-        system.log.removeHandler(handler)
+        log.removeHandler(handler)
     return "; ".join(reasons) or "works"
 
 

@@ -337,8 +337,7 @@ class StudyRequest:
 
 def usual_texts(notify: "Notify") -> str:
     """The texts where none are asked for, which it says: `papers`; without the hub `mixed`, without PyPI `packaged`."""
-    from atp_tune.inputs.mixed import fetch
-    from atp_tune.inputs.sources import is_hub_in_reach
+    from atp_tune.inputs.sources import fetch, is_hub_in_reach
 
     if is_hub_in_reach():
         notify("texts: C4 to calibrate, WikiText-2 to measure (--texts FILE takes your own)")

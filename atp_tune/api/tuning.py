@@ -36,7 +36,6 @@ from atp_tune.storage.progress import counted, identity
 from atp_tune.utils.cache import cache_dir
 
 if TYPE_CHECKING:
-    import optuna
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # --- The end of a study: its best plan is trained (`[recover]`), then measured beside the dense model (`speed`).

@@ -16,8 +16,8 @@ import typer
 import atp_tune
 from atp_tune.cli.options import DType, checked_prompts, load_study, placed, wrong
 from atp_tune.cli.studies import cost_beside, show_plan
-from atp_tune.cli.terminal import echo, working
-from atp_tune.config.finding import BARE
+from atp_tune.cli.terminal import echo, interruptible, working
+from atp_tune.config.finding import BARE, HERE, known
 from atp_tune.errors import TrialError, UserError, named
 from atp_tune.utils.cache import TakenError
 from atp_tune.utils.system import as_typed, require
@@ -124,7 +124,6 @@ def start(study: str, options: RunOptions, study_name: str | None = None, remark
         return
     from atp_tune.api.tuning import run_study
     from atp_tune.cli.tables import show_summary
-    from atp_tune.cli.terminal import interruptible
     from atp_tune.cli.tracking import Follower
     from atp_tune.events import Message
     from atp_tune.search.runner import StudyRun, load_existing
@@ -269,7 +268,6 @@ def model(
         name NAME: Name of the study; default: of the model and the options.
     """
     from atp_tune.api.presets import StudyRequest
-    from atp_tune.config.finding import HERE, known
     from atp_tune.config.plugged import rooted
     from atp_tune.config.studyfile import StudyFile, absolute_storage, overridden, study_text, tables, write_study
     from atp_tune.config.typed import goal

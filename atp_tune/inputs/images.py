@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from atp_tune.checkpoints.blocks import classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
@@ -124,11 +124,14 @@ def image_items(wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool
 
     `at_most`: fewer than `nsamples`, if the part has fewer.
     """
-    selection = chosen(pictures(wanted, base), wanted, at_most)
-    classes = class_indices(selection, wanted, model_config(folder.path, folder.trusted))
+    selection, config = chosen(pictures(wanted, base), wanted, at_most), model_config(folder.path, folder.trusted)
+    labels = torch.tensor(class_indices(selection, wanted, config), dtype=torch.int64)
     pixels = cached_pixels(ImageProcessor.of(folder.path, folder.trusted), selection)
-    labels = torch.tensor(classes, dtype=torch.int64)
-    return Items.of({PIXELS: pixels, LABELS: labels}, _positions(folder, pixels))
+    # Hidden states of an image in the first block, by the size of the model's patches, if its config says it.
+    patch = getattr(getattr(config, "vision_config", config), "patch_size", PATCH)
+    height, width = pixels.shape[2:]
+    side = patch if isinstance(patch, int) and 0 < patch <= min(height, width) else PATCH
+    return Items.of({PIXELS: pixels, LABELS: labels}, height // side * (width // side) + 1)
 
 
 def chosen(source: Pictures, wanted: ImageSet, at_most: bool = False) -> Pictures:
@@ -150,12 +153,3 @@ def chosen(source: Pictures, wanted: ImageSet, at_most: bool = False) -> Picture
     if wanted.nsamples is not None:
         part = part[torch.randperm(len(part), generator=torch.Generator().manual_seed(wanted.seed))[:count]]
     return source.select(part[:: wanted.stride].tolist())
-
-
-def _positions(folder: ModelFolder, pixels: Tensor) -> int:
-    """Hidden states of an image in the first block, by the size of the model's patches, if its config says it."""
-    config = model_config(folder.path, folder.trusted)
-    patch = getattr(getattr(config, "vision_config", config), "patch_size", PATCH)
-    height, width = pixels.shape[2:]
-    side = patch if isinstance(patch, int) and 0 < patch <= min(height, width) else PATCH
-    return height // side * (width // side) + 1

@@ -411,7 +411,13 @@ def cached_pixels(processor: ImageProcessor, pictures: Pictures) -> Tensor:
     kind = type(processor.own)
     code = {file.name: sha256_of(file) for file in processor.folder.glob(CODE)} if processor.trusted else {}
     made_by = [kind.__module__, kind.__qualname__, json.loads(processor.own.to_json_string()), code]
-    name = key("pixels", pictures=_content(pictures), processor=made_by, libraries=libraries())
+    whole = hashlib.sha256()  # of all pictures as their source holds them: encoded, or arrays
+    for index in range(len(pictures)):
+        picture = pictures.read(index)
+        is_array = isinstance(picture, np.ndarray)
+        whole.update(f"{picture.shape if is_array else len(picture)} ".encode())
+        whole.update(np.ascontiguousarray(picture).data if is_array else picture)
+    name = key("pixels", pictures=whole.hexdigest(), processor=made_by, libraries=libraries())
     file = cache_dir("pixels") / f"{name}.npy"
     processed = _stored(file)
     if processed is None:
@@ -429,17 +435,6 @@ def libraries() -> list[str | None]:
     from PIL import features
 
     return [package_version(name) for name in LIBRARIES] + [features.version(name) for name in DECODERS]
-
-
-def _content(pictures: Pictures) -> str:
-    """SHA-256 of all pictures as their source holds them: encoded, or arrays."""
-    whole = hashlib.sha256()
-    for index in range(len(pictures)):
-        picture = pictures.read(index)
-        is_array = isinstance(picture, np.ndarray)
-        whole.update(f"{picture.shape if is_array else len(picture)} ".encode())
-        whole.update(np.ascontiguousarray(picture).data if is_array else picture)
-    return whole.hexdigest()
 
 
 def _stored(file: Path) -> Tensor | None:

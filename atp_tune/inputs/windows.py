@@ -28,7 +28,6 @@ from atp_tune.checkpoints.files import CODE
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.data import ImageSet, Text, short_source
 from atp_tune.errors import UserError, within
-from atp_tune.events import Notify, silent
 from atp_tune.inputs import Batch, InputKind, cut_draws
 from atp_tune.inputs.items import IDS, ByRole, Items, shared
 from atp_tune.inputs.pictures import Pictures, pictures
@@ -53,13 +52,7 @@ BASE, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # odd
 
 
 def token_windows(
-    text: Text,
-    folder: Path,
-    base: Path,
-    notify: Notify = silent,
-    trusted: bool = False,
-    bos: bool = False,
-    draws: int = 1,
+    text: Text, folder: Path, base: Path, trusted: bool = False, bos: bool = False, draws: int = 1
 ) -> Items:
     """The windows of a study's text with the tokenizer in `folder`, from the cache if possible.
 
@@ -73,7 +66,6 @@ def token_windows(
     if stored.is_file():
         ids = np.load(stored, allow_pickle=False)
     else:
-        notify(f"reading and tokenising {text.source}")
         encode, first = _encoder(folder, trusted, bos)
         cut = partial(_random, draws=draws) if text.sampling == "random" else _consecutive
         parts = [cut(documents(kind, base), encode, kind, first) for kind in text.kinds]
@@ -268,23 +260,16 @@ def _head(documents: Sequence[str], encode: Encode, needed: int | None) -> list[
         return encode("\n\n".join(documents))
     characters = (needed + _MARGIN) * _CHARACTERS_PER_TOKEN
     while True:
-        head, whole = _first_characters(documents, characters)
-        ids = encode(head)
-        if whole or len(ids) >= needed + _MARGIN:
+        pieces, length = list[str](), 0
+        for document in documents:
+            pieces.append(document)
+            length += len(document) + 2
+            if length > characters + 2:
+                break
+        ids = encode("\n\n".join(pieces)[:characters])
+        if length <= characters + 2 or len(ids) >= needed + _MARGIN:
             return ids
         characters *= 4
-
-
-def _first_characters(documents: Sequence[str], count: int) -> tuple[str, bool]:
-    """The first `count` characters of the joined documents, and whether these are all."""
-    pieces: list[str] = []
-    length = 0
-    for document in documents:
-        pieces.append(document)
-        length += len(document) + 2
-        if length > count + 2:
-            return "\n\n".join(pieces)[:count], False
-    return "\n\n".join(pieces), True
 
 
 # --- Items of token ids as a kind of input: a model is called with ids [windows, tokens].
@@ -468,7 +453,7 @@ class TokenWindows:
     def check_fit(self, checkpoint: Checkpoint, items: ByRole, embed: Callable[[Batch], Tensor]) -> None:
         """UserError if a model has no embedding of a token or too few positions for a window, or nothing to predict."""
         for role, windows in items.items():
-            if windows.bos and not has_embedding(checkpoint, first := int(windows.ids[0, 0])):
+            if windows.bos and (first := int(windows.ids[0, 0])) >= vocabulary(checkpoint):
                 raise UserError(
                     f"texts.bos: the model has no embedding of its tokenizer's BOS, {first}; set it to false"
                 )
@@ -519,13 +504,8 @@ def read_text(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool,
 
 
 def vocabulary(checkpoint: Checkpoint) -> int:
-    """Number of token ids that a model embeds."""
+    """Number of token ids that a model embeds; some tokenizers have a default BOS outside of it."""
     return int(checkpoint.config.get_text_config().vocab_size)
-
-
-def has_embedding(checkpoint: Checkpoint, token: int) -> bool:
-    """Whether a model embeds a token; some tokenizers have a default BOS outside the vocabulary."""
-    return token < vocabulary(checkpoint)
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from atp_tune.config.data import Text
 from atp_tune.config.prune import NLL_SHARES
 from atp_tune.inputs import Batch
 from atp_tune.inputs.items import IDS, Items
-from atp_tune.inputs.windows import bos_id, first_windows, has_embedding, load_tokenizer, token_windows, vocabulary
+from atp_tune.inputs.windows import bos_id, first_windows, load_tokenizer, token_windows, vocabulary
 from atp_tune.measures import MEASURES
 from atp_tune.metrics import BOS_TOKENS, BOS_WINDOWS, BosEffect
 from atp_tune.plugins import Checked, guarded
@@ -280,7 +280,7 @@ def compare_bos(
     """
     tokenizer = load_tokenizer(folder.path, folder.trusted)
     bos = bos_id(tokenizer)
-    if bos is None or not has_embedding(replay.checkpoint, bos):
+    if bos is None or bos >= vocabulary(replay.checkpoint):
         return None
     few = text.model_copy(update={"nsamples": BOS_WINDOWS, "seqlen": min(BOS_TOKENS, text.seqlen), "stride": 1})
     if text.sampling == "random":
