@@ -12,7 +12,6 @@ from atp_tune.utils.system import check_free
 
 if TYPE_CHECKING:
     from atp_tune.folders.card import Finetuned
-    from atp_tune.measures import Estimate
 
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
@@ -105,7 +104,16 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
         measured = best.made(watch).save(out, packed=packed, slim=slim, dtype=dtype)
     config = best.config
     promised = config.final("test") or (config.final("validation") if config.is_trained else None)
-    show(measured, promised, out, packed and config.quantize is not None)
+    echo(f"sparse checkpoint: {out}")
+    if promised is None:
+        echo(f"perplexity on the test text: {measured} (the configuration has none yet)")
+    else:
+        change = measured.value / promised.value - 1
+        echo(f"perplexity on the test text: {measured}, the configuration says {promised} ({change:+.3%})")
+        if abs(change) > TOLERANCE:
+            why = "scales of 16 bits, " * (packed and config.quantize is not None)
+            another = f"{why}another device, number format or number of threads?"
+            echo(f"warning: they differ by more than 0.1 %; {another}", style="yellow")
     if packed or is_slim(out):
         echo("transformers loads it after `import atp_tune`, or with trust_remote_code=True")
     if not config.is_trained and (note := compared(config, read_config(out / ABOUT).manifest)):
@@ -129,20 +137,6 @@ def _verify(folder: Path) -> None:
     rows = [[printable(escape(cell)) for cell in astuple(row)] for row in report.differences]
     echo("what differs here, if the checkpoint is made again or computed with:")
     echo(markdown(("", "there", "here", "effect"), rows))
-
-
-def show(measured: "Estimate", promised: "Estimate | None", out: Path, codes: bool = False) -> None:
-    """Prints where the sparse checkpoint is, and whether its perplexity is the configuration's."""
-    echo(f"sparse checkpoint: {out}")
-    if promised is None:
-        echo(f"perplexity on the test text: {measured} (the configuration has none yet)")
-        return
-    change = measured.value / promised.value - 1
-    echo(f"perplexity on the test text: {measured}, the configuration says {promised} ({change:+.3%})")
-    if abs(change) > TOLERANCE:
-        why = "scales of 16 bits, " if codes else ""
-        warning = f"warning: they differ by more than 0.1 %; {why}another device, number format or number of threads?"
-        echo(warning, style="yellow")
 
 
 # --- `tune.py pack` and `tune.py unpack`: a sparse checkpoint without its zeros, and with them again.

@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
@@ -412,7 +413,7 @@ class ChatSession:
     def answer(self, side: "Which", text: str, is_stopped: Callable[[], bool]) -> "Answer":
         """Prints the answer to a message as it comes, and nothing else."""
         messages: list[ChatMessage] = [*self._messages, {"role": "user", "content": text}]
-        answer = self._speaker(side).answer(messages, self._options, _say, is_stopped)
+        answer = self._speaker(side).answer(messages, self._options, partial(echo, end=""), is_stopped)
         echo()
         return answer
 
@@ -449,10 +450,6 @@ class ChatSession:
                     echo("(stopped)", style="dim")
         content = answer.text if answer else ""
         self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": content}]
-
-
-def _say(text: str) -> None:
-    echo(text, end="")
 
 
 def as_message(given: bytes) -> str:

@@ -141,7 +141,7 @@ def _chosen(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -> int
     UserError for a choice that the study has not.
     """
     from atp_tune.results.goals import Choice, chosen
-    from atp_tune.results.summary import summarise
+    from atp_tune.results.summary import overview, summarise
     from atp_tune.storage.attributes import StudySnapshot
 
     study = StudySnapshot(stored)
@@ -155,7 +155,6 @@ def _chosen(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -> int
     if len(summary.points) < 2 or summary.best_trial is None:
         return None
     from atp_tune.cli.tables import drawn
-    from atp_tune.results.summary import overview
 
     table = overview(summary)
     rows = [[str(row or ""), *cells] for row, cells in enumerate(table.rows)]

@@ -1,6 +1,6 @@
 """`tune.py studies`, `status`, `report` and `plan`, and lists of what is known: what a person asks of studies."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +10,7 @@ from atp_tune.cli.terminal import as_json, echo, gib, quiet, table, trials, work
 from atp_tune.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from atp_tune.api.environment import MachineReport
-    from atp_tune.config.plugged import Entry
     from atp_tune.config.studyfile import StudyFile
     from atp_tune.cost.forecast import Forecast, StudyCost
     from atp_tune.results.status import Listed
@@ -106,19 +103,15 @@ def plugins(
         return
     for kind in dict.fromkeys(entry.kind for entry in rows):
         echo(f"{kind}s" if kind != "source of texts" else "sources of texts")
-        _show_entries([entry for entry in rows if entry.kind == kind])
-
-
-def _show_entries(entries: "list[Entry]") -> None:
-    width = max(len(entry.name) for entry in entries)
-    for entry in entries:
-        source = "" if entry.origin == "built in" else f" ({entry.origin})"
-        echo(f"  {entry.name:<{width}}  {entry.about}{source}")
-        for one in entry.settings:
-            about = f": {one.description}" if one.description else ""
-            echo(f"  {'':<{width}}    {one.name} = {one.default}, {one.type}{about}")
-        for name, (low, high) in entry.parameters.items():
-            echo(f"  {'':<{width}}    {name} in [{low:.4g}, {high:.4g}]")
+        width = max(len(entry.name) for entry in rows if entry.kind == kind)
+        for entry in (entry for entry in rows if entry.kind == kind):
+            source = "" if entry.origin == "built in" else f" ({entry.origin})"
+            echo(f"  {entry.name:<{width}}  {entry.about}{source}")
+            for setting in entry.settings:
+                about = f": {setting.description}" if setting.description else ""
+                echo(f"  {'':<{width}}    {setting.name} = {setting.default}, {setting.type}{about}")
+            for name, (low, high) in entry.parameters.items():
+                echo(f"  {'':<{width}}    {name} in [{low:.4g}, {high:.4g}]")
 
 
 # --- `tune.py schema`: prints the JSON schema of study files.

@@ -193,14 +193,12 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     """Prints the file of the best configuration, if it holds the best trial, and the commands that come next."""
     best = file.best_path(summary.name)
     try:
-        stored = read_config(best) if best.exists() else None
+        trial = read_config(best).trial if best.exists() else None
     except UserError:
         return
-    is_there = stored is not None and summary.best_trial and stored.trial == summary.best_trial.number
-    if stored is None or not summary.is_tested or not is_there:
+    if not summary.is_tested or summary.best_trial is None or trial != summary.best_trial.number:
         return
-    is_slim = summary.of_channels
-    form = "slim" if is_slim else summary.amount.form
+    form = "slim" if summary.of_channels else summary.amount.form
     # A name that no file has here: the name itself, or followed by -2, -3 and so on.
     name = f"{printable(summary.name).replace('/', '_')}-{form}"
     names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
@@ -208,26 +206,24 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     # The words that name the stored study from here.
     study = ["--study", file.name if is_known(file.path) else _from_here(file.path)]
     study += ["--study-name", printable(summary.name)] if summary.name != file.name else []
-    url = file.study.storage
-    is_elsewhere = url is not None and url != read(file.path).get("storage")
-    study += ["--storage", without_password(url)] if url and is_elsewhere else []
+    if (url := file.study.storage) and url != read(file.path).get("storage"):
+        study += ["--storage", without_password(url)]
     if points := summary.choices:
         middle = points[len(points) // 2].sparsity
         second = ("another point", ["export", *study, "--sparsity", f"{middle:.4g}"])
     else:
         second = ("page with figures", ["report", *study])
-    rows = [
+    trusts = permission(file.study)
+    echo(f"best configuration: {config}")
+    for what, words in (
+        *[("talk with it", ["chat", *study, *trusts])] * (summary.results.data == "text"),
         (
             f"{form} checkpoint",
-            ["apply", "--config", config, "--out", out, *["--slim"] * is_slim, *permission(file.study)],
+            ["apply", "--config", config, "--out", out, *["--slim"] * summary.of_channels, *trusts],
         ),
         second,
         *[("top-1 and top-5", ["evaluate", "--config", config])] * (summary.results.data == "images"),
-    ]
-    echo(f"best configuration: {config}")
-    if summary.results.data == "text":
-        rows.insert(0, ("talk with it", ["chat", *study, *permission(file.study)]))
-    for what, words in rows:
+    ):
         echo(f"{what + ':':<19} {shlex.join(['python', 'tune.py', *words])}")
 
 

@@ -85,7 +85,9 @@ def trial_remark(trial: FrozenTrial, summary: Summary | None = None) -> str:
     "" for the usual trial.
     """
     unlike = summary.unlike.get(trial.number, "") if summary else ""
-    return "; ".join(part for part in (_reason(trial), _before(trial), unlike) if part)
+    times = 0 if trial.state == TrialState.FAIL else len(all_cut_offs(trial))  # of the trials that this one repeats
+    before = f"cut off {times} time{'s' * (times > 1)} before" if times else ""
+    return "; ".join(part for part in (_reason(trial), before, unlike) if part)
 
 
 def why_lost(trial: FrozenTrial) -> str:
@@ -181,12 +183,6 @@ def _reason(trial: FrozenTrial) -> str:
     reason = str(attrs.get("failure") or attrs.get("lost") or unknown) + str(CutOff.read(attrs.get("cut_off", {})))
     why = given_up(trial)
     return f"{reason}, cut off {why}: given up" if why else reason
-
-
-def _before(trial: FrozenTrial) -> str:
-    """How often the trials that this one repeats were cut off."""
-    times = 0 if trial.state == TrialState.FAIL else len(all_cut_offs(trial))
-    return f"cut off {times} time{'s' * (times > 1)} before" if times else ""
 
 
 def resume_command(summary: Summary, *more: str, here: bool = True) -> str:
@@ -360,20 +356,15 @@ def study_remarks(summary: Summary) -> list[str]:
     refined = f"Pruned weights are refined by {by}, those of uniform too." if steps else ""
     trained = recovery_note(summary)
     bos = f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}." if summary.bos else ""
-    remarks = (sign_of_beta(summary), bos, refined, summary.rounded, trained, _mixture(summary))
-    return [remark for remark in remarks if remark]
-
-
-def _mixture(summary: Summary) -> str:
-    """One sentence for a study with trials on several devices, in several dtypes or batch sizes; else ""."""
-    if not summary.unlike:
-        return ""
+    # Trials on several devices, in several dtypes or batch sizes.
     others = ", ".join(dict.fromkeys(summary.unlike.values()))
     batches = ", those of different batches by about 1 %" if "batches" in others else ""
-    return (
+    mixture = (
         f"{len(summary.unlike)} of {len(summary.trials)} trials ran {others}: perplexities of different devices differ "
         f"in the last digits, those of different number formats by per cents{batches}."
     )
+    remarks = (sign_of_beta(summary), bos, refined, summary.rounded, trained, mixture if others else "")
+    return [remark for remark in remarks if remark]
 
 
 def recovery_note(summary: Summary) -> str:

@@ -319,15 +319,12 @@ def config_study(path: Path, config: Config, address: str | None = None) -> optu
                 f"that of {path}"
             )
         return study
-    studies = (_in_storage(f"sqlite:///{file}", config) for file in _databases(path, config))
-    return next((study for study in studies if study is not None), None)
-
-
-def _databases(path: Path, config: Config) -> Iterator[Path]:
-    """SQLite files with a study of this name, beside the configuration and its study file."""
+    # SQLite files with a study of this name, beside the configuration and its study file.
     folders = dict.fromkeys([path.absolute().parent, Path(os.path.realpath(path.absolute().parent / config.folder))])
     files = [file for folder in folders for file in sorted(folder.glob("*.db"))]
-    return (file for file in sorted(files, key=lambda file: file.stem != config.study) if holds(file, config.study))
+    files.sort(key=lambda file: file.stem != config.study)
+    studies = (_in_storage(f"sqlite:///{file}", config) for file in files if holds(file, config.study))
+    return next((study for study in studies if study is not None), None)
 
 
 def _in_storage(address: str, config: Config) -> optuna.Study | None:
@@ -342,7 +339,13 @@ def _in_storage(address: str, config: Config) -> optuna.Study | None:
 
 def with_attached(config: Config, study: optuna.Study, out: Path) -> Config:
     """The configuration with its trial's measurements from the study and from the file that it will replace."""
-    return _with(config, {**_in_file(config, out), **attached(study, config.trial)})
+    there = None
+    with suppress(UserError):
+        there = read_config(out) if out.is_file() else None
+    if there is None or not is_same(there, config):
+        return _with(config, attached(study, config.trial))
+    own: dict[Key, Any] = {key: getattr(there, key) for key in KINDS if getattr(there, key) is not None}
+    return _with(config, {**own, **attached(study, config.trial)})
 
 
 def attached(study: optuna.Study, trial: int | None) -> dict[Key, Any]:
@@ -361,13 +364,3 @@ def stored_answers(study: optuna.Study, trial: FrozenTrial) -> Answers | None:
         return Answers.model_validate(study.user_attrs.get("answers", {}).get(str(trial.number)))
     except ValidationError:
         return None
-
-
-def _in_file(config: Config, out: Path) -> dict[Key, Any]:
-    try:
-        there = read_config(out) if out.is_file() else None
-    except UserError:
-        return {}
-    if there is None or not is_same(there, config):
-        return {}
-    return {key: getattr(there, key) for key in KINDS if getattr(there, key) is not None}

@@ -401,7 +401,7 @@ def _drive(run: StudyRun) -> optuna.Study:
             items = {role: (len(each), each.positions) for role, each in session.windows.items()}
             total_now = progress.effective_total(study, total, run.file.goes_on)
             run.watch(Opened(run.file.study, total_now, progress.counted(study), items, session.is_short))
-            if run.opened is not None and not progress.stored_points(study):
+            if run.opened is not None and not study.get_trials(deepcopy=False):
                 run.opened(session)
         study.pruner = make_stopper(search)
         screened = Screened()

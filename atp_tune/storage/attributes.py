@@ -154,7 +154,15 @@ class StudySnapshot(optuna.Study):
 def checked_trial(trial: FrozenTrial, values: int) -> FrozenTrial:
     """The trial itself if it is valid, else a copy with its valid parts; `values`: number of its study's objectives."""
     user, system = checked(trial.user_attrs, TRIAL), checked(trial.system_attrs, SYSTEM)
-    is_ours = _is_ours(trial, values, "kls" in user)
+    # Whether a trial's parameters and values can be atp_tune's; only a KL may be 0.
+    names = {name: value for name, value in trial.params.items() if name in (*METHODS, "allocation")}
+    numbers = [value for name, value in trial.params.items() if name not in names]
+    is_ours = (
+        all(_is(WORDS, word) for word in (*names.values(), *trial.params))
+        and all(_is(NUMBER, value) and isfinite(value) for value in numbers)
+        and (trial.values is None or len(trial.values) == values)
+        and all(value > 0 or (value == 0 and "kls" in user) for value in trial.values or [])
+    )
     is_whole = (len(user), len(system)) == (len(trial.user_attrs), len(trial.system_attrs))
     if is_ours and is_whole:
         return trial
@@ -165,20 +173,6 @@ def checked_trial(trial: FrozenTrial, values: int) -> FrozenTrial:
     trial.state, trial.values = TrialState.FAIL, None
     trial._params, trial._distributions, trial.user_attrs = {}, {}, {"failure": FOREIGN}
     return trial
-
-
-def _is_ours(trial: FrozenTrial, count: int, may_be_zero: bool) -> bool:
-    """Whether a trial's parameters and values can be atp_tune's; `may_be_zero`: a KL may be 0."""
-    names = {name: value for name, value in trial.params.items() if name in (*METHODS, "allocation")}
-    numbers = [value for name, value in trial.params.items() if name not in names]
-    values = trial.values or []
-    return (
-        all(_is(WORDS, value) for value in names.values())
-        and all(_is(WORDS, name) for name in trial.params)
-        and all(_is(NUMBER, value) and isfinite(value) for value in numbers)
-        and (trial.values is None or len(values) == count)
-        and all(value > 0 or (value == 0 and may_be_zero) for value in values)
-    )
 
 
 def _is(kind: TypeAdapter[Any], value: Any) -> bool:

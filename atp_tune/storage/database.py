@@ -445,15 +445,11 @@ def is_kept(key: str, value: object) -> bool:
         meta = json.loads(value) if isinstance(value, str) else ()
     except (ValueError, RecursionError):
         return False
-    return meta is None or _is_meta(meta, name)
-
-
-def _is_meta(value: Any, name: str) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("artifact_id") == name
-        and all(isinstance(value.get(key), str) for key in ("filename", "mimetype"))
-        and isinstance(value.get("encoding"), str | None)
+    return meta is None or (
+        isinstance(meta, dict)
+        and meta.get("artifact_id") == name
+        and all(isinstance(meta.get(key), str) for key in ("filename", "mimetype"))
+        and isinstance(meta.get("encoding"), str | None)
     )
 
 

@@ -199,20 +199,17 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     if is_local(study.model.source, folder):
         hidden.add("model.source")
     hidden |= {f"{key}.source" for key, data in study.data.sources.items() if is_local_text(data.source)}
-    flat |= _short(study) | {f"plugins.{name}.content": digest for name, digest in contents(study, folder).items()}
-    return {key: value for key, value in flat.items() if key not in hidden}
-
-
-def _short(study: Study) -> dict[str, Any]:
-    """The names of plug-ins, without their places, which differ between machines."""
+    # The names of plug-ins, without their places, which differ between machines.
     texts = [(key, split_source(data.source)) for key, data in study.data.sources.items() if data.data == "text"]
-    return {
+    flat |= {
         "prune.pruners": list(study.prune.short_names),
         "allocation.names": list(study.allocation.short_names),
         "search.sampler": short_name(study.search.sampler),
         "search.score": study.score,
         **{f"{key}.source": f"{short_name(name)}:{rest}" for key, (name, rest) in texts if is_place(name)},
+        **{f"plugins.{name}.content": digest for name, digest in contents(study, folder).items()},
     }
+    return {key: value for key, value in flat.items() if key not in hidden}
 
 
 def is_local(source: str, folder: Path) -> bool:

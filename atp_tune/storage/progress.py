@@ -203,12 +203,6 @@ def running(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
-def stored_points(study: optuna.Study) -> list[dict[str, Any]]:
-    """The parameters of all trials, of a queued one those that it is to have."""
-    trials = study.get_trials(deepcopy=False)
-    return [{**trial.system_attrs.get("fixed_params", {}), **trial.params} for trial in trials]
-
-
 def terminate_early(study: optuna.Study, total: int) -> None:
     """Lowers the study's total from the requested one to its counted and running trials."""
     have = counted(study) + len(running(study))

@@ -166,7 +166,16 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor):
         details = _Details(details.method, DEADLINE, [*(details.metadata or ()), *self._metadata])
         if not self.is_known:
             return continuation(details, request)
-        call = self.retrying.ask(lambda: _answered(continuation(details, request)))
+
+        def answered() -> tuple[Any, str]:
+            """An answer, and why it is none: the server or its database is unreachable."""
+            call = continuation(details, request)
+            if call.code() not in AWAY:
+                return call, ""
+            words = _words(call)
+            return call, f"says of {words}" if words.startswith(DATABASE) else "does not answer"
+
+        call = self.retrying.ask(answered)
         if call.code() == BROKEN and (words := _words(call)).startswith(DATABASE):  # Optuna uses this code too
             raise UserError(f"{self.address}: {words}")
         return call
@@ -176,14 +185,6 @@ class _Details(grpc.ClientCallDetails):
     def __init__(self, method: str, timeout: float, metadata: list[tuple[str, str | bytes]]) -> None:
         self.method, self.timeout, self.metadata = method, timeout, tuple(metadata)
         self.credentials = self.wait_for_ready = self.compression = None
-
-
-def _answered(call: Any) -> tuple[Any, str]:
-    """An answer, and why it is none: the server or its database is unreachable."""
-    if call.code() not in AWAY:
-        return call, ""
-    words = _words(call)
-    return call, f"says of {words}" if words.startswith(DATABASE) else "does not answer"
 
 
 def _words(call: Any) -> str:
