@@ -33,7 +33,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import AllowInfNan, BeforeValidator, FiniteFloat, PlainSerializer
 
@@ -57,6 +57,11 @@ class Estimate(FrozenModel):
 
     value: float
     stderr: Error
+
+    @classmethod
+    def mean(cls, values: "Items") -> Self:
+        """The mean of values [n], one a window."""
+        return cls(value=statistics.fmean(values), stderr=error_of_mean(values))
 
     def __str__(self) -> str:
         return self.written(self.style)
@@ -139,11 +144,6 @@ def by_kind(nlls: Items, kinds: Sequence[str]) -> dict[str, Perplexity]:
     return {kind: perplexity(own) for kind, own in each.items()} if all(each.values()) else {}
 
 
-def divergence(kls: Items) -> Divergence:
-    """Mean of window KLs [n] in nats per token."""
-    return Divergence(value=statistics.fmean(kls), stderr=error_of_mean(kls))
-
-
 def relative(before: Items, after: Items) -> Change | None:
     """Relative change of the mean between KLs [n] of the same windows; None if the mean before is 0."""
     mean = statistics.fmean(before)
@@ -154,15 +154,9 @@ def relative(before: Items, after: Items) -> Change | None:
     return Change(value=ratio - 1, stderr=error_of_mean(rest) / mean)
 
 
-def share(shares: Items) -> Accuracy:
-    """Mean of the shares of windows [n]."""
-    return Accuracy(value=statistics.fmean(shares), stderr=error_of_mean(shares))
-
-
 def share_gain(before: Items, after: Items) -> Gain:
     """The difference of the mean shares of the same windows [n]."""
-    gains = [new - old for old, new in zip(before, after, strict=True)]
-    return Gain(value=statistics.fmean(gains), stderr=error_of_mean(gains))
+    return Gain.mean([new - old for old, new in zip(before, after, strict=True)])
 
 
 def accuracy(ranks: Items, top: int = 1) -> Accuracy:
@@ -269,9 +263,9 @@ class Measure:
 
 PERPLEXITY = Measure("perplexity", "perplexity", "perplexity", "nlls", perplexity, change, Perplexity)
 KL = Measure(
-    "kl", "KL", "KL divergence", "kls", divergence, relative, Divergence, dense="0",
+    "kl", "KL", "KL divergence", "kls", Divergence.mean, relative, Divergence, dense="0",
     note="KL: from the dense model's next-token distribution to the pruned one's, nats per token.",
-    objective="KL divergence from the dense model (nats per token)", loss=lambda kls, items: divergence(kls),
+    objective="KL divergence from the dense model (nats per token)", loss=lambda kls, items: Divergence.mean(kls),
 )  # fmt: skip
 ACCURACY = Measure(
     "accuracy", "accuracy", "accuracy", "ranks", accuracy, gain, Accuracy, is_higher_better=True,
@@ -279,12 +273,12 @@ ACCURACY = Measure(
     loss=error_rate,
 )  # fmt: skip
 KL_99 = Measure(
-    "kl_99", "KL 99%", "99th percentile of the KL", "kls_99", divergence, relative, Divergence, dense="0",
+    "kl_99", "KL 99%", "99th percentile of the KL", "kls_99", Divergence.mean, relative, Divergence, dense="0",
     note="KL 99%: the KL that 1 % of a window's positions exceed, mean over windows.",
 )  # fmt: skip
 SAME_TOP = Measure(
     "same_top", "same top", "share of positions with the dense model's most likely token", "same_tops",
-    share, share_gain, Accuracy, dense="100%", is_higher_better=True,
+    Accuracy.mean, share_gain, Accuracy, dense="100%", is_higher_better=True,
     note="Same top: the share of positions (or images) whose most likely token (or class) is the dense model's.",
 )  # fmt: skip
 MEASURES = {measure.name: measure for measure in (PERPLEXITY, KL, KL_99, SAME_TOP, ACCURACY)}
@@ -337,7 +331,7 @@ def excess(
         return None if lost is None else lost.stderr - lost.value - value
     if key == "max_kl":
         own = kls or ()
-        mean = divergence(own) if own else None
+        mean = Divergence.mean(own) if own else None
         return None if mean is None else mean.value + mean.stderr - value if len(own) > 1 else math.inf
     against = paired(change, dense, nlls)
     if against is None or not dense:

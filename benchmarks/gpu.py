@@ -26,11 +26,13 @@ from atp_tune.checkpoints.checkpoint import Checkpoint, LentModel
 from atp_tune.checkpoints.devices import copy_to, device_name, find_device
 from atp_tune.checkpoints.files import Offload
 from atp_tune.config.prune import PruneConfig, make_plan
+from atp_tune.config.study import ModelConfig
+from atp_tune.events import Place
 from atp_tune.inputs.items import Items
 from atp_tune.plan import Plan
 from atp_tune.pruners import sparsegpt
 from atp_tune.run.observers import RoleScores
-from atp_tune.run.session import Session
+from atp_tune.run.session import Session, Setup
 from atp_tune.search.objective import Record
 
 REPEATS = 10  # of each matmul of the floor
@@ -146,7 +148,8 @@ def open_context(shape: Shape, offload: Offload, distinct: int, device: torch.de
     ids = torch.randint(shape.vocabulary, (2, shape.windows, shape.tokens), generator=torch.Generator().manual_seed(0))
     texts = {role: Items.windows(part.numpy()) for role, part in zip(("calibration", "validation"), ids, strict=True)}
     folder = LentModel(Path(tempfile.gettempdir()) / "nothing", "random", shape.name, model=model)
-    context = Session(folder, checkpoint, texts, PruneConfig(), lambda event: None)
+    setup = Setup(ModelConfig(source=shape.name), PruneConfig(), {}, Place(Path()))
+    context = Session(folder, checkpoint, texts, setup)
     next(iter(context.prune(uniform(context))))
     return context
 

@@ -17,11 +17,12 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.files import Offload
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.prune import PruneConfig
-from atp_tune.events import EventHandler, ignore_events
+from atp_tune.config.study import ModelConfig
+from atp_tune.events import EventHandler, Place, ignore_events
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.windows import TOKEN_WINDOWS
 from atp_tune.run.observers import RoleScores
-from atp_tune.run.session import Session
+from atp_tune.run.session import Session, Setup
 from atp_tune.scores import Scores
 from atp_tune.scores.next_token import NEXT_TOKEN
 
@@ -98,6 +99,11 @@ class NoFolder(ModelFolder):
         return 0, 4
 
 
+def setup_of(prune: PruneConfig | None = None, watch: EventHandler = ignore_events, **more: Any) -> Setup:
+    """The setup of a bench whose model and windows are given."""
+    return Setup(ModelConfig(source="given"), prune or PruneConfig(), {}, Place(Path(), watch=watch), **more)
+
+
 def bench_of(
     model: nn.Module,
     prune: PruneConfig | None = None,
@@ -115,7 +121,7 @@ def bench_of(
     checkpoint = checkpoint_of(model, offload, device)
     place = (folder, "content", "tiny")
     source = NoFolder(*place) if folder == Path() else ModelFolder(*place)
-    return Session(source, checkpoint, texts, prune or PruneConfig(), watch)
+    return Session(source, checkpoint, texts, setup_of(prune, watch))
 
 
 def scores_of(work: Session, blocks: Iterable[Any], role: str, kl: bool = False) -> Scores:

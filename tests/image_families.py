@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 import transformers
-from families import CPU, SETTINGS
+from families import CPU, SETTINGS, setup_of
 from torch import nn
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.prune import PruneConfig
-from atp_tune.events import ignore_events
 from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.run.session import Session
 
@@ -47,8 +46,7 @@ def context_of(family: str, model: nn.Module | None = None, **prune: Any) -> Ses
     """A context over a tiny classifier with calibration and validation images."""
     items = {"calibration": images(family, 6, 1), "validation": images(family, 7, 2)}
     folder, checkpoint = ModelFolder(Path(), family, family), Checkpoint(model or make(family), CPU)
-    settings = PruneConfig.model_validate(prune)
-    return Session(folder, checkpoint, items, settings, ignore_events, inputs="images", score="classes")
+    return Session(folder, checkpoint, items, setup_of(PruneConfig.model_validate(prune), score="classes"))
 
 
 def write_classifier(folder: Path, names: dict[int, str] | None = None, family: str = "vit") -> Path:

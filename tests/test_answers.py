@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from expect import parametrize
+from families import setup_of
 from image_families import SIZE, write_classifier
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.config.prune import PruneConfig
 from atp_tune.events import Message
 from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.metrics import NAMES, Answers, ImageAnswer
@@ -38,9 +38,11 @@ class Strip:
         model = AutoModelForImageClassification.from_pretrained(folder).eval().requires_grad_(False)
         items = {"test": Items.of({PIXELS: pixels, LABELS: torch.tensor([0, 1, 0, 1])}, (SIZE // 4) ** 2 + 1)}
         self.context = Session(
-            ModelFolder(folder, "content", "vit"), Checkpoint(model, CPU), items, PruneConfig(), self._hear,
-            inputs="images", score="classes",
-        )  # fmt: skip
+            ModelFolder(folder, "content", "vit"),
+            Checkpoint(model, CPU),
+            items,
+            setup_of(watch=self._hear, score="classes"),
+        )
         self.answers = ImageAnswers("test")
         self.work = LeftOut(self.answers, NAMES, "answers on images", self._hear)
 

@@ -2,12 +2,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import TOKENS, VOCABULARY, bench_of, nlls_of, random_ids, same_bits, tiny
+from families import TOKENS, VOCABULARY, bench_of, nlls_of, random_ids, same_bits, setup_of, tiny
 from plans import planned
 
 from atp_tune.blocks import replay
-from atp_tune.config.prune import PruneConfig
-from atp_tune.events import Step, ignore_events
+from atp_tune.events import Step
 from atp_tune.inputs.items import Items
 from atp_tune.run import observers
 from atp_tune.run.session import Session
@@ -69,7 +68,7 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
     longer = Items.windows(random_ids(2, 4 * TOKENS, seed=3).numpy())
     plan = planned("wanda", "uniform", (0.5,) * 4)
     for texts in ({"calibration": calibration}, {"calibration": calibration, "test": longer}):
-        other = Session(whole.folder, whole.checkpoint, texts, PruneConfig(), ignore_events)
+        other = Session(whole.folder, whole.checkpoint, texts, setup_of())
         assert other.batch("calibration").windows == whole.batch("calibration").windows == 4
         for one, two in zip(other.prune(plan), whole.prune(plan), strict=True):
             assert all(same_bits(one.weights[name], two.weights[name]) for name in two.weights)

@@ -11,7 +11,7 @@ import numpy as np
 import optuna
 import pytest
 from expect import parametrize, refused, slow
-from families import nlls_of
+from families import nlls_of, setup_of
 from tinystudy import TOKENS, CommandLine, copied, copy_of, few_steps, run, settings, stored, study_file
 
 from atp_tune.checkpoints.models import resolve
@@ -19,7 +19,7 @@ from atp_tune.config.data import Calibration
 from atp_tune.config.prune import make_plan
 from atp_tune.config.study import ModelConfig
 from atp_tune.errors import TrialError
-from atp_tune.events import Event, Place, TrialStarted, ignore_events
+from atp_tune.events import Event, Place, TrialStarted
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.windows import TokenWindows, load_tokenizer, token_windows
 from atp_tune.measures import perplexity
@@ -55,7 +55,7 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
     opened = Session.open(Setup(spec.model, spec.prune, texts, Place(place, "cpu")))
     ids = opened.windows["calibration"].ids[-8:]
     windows = {**opened.windows, "calibration": Items.windows(np.ascontiguousarray(ids))}
-    context = Session(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
+    context = Session(opened.folder, opened.checkpoint, windows, setup_of(spec.prune))
     plan = Plan.model_validate(trial.user_attrs["plan"])
     return nlls_of(context, ((block.index, block.weights) for block in context.prune(plan)), "test")
 
@@ -86,7 +86,7 @@ def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
     for draw in range(3):
         items, fitted = whole.thinned(1, draw * per, draw * per + 8), whole.thinned(1, draw * per, (draw + 1) * per)
         windows = {**opened.windows, "calibration": items}
-        context = Session(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
+        context = Session(opened.folder, opened.checkpoint, windows, setup_of(spec.prune))
         monkeypatch.setattr(context, "_pool", lambda fitted=fitted: fitted)
         plan = make_plan("wanda", "gradient", context.budget(0.6), {"kappa": trial.params["kappa"]})
         blocks = context.prune(plan)

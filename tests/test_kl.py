@@ -3,24 +3,24 @@ from statistics import fmean
 
 import pytest
 
-from atp_tune.measures import divergence, relative
+from atp_tune.measures import Divergence, relative
 
 BEFORE, AFTER = [0.4, 0.6, 0.5, 0.9], [0.3, 0.5, 0.45, 0.6]
 
 
 def test_mean_and_standard_error() -> None:
-    found = divergence(BEFORE)
+    found = Divergence.mean(BEFORE)
     assert found.value == pytest.approx(0.6)
     assert found.stderr == pytest.approx(math.sqrt(sum((k - 0.6) ** 2 for k in BEFORE) / 3 / 4))
     assert str(found) == "0.6000 ± 0.1080"
-    assert divergence([0.25]).stderr == 0
+    assert Divergence.mean([0.25]).stderr == 0
 
 
 def test_a_relative_change_is_paired_by_windows() -> None:
     found = relative(BEFORE, AFTER)
     assert found
     assert found.value == pytest.approx(fmean(AFTER) / fmean(BEFORE) - 1)
-    assert found.stderr < divergence(AFTER).stderr / fmean(BEFORE)  # what the windows share falls out
+    assert found.stderr < Divergence.mean(AFTER).stderr / fmean(BEFORE)  # what the windows share falls out
     scaled = relative(BEFORE, [0.8 * k for k in BEFORE])
     assert scaled
     assert (scaled.value, scaled.stderr) == (pytest.approx(-0.2), pytest.approx(0, abs=1e-12))

@@ -10,12 +10,12 @@ import pytest
 from expect import parametrize
 
 from atp_tune.measures import (
+    Divergence,
     Estimate,
     Limit,
     accuracy,
     change,
     difference,
-    divergence,
     error_of_gain,
     error_of_share,
     error_rate,
@@ -46,7 +46,7 @@ ERRORS: dict[str, Callable[[int], Any]] = {
     "perplexity": lambda n: perplexity([3.0] * n),
     "change of perplexity": lambda n: change([3.0] * n, [3.0] * n),
     "same change of all windows": lambda n: change([3.0, 2.0][:n] * n, [3.1, 2.1][:n] * n),
-    "KL": lambda n: divergence([0.25] * n),
+    "KL": lambda n: Divergence.mean([0.25] * n),
     "change of KL": lambda n: relative([0.25] * n, [0.25] * n),
     "accuracy, all right": lambda n: accuracy([0] * n),
     "accuracy, all wrong": lambda n: accuracy([3] * n),

@@ -7,6 +7,7 @@ import optuna
 import pytest
 import torch
 from expect import parametrize
+from families import setup_of
 from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
@@ -73,7 +74,7 @@ def test_attributes_are_stored_as_soon_as_they_are_known(context: Session, space
     Objective(context, space, False, watch)(trial)
     assert seen[TrialStarted] == identity()
     Objective(
-        Session(context.folder, context.checkpoint, context.windows, context.prune_settings, watch),
+        Session(context.folder, context.checkpoint, context.windows, setup_of(context.prune_settings, watch)),
         space,
         False,
         watch,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from expect import parametrize, slow
-from families import CPU, bench_of, copy_of, nlls_of, same_bits, tiny
+from families import CPU, bench_of, copy_of, nlls_of, same_bits, setup_of, tiny
 from plans import planned
 from tinystudy import CommandLine, run, settings, stored
 from torch import Tensor, nn
@@ -74,7 +74,9 @@ def test_a_bench_that_is_closed_holds_nothing(offload: Offload, tmp_path: Path) 
     tiny("llama").save_pretrained(tmp_path)
     checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU, offload=offload)
     texts = bench_of(tiny("llama")).windows
-    context = Session(bench_of(tiny("llama")).folder, checkpoint, texts, PruneConfig(statistics="dense"), print)
+    context = Session(
+        bench_of(tiny("llama")).folder, checkpoint, texts, setup_of(PruneConfig(statistics="dense"), print)
+    )
     with context:
         others = [context.screening(2), context.budget(0.5)]
         assert others[1].dense_metrics.outlier_ratios(3)  # type: ignore[attr-defined]

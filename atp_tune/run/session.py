@@ -145,37 +145,19 @@ class Session(Released):
         folder: ModelFolder,
         checkpoint: Checkpoint,
         windows: Mapping[str, Items],
-        prune: PruneConfig,
-        watch: EventHandler,
-        *,
-        inputs: str = "tokens",
-        score: str = "next-token",
+        setup: Setup,
         replay: Replay | None = None,
-        quantize: QuantizeConfig | None = None,
-        prunes: bool = True,
-        bits: int | None = None,
-        size: str | None = None,
-        path: tuple[float, ...] = (),
-        pool: Callable[[], Items] | None = None,
-        draws: Sequence[tuple[Items, Items]] = (),
-        bos_effect: BosEffect | None = None,
-        batches: Mapping[str, int] | None = None,
     ) -> None:
-        """`replay`: the verified replay of this checkpoint, if there is one; verifying copies all weights.
-
-        `quantize`, `prunes`, `bits`, `size`, `path`: as of a `Setup`; `pool`: what descents draw from. `draws` of the
-        calibration text: windows, and what plans are fitted to. `bos_effect`: None if not measured. `batches`: those
-        that `compare` begins with.
-        """
+        """`replay`: the verified replay of this checkpoint, if there is one; verifying copies all weights."""
         self.folder = folder
         self.checkpoint = checkpoint
         self.windows = windows
-        self.prune_settings = prune
-        self.quantize = quantize
-        self.prunes, self.bits, self.size = prunes, bits, size
-        self.bos_effect = bos_effect
-        self.watch = watch
-        self.inputs, self.score = KINDS[inputs].of(windows), SCORES[score]
+        self.prune_settings = setup.prune
+        self.quantize = setup.quantize
+        self.prunes, self.bits, self.size = setup.prunes, setup.bits, setup.size
+        self.bos_effect: BosEffect | None = None  # not measured
+        self.watch = watch = setup.place.watch
+        self.inputs, self.score = KINDS[setup.inputs].of(windows), SCORES[setup.score]
         items: dict[str, Batch] = {role: each.batch(checkpoint.device) for role, each in windows.items()}
         self.replay = replay or verified_replay(checkpoint, self.inputs, self.score, windows)
         sizes = {role: _auto_batch(watch, checkpoint, each.positions) for role, each in windows.items()}
@@ -183,10 +165,12 @@ class Session(Released):
         self.heads = _auto_batch(watch, checkpoint, *self.score.head_cost(checkpoint, longest))
         self._roles = {role: Role(items[role], batch) for role, batch in sizes.items()}
         self._has_error_curve = True  # `prune` measures the error of the hidden states
-        self._draws = draws
-        self._path = path
-        self._batches = batches or {}
-        self._pool = pool or (lambda: windows["calibration"])
+        self._draws: Sequence[
+            tuple[Items, Items]
+        ] = ()  # of the calibration text: windows, and what plans are fitted to
+        self._path = setup.path
+        self._batches = setup.batches  # that `compare` begins with
+        self._pool: Callable[[], Items] = lambda: windows["calibration"]  # what descents draw from
 
     @classmethod
     def open(cls, setup: Setup) -> "Session":
@@ -213,57 +197,38 @@ class Session(Released):
         checkpoint: Checkpoint,
         windows: Mapping[str, Items],
     ) -> "Session":
-        watch, base = setup.place.watch, setup.place.base
+        base = setup.place.base
         if checkpoint.offload != "none":
             where = "in host memory" if checkpoint.offload == "cpu" else "on disk"
             setup.place.note(f"blocks are kept {where} and copied to the device one by one")
         # The model can be replayed, and takes the items.
         kind, text = KINDS[setup.inputs], setup.texts.get("calibration")
-        replay = verified_replay(checkpoint, kind.of(windows), SCORES[setup.score], windows)
+        session = cls(folder, checkpoint, windows, setup)
+        replay = session.replay
         kind.check_fit(checkpoint, windows, replay.embed)
         has_images = getattr(text, "images", None) is not None
         if has_images and not checkpoint.in_tower:
             check_batch(replay, windows["calibration"].batch(checkpoint.device), "texts.calibration.images")
         # Windows begin with BOS, or not, whichever gives the dense model the lower perplexity.
-        effect = None
         if setup.bos is None:
             assert isinstance(text, Text)
-            batch = _auto_batch(watch, checkpoint, windows["calibration"].positions)
-            longest = max(each.positions for each in windows.values())
-            heads = _auto_batch(watch, checkpoint, *SCORES[setup.score].head_cost(checkpoint, longest))
-            effect = compare_bos(replay, batch, heads, dense_blocks(checkpoint), folder, text, base)
+            batch = session.batch("calibration")
+            effect = compare_bos(replay, batch, session.heads, dense_blocks(checkpoint), folder, text, base)
             if effect is not None:
                 setup.place.note(f"texts.bos: {effect}")
             if effect is not None and effect.taken:
                 windows = kind.read(setup.texts, folder, base, True)
+            session = cls(folder, checkpoint, windows, setup, replay)
+            session.bos_effect = effect
         # What steps by prices draw from, and the draws of the calibration text.
-        bos, pool, draws = kind.facts(windows).get(BOS, False), None, list[tuple[Items, Items]]()
+        bos = session.bos
         if text is not None:
-            pool = partial(kind.many, text, POOL, folder, base, bos)
+            session._pool = partial(kind.many, text, POOL, folder, base, bos)
         if setup.draws > 1:
             pairs = kind.draws(text, setup.draws, POOL if setup.by_prices else 0, folder, base, bos)
-            draws = [(items, pool if setup.by_prices else items) for items, pool in pairs]
+            session._draws = [(items, pool if setup.by_prices else items) for items, pool in pairs]
             for drawn in chain.from_iterable(pairs):
                 kind.check_disjoint({**windows, "calibration": drawn})
-        session = cls(
-            folder,
-            checkpoint,
-            windows,
-            setup.prune,
-            watch,
-            inputs=setup.inputs,
-            score=setup.score,
-            replay=replay,
-            quantize=setup.quantize,
-            prunes=setup.prunes,
-            bits=setup.bits,
-            size=setup.size,
-            path=setup.path,
-            pool=pool,
-            draws=draws,
-            bos_effect=effect,
-            batches=setup.batches,
-        )
         session.begin(setup.batches)
         return session
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from families import NoFolder
+from families import NoFolder, setup_of
 from plans import planned
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -56,7 +56,7 @@ def bench_on(
     texts = {role: Items.windows(part.numpy()) for role, part in zip(("calibration", "validation"), ids, strict=True)}
     model = llama(device, dtype)
     folder = NoFolder(Path(), "random", "llama")
-    return Session(folder, Checkpoint(model, device, offload), texts, prune or PruneConfig(), lambda event: None)
+    return Session(folder, Checkpoint(model, device, offload), texts, setup_of(prune))
 
 
 def plan(context: Session, pruner: str = "wanda") -> Plan:
