@@ -255,7 +255,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(endless: Path, person: Any) -> N
 
 @slow
 def test_control_characters_reach_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from atp_tune.cli import evaluate
+    from atp_tune.cli.terminal import echo
 
-    evaluate._say("a\x1b[2Jb\n:smile:")
+    echo("a\x1b[2Jb\n:smile:", end="")
     assert capsys.readouterr().out == "a\\x1b[2Jb\n:smile:"

@@ -113,6 +113,7 @@ def graph_bytes(result: Tensor) -> int:
     return sum(sizes.values())
 
 
+@dataclass(eq=False)
 class BlockGradients:
     """Gradients by the linears' weights of a dense checkpoint whose linears are changed.
 
@@ -120,19 +121,14 @@ class BlockGradients:
     batch sizes in the blocks and in the head.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        inputs: InputKind,
-        gradient: LossGradient,
-        batch: AutoBatch,
-        heads: AutoBatch,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.replay = Replay(checkpoint, inputs)  # its own: what it records takes part in gradients
-        self._gradient = gradient
-        self.batch = batch
-        self._heads = heads
+    checkpoint: Checkpoint
+    inputs: InputKind
+    gradient: LossGradient
+    batch: AutoBatch
+    heads: AutoBatch
+
+    def __post_init__(self) -> None:
+        self.replay = Replay(self.checkpoint, self.inputs)  # its own: what it records takes part in gradients
 
     def visit(self, sample: Sample, change: Change, take: Take, each: bool = False) -> None:
         """Gives `take` the gradients of the mean loss, the last block first.
@@ -145,9 +141,9 @@ class BlockGradients:
             hidden = entering.pop()
 
             def step(rows: slice) -> Tensor:
-                return self._gradient(self.replay, sample.items[rows], hidden[rows], sample.states(rows), sample.share)
+                return self.gradient(self.replay, sample.items[rows], hidden[rows], sample.states(rows), sample.share)
 
-            gradient = torch.cat(self._heads.over(len(hidden), step))  # of the sum of the items' losses
+            gradient = torch.cat(self.heads.over(len(hidden), step))  # of the sum of the items' losses
             gradient = gradient.float() if gradient.dtype == torch.float16 else gradient
             gradient = gradient / (1 if each else len(sample.items))
             while entering:

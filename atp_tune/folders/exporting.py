@@ -92,7 +92,6 @@ def _shares(config: Config) -> dict[str, str | int]:
 
 def as_recipe(config: Config) -> str:
     """The recipe; UserError if llm-compressor lacks the pruner or a setting."""
-    refuse_both(config, "llm-compressor")
     if config.bits is not None:
         stage = {"quantization_stage": {"bits_modifiers": modifier(config)}}
         return f"{_head(config, f'{config.bits.target:g} bits')}{yaml.safe_dump(stage, sort_keys=False, width=100)}"
@@ -357,17 +356,12 @@ def _linears(config: Config, kind: str) -> dict[int, list[str]]:
     return by_bits
 
 
-def refuse_both(config: Config, kind: str) -> None:
-    """UserError for a configuration that prunes and rounds, which no recipe of one stage says."""
-    if config.bits is not None and not config.by_bits:
+def _rounding(config: Config, kind: str) -> QuantizeConfig:
+    """The settings of rounding; UserError for a configuration that prunes."""
+    if config.bits is not None and not config.by_bits:  # no recipe of one stage says both
         raise UserError(
             f"--format {kind}: says zeros or bits, and this configuration has both; `apply` writes the folder"
         )
-
-
-def _rounding(config: Config, kind: str) -> QuantizeConfig:
-    """The settings of rounding; UserError for a configuration that prunes."""
-    refuse_both(config, kind)
     if kind in OF_LANGUAGE and not isinstance(config.texts.test, Text):
         raise UserError(f"--format {kind}: reads language models, and this is an image classifier; take yaml or csv")
     if config.quantize is None:

@@ -201,6 +201,7 @@ class _Cuts:
     def add(self, index: int, masks: Mapping[str, Tensor]) -> None:
         """Takes the channels that are gone, by the linear that reads them."""
         by_name = {linear.name: linear for linear in self.checkpoint.linears[index]}
+        prefix = f"{self.checkpoint.block_names[index]}."
         self.counts.append([])
         for each in self.blocks[index].sets:
             mask = masks.get(each.reader)
@@ -211,10 +212,10 @@ class _Cuts:
             for name, rows in each.writers:
                 indices = kept.repeat_interleave(rows).nonzero()[:, 0]
                 shape = [len(indices), by_name[name].in_features]
-                self.linears[self._name(index, name)] = Cut(indices, None, by_name[name].transposed, shape)
+                self.linears[prefix + name] = Cut(indices, None, by_name[name].transposed, shape)
             columns = kept.repeat_interleave(each.columns).nonzero()[:, 0]
             shape = [by_name[each.reader].out_features, len(columns)]
-            self.linears[self._name(index, each.reader)] = Cut(None, columns, by_name[each.reader].transposed, shape)
+            self.linears[prefix + each.reader] = Cut(None, columns, by_name[each.reader].transposed, shape)
 
     def tensors(self, folder: Path) -> dict[str, Cut]:
         """Cuts by the names of tensors in a folder's files; of biases only rows are cut."""
@@ -231,9 +232,6 @@ class _Cuts:
                     raise UserError(f"--slim: {name} is stored in another form than it runs in; `apply` writes it")
                 cuts[keys[0]] = cut
         return cuts
-
-    def _name(self, index: int, linear: str) -> str:
-        return f"{self.checkpoint.block_names[index]}.{linear}"
 
 
 def _slim_keys(config: Table, linears: dict[str, list[int]], auto_class: str) -> Table:

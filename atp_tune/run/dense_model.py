@@ -34,7 +34,6 @@ from atp_tune.blocks.dense_metrics import (
     Cache,
     DenseMetrics,
     PerBlock,
-    Priced,
     cached_statistics,
     can_rank,
     is_room,
@@ -110,24 +109,14 @@ class DenseMeasurements:
         vars(self).pop("states", None)
         self.calibration = None
 
-    def evidence(
-        self,
-        priced: Priced,
-        priced_by: Callable[[str], str],
-        by_rows: Callable[[str], bool],
-        path: Sequence[float],
-        costs: Callable[[], Costs],
-    ) -> DenseMetrics:
-        """The metrics that allocations need; each is measured once for all budgets.
-
-        `priced`, `priced_by`, `by_rows`, `path`, `costs`: of plans by prices, see `DenseMetrics`.
-        """
+    @property
+    def evidence(self) -> Callable[..., DenseMetrics]:
+        """Makes the metrics that allocations need, from what plans by prices need; each is measured once for all."""
 
         def statistics(kind: type[Statistics]) -> Sequence[BlockStatistics]:
             return self.statistics(Measuring(kind))
 
-        checkpoint, own = self.replay.checkpoint, (priced, priced_by, by_rows, path, costs)
-        return DenseMetrics(checkpoint, statistics, self._metrics, self._step, *own)
+        return partial(DenseMetrics, self.replay.checkpoint, statistics, self._metrics, self._step)
 
     @cached_property
     def curve_windows(self) -> int:
@@ -187,10 +176,9 @@ class DenseMeasurements:
         checkpoint = self.replay.checkpoint
         if not folder.is_dir():
             needed = sum(kind.bytes_for(x.in_features) for linears in checkpoint.linears for x in linears)
-            if not is_room(folder.parent, needed):
-                self.watch(Message(f"cache folder {folder.parent}: no room; dense statistics are kept in memory"))
-                return list(self._measured(pruner, kind))
             try:
+                if not is_room(folder.parent, needed):
+                    raise OSError("no room")
                 save_all(folder, self._measured(pruner, kind))
             except OSError as error:
                 self.watch(Message(f"cache folder {folder.parent}: {error}; dense statistics are kept in memory"))

@@ -37,6 +37,7 @@ from atp_tune.search.samplers import (
     Proposer,
     branch_study,
     make_sampler,
+    open_kinds,
     posterior_at,
     wait_for_earlier,
     with_value,
@@ -140,7 +141,7 @@ class Branch:
         value, point = min(nearest, key=lambda one: one[0])
         moved = self._space.at({name: point[name] for name in self._kinds}, sparsity)
         points = [*self._candidates(sparsity), moved]
-        open_ones = _open(self._kinds)
+        open_ones = open_kinds(self._kinds)
         trials = [
             optuna.create_trial(value=0.0, params={name: point[name] for name in open_ones}, distributions=open_ones)
             for point in points
@@ -180,13 +181,8 @@ def _fitted(shadow: optuna.Study, kinds: Distributions, seed: int) -> Any:
 
     sampler = GPSampler(seed=seed, n_startup_trials=LEAST)
     shadow.ask()  # stands in for a trial
-    sampler.sample_relative(shadow, shadow.trials[-1], _open(kinds))
+    sampler.sample_relative(shadow, shadow.trials[-1], open_kinds(kinds))
     return fitted(sampler)
-
-
-def _open(kinds: Distributions) -> Distributions:
-    """The distributions with more than one value, which a process is fitted over."""
-    return {name: kind for name, kind in kinds.items() if not kind.single()}
 
 
 APART = 1 / 28  # of an interval: half a step (0.002) of the paper's grid, on 32 blocks at 70 %
@@ -386,14 +382,13 @@ class WithinLimit(OverInterval):
 
     def _leader(self, study: optuna.Study) -> Params | None:
         """The uniform point that beats the model's at the highest sparsity where both are measured, if it does."""
-        excesses = {trial.number: limit_excess(study, trial) for trial in progress.measured(study)}
         pairs = [
             (trial, uniform)
             for trial in progress.measured(study)
             if not is_uniform(trial) and (uniform := uniform_beside(study, trial)) is not None
         ]
         trial, uniform = max(pairs, key=lambda pair: pair[0].params["sparsity"], default=(None, None))
-        if trial is None or uniform is None or excesses[uniform.number] >= excesses[trial.number]:
+        if trial is None or uniform is None or limit_excess(study, uniform) >= limit_excess(study, trial):
             return None
         return dict(uniform.params)
 

@@ -92,6 +92,11 @@ def _point(trial: FrozenTrial) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(trial.params.items()))
 
 
+def open_kinds(kinds: Distributions) -> Distributions:
+    """The distributions with more than one value, which a process is fitted over."""
+    return {name: kind for name, kind in kinds.items() if not kind.single()}
+
+
 def around_best(study: Study, kinds: Distributions) -> Distributions:
     """The intervals, narrowed around the best point if there are more than two.
 
@@ -280,7 +285,7 @@ class BranchSampler(Proposer):
         space, others = self.space, _others(study, trial)
         trials, count = [*others, *levelled(self.screened, others)], len(study.directions)
         shadow = branch_study(trials, space, branch, own, count)
-        open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
+        open_ones = around_best(shadow, open_kinds(own))
         shadow.ask()  # stands in for the trial: the inner sampler writes attributes to it
         inner = self.make(trial_seed(self.seed, study, trial))
         params = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
