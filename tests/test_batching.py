@@ -7,11 +7,12 @@ from atp_tune.blocks import replay
 from atp_tune.blocks.replay import AutoBatch
 from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
+from atp_tune.events import Event, Message
 
 CUDA = torch.device("cuda")
 
 
-def batch_of(windows: int, notes: list[str], monkeypatch: pytest.MonkeyPatch) -> AutoBatch:
+def batch_of(windows: int, notes: list[Event], monkeypatch: pytest.MonkeyPatch) -> AutoBatch:
     monkeypatch.setattr(devices.gc, "collect", int)  # takes longer than all else here
     monkeypatch.setattr(replay, "TOKENS", {"cpu": windows})
     batch = AutoBatch(CPU, 1, 1, notes.append)
@@ -60,7 +61,7 @@ def test_slices_cover_all_windows_once_though_memory_runs_out_among_them(monkeyp
     ],
 )
 def test_halved_until_it_fits_and_said_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    notes: list[str] = []
+    notes: list[Event] = []
     batch, tried = batch_of(16, notes, monkeypatch), []
 
     def step(windows: int) -> int:
@@ -73,11 +74,11 @@ def test_halved_until_it_fits_and_said_once(error: Exception, monkeypatch: pytes
     assert tried == [16, 8, 4, 2]
     assert batch.run(step) == 2
     assert tried == [16, 8, 4, 2, 2]
-    assert notes == ["memory ran out: going on with 8 windows at a time"]
+    assert notes == [Message("memory ran out: going on with 8 windows at a time")]
 
 
 def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    notes: list[str] = []
+    notes: list[Event] = []
     batch = batch_of(4, notes, monkeypatch)
 
     def step(windows: int) -> None:
@@ -112,7 +113,7 @@ def test_pruning_is_tried_once_more_with_memory_released(monkeypatch: pytest.Mon
 def test_a_trial_begins_with_the_size_of_its_study_and_says_so_if_it_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    notes: list[str] = []
+    notes: list[Event] = []
     batch = batch_of(16, notes, monkeypatch)
 
     def step(windows: int) -> int:
@@ -124,13 +125,13 @@ def test_a_trial_begins_with_the_size_of_its_study_and_says_so_if_it_does_not_fi
         batch.begin(8)
         assert batch.windows == 8
         assert batch.run(step) == 4
-    assert notes == ["memory ran out: going on with 4 windows at a time"] * 2
+    assert notes == [Message("memory ran out: going on with 4 windows at a time")] * 2
 
 
 def test_a_cpu_does_not_begin_with_more_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its system would end the process, where a GPU says that memory ran out."""
     for device, expected in ((CPU, 4), (CUDA, 32)):
-        notes: list[str] = []
+        notes: list[Event] = []
         monkeypatch.setattr(replay, "free_memory", lambda device: 7 * 100 * 10)
         batch = AutoBatch(device, 100, 10, notes.append)
         batch.begin(32)

@@ -161,7 +161,7 @@ class Keys:
         file = self.file(overrides)
         with self._patch.context() as patch:
             patch.setattr(ModelFolder, "checkpoint", lambda _, model, *__: self._model(model)[0])
-            patch.setattr(contexts, "verified_replay", lambda *_: self._model(file.study.model)[1])
+            patch.setattr(contexts, "verified", lambda *_: self._model(file.study.model)[1])
             patch.setattr(Session, "release", lambda _: None)
             patch.setattr(CalibrationGradients, "cached", self._stop)
             with Session.open(setup_of(file)) as context:

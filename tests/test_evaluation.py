@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.replay import AutoBatch, Replay
+from atp_tune.events import ignore_events
 from atp_tune.measures import perplexity
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
@@ -32,8 +33,8 @@ def dense_blocks(replay: Replay) -> Iterator[Block]:
     return ((index, replay.checkpoint.weights(index)) for index in range(len(replay.checkpoint.blocks)))
 
 
-def batch_of(windows: int, notes: list[str] | None = None) -> AutoBatch:
-    batch = AutoBatch(CPU, TOKENS, 1, ([] if notes is None else notes).append)
+def batch_of(windows: int) -> AutoBatch:
+    batch = AutoBatch(CPU, TOKENS, 1, ignore_events)
     batch.windows = windows
     return batch
 

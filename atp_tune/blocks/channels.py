@@ -148,7 +148,12 @@ class _Probe:
             for half in (order[: channel_set.count // 2], order[channel_set.count // 2 :]):
                 if not self._is_split(channel_set.reader, rows, channel_set.count, half.tolist()):
                     return False
-        return not self._leaks(channel_set.reader, list(rows))
+        # Nothing but the reader depends on the writers.
+        reader, fixed = channel_set.reader, self._plain.outputs[channel_set.reader]
+        changes: Changes = {name: self._noise(name, slice(None)) for name in rows}
+        run = self._run({**changes, reader: lambda output: fixed.clone()})
+        leaks = any(name != reader and name not in rows for name in self._changed(run))
+        return not leaks and torch.equal(run.after, self._plain.after)
 
     def _is_split(self, reader: str, rows: dict[str, int], count: int, channels: Sequence[int]) -> bool:
         """Whether these channels of the writers change the columns of the same channels of the reader alone."""
@@ -157,14 +162,6 @@ class _Probe:
         indices = {name: inside.repeat_interleave(size // count).nonzero()[:, 0] for name, size in rows.items()}
         columns = self._columns(reader, indices)
         return len(columns) > 0 and bool(inside[columns * count // self._linears[reader].in_features].all())
-
-    def _leaks(self, reader: str, writers: list[str]) -> bool:
-        """Whether anything but the reader depends on the writers."""
-        fixed = self._plain.outputs[reader]
-        changes: Changes = {name: self._noise(name, slice(None)) for name in writers}
-        run = self._run({**changes, reader: lambda output: fixed.clone()})
-        others = [name for name in self._changed(run) if name != reader and name not in writers]
-        return bool(others) or not torch.equal(run.after, self._plain.after)
 
     def _columns(self, reader: str, indices: dict[str, Any]) -> Tensor:
         """The columns of a reader's input that change with noise at places of some outputs."""

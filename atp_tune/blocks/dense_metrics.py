@@ -271,15 +271,12 @@ class DenseMetrics:
 def outlier_ratio(scores: list[Tensor], threshold: float) -> float:
     """Share of all scores above `threshold` times their mean."""
     size = sum(part.numel() for part in scores)
-    mean = math.fsum(float(part.sum(dtype=torch.float64)) for part in scores) / size
-    limit = float32_below(threshold * mean)
-    return sum(int((part > limit).sum()) for part in scores) / size
-
-
-def float32_below(value: float) -> float:
-    """The largest float32 not above a float64; float32 scores exceed both or neither."""
-    rounded = torch.tensor(value, dtype=torch.float32)
-    return float(rounded if float(rounded) <= value else torch.nextafter(rounded, torch.tensor(-math.inf)))
+    exact = threshold * (math.fsum(float(part.sum(dtype=torch.float64)) for part in scores) / size)
+    # The largest float32 not above this float64; float32 scores exceed both or neither.
+    least = torch.tensor(exact, dtype=torch.float32)
+    if float(least) > exact:
+        least = torch.nextafter(least, torch.tensor(-math.inf))
+    return sum(int((part > float(least)).sum()) for part in scores) / size
 
 
 def share(count: int, size: int) -> float:

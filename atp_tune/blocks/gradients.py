@@ -395,11 +395,16 @@ class Pricing:
             return self.levels.pruned(index, linear, weight, level)
 
         def price(index: int, total: Mapping[str, Tensor]) -> None:
-            dense = checkpoint.weights(index)
-            rows[index] = torch.stack([
-                self._price(index, x, shares[index][x.name], x.matrix(dense[x.key]), x.matrix(total[x.key]))
-                for x in checkpoint.linears[index]
-            ])  # fmt: skip
+            dense, own = checkpoint.weights(index), []
+            for linear in checkpoint.linears[index]:
+                weight = linear.matrix(dense[linear.key])
+                columns = weight.shape[1]
+                low, _, high = self.levels.around(columns, shares[index][linear.name])
+                before, after = (self.levels.pruned(index, linear, weight, level).float() for level in (low, high))
+                zeroed = weight.numel() * (high - low) / self.levels.number(columns)
+                change = (linear.matrix(total[linear.key]) * (after - before)).sum()
+                own.append(change / max(1, zeroed))  # none where all weights of few are zero
+            rows[index] = torch.stack(own)
 
         self.gradients.visit(sample, pruned, price)
         prices = tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
@@ -412,13 +417,6 @@ class Pricing:
 
     def resume(self, state: Tensors) -> None:
         """Goes on from a state."""
-
-    def _price(self, index: int, linear: Linear, sparsity: float, weight: Tensor, gradient: Tensor) -> Tensor:
-        columns = weight.shape[1]
-        low, _, high = self.levels.around(columns, sparsity)
-        before, after = (self.levels.pruned(index, linear, weight, level).float() for level in (low, high))
-        zeroed = weight.numel() * (high - low) / self.levels.number(columns)
-        return (gradient * (after - before)).sum() / max(1, zeroed)  # none where all weights of few are zero
 
 
 Key = tuple[int, str]  # of a linear: its block and its name

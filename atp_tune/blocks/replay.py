@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import Tensors, free_memory, is_out_of_memory, release_memory
 from atp_tune.errors import TrialError, UserError
-from atp_tune.events import Notify
+from atp_tune.events import EventHandler, Message
 from atp_tune.inputs import Batch, InputKind
 
 StandIn = Callable[..., Any]
@@ -284,16 +284,16 @@ ELSEWHERE = 32768  # the same on other devices
 class AutoBatch:
     """Windows per batch, from free memory; a step that runs out of memory is repeated with half as many.
 
-    `notify` gets a line the first time in each trial.
+    `watch` gets a line the first time in each trial.
     """
 
-    def __init__(self, device: torch.device, tokens: int, bytes_per_token: int, notify: Notify) -> None:
+    def __init__(self, device: torch.device, tokens: int, bytes_per_token: int, watch: EventHandler) -> None:
         self._device = device
         self._bytes = tokens * bytes_per_token
         fast = TOKENS.get(device.type, ELSEWHERE) // tokens
         most = max(1, min(self._fitting(SHARE), fast))
         self.windows = 1 << (most.bit_length() - 1)
-        self._notify = notify
+        self._watch = watch
         self._is_notified = False
 
     def begin(self, windows: int) -> None:
@@ -338,7 +338,7 @@ class AutoBatch:
         self.windows //= 2
         release_memory()
         if not self._is_notified:
-            self._notify(f"memory ran out: going on with {self.windows} windows at a time")
+            self._watch(Message(f"memory ran out: going on with {self.windows} windows at a time"))
             self._is_notified = True
 
 

@@ -283,8 +283,18 @@ def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
     try:
         with folder_atomically(out, shared) as folder:
             copy_small(source, folder, tuple(f"/{name}" for name in added))
-            if original is None:
-                _save_dense(source, folder)
+            if original is None:  # a folder that does not say how config and weights stood before it was packed
+                import transformers
+
+                from atp_tune.packed.modeling_atp_sparse import checked_table
+
+                kind = checked_table(read_table(source / "config.json"))["class"]
+                load = getattr(transformers, kind).from_pretrained
+                with quiet("transformers"):
+                    model = load(source, dequantize=True, local_files_only=True, trust_remote_code=False)
+                    model.save_pretrained(folder)
+                for file in folder.glob("*.safetensors"):
+                    file.chmod(0o644)
                 return
             for name, text in original.files.items():
                 (folder / name).write_bytes(as_bytes(text))
@@ -293,20 +303,6 @@ def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
                     _write_shard(folder / shard, shard, original, read)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{source}: cannot be unpacked: {error}") from None
-
-
-def _save_dense(source: Path, folder: Path) -> None:
-    """Writes config and weights of a folder that does not say how they stood before it was packed."""
-    import transformers
-
-    from atp_tune.packed.modeling_atp_sparse import checked_table
-
-    load = getattr(transformers, checked_table(read_table(source / "config.json"))["class"]).from_pretrained
-    with quiet("transformers"):
-        model = load(source, dequantize=True, local_files_only=True, trust_remote_code=False)
-        model.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)
 
 
 @contextmanager

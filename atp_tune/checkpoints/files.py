@@ -71,6 +71,8 @@ def _check_shards(folder: Path) -> None:
 
 def check_code(folder: Path, trusted: bool) -> None:
     """UserError if a model needs code that is not allowed, or code of another repository."""
+    from transformers import CONFIG_MAPPING
+
     configs = [read_table(folder / name) for name in _CONFIGS if (folder / name).is_file()]
     foreign = next((name for config in configs for name in _classes(config) if "--" in name), None)
     if trusted and foreign is not None:
@@ -78,18 +80,12 @@ def check_code(folder: Path, trusted: bool) -> None:
             f"model.source: {folder} wants code of another repository ({foreign.partition('--')[0]}); "
             "only code in the model's own folder is run"
         )
-    if not trusted and _needs_code(configs[0]):
+    kind = configs[0].get("model_type")
+    is_own = _classes(configs[0]) and kind != SLIM and str(kind) not in CONFIG_MAPPING
+    if not trusted and (is_own or any("/" in str(configs[0].get(key)) for key in _KERNELS)):
         raise UserError(
             f"model.source: {folder} needs code of its own, which is not run; read it, then allow it with {ASK_CODE}"
         )
-
-
-def _needs_code(config: Table) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    kernels = any("/" in str(config.get(key)) for key in _KERNELS)
-    known = config.get("model_type") == SLIM or str(config.get("model_type")) in CONFIG_MAPPING
-    return kernels or (bool(list(_classes(config))) and not known)
 
 
 def _classes(config: Table) -> list[str]:

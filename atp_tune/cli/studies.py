@@ -12,7 +12,7 @@ from atp_tune.errors import UserError, printable
 if TYPE_CHECKING:
     from atp_tune.api.environment import MachineReport
     from atp_tune.config.studyfile import StudyFile
-    from atp_tune.cost.forecast import Forecast, StudyCost
+    from atp_tune.cost.forecast import StudyCost
     from atp_tune.results.status import Listed
 
 
@@ -301,16 +301,14 @@ def plan(
 
 
 def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> None:
-    """Measures and prints the cost of a study, as a table or as one JSON document."""
+    """Measures and prints the cost of a study, its trials and memory, and what does not fit; or one JSON document."""
     from atp_tune.cost.planning import foresee
 
     with working(json) as watch:
         forecast = foresee(file, study_name or file.name, watch)
-    echo(as_json(forecast)) if json else _show_forecast(forecast)
-
-
-def _show_forecast(forecast: "Forecast") -> None:
-    """Prints the cost of a trial with each pruner, the cost of the study, its memory, and what does not fit."""
+    if json:
+        echo(as_json(forecast))
+        return
     where = {
         "none": "on the device",
         "cpu": "in host memory, for each worker again, two blocks on the device",

@@ -75,10 +75,9 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
         grid.add_column(column, no_wrap=True)
     for row in rows:
         grid.add_row(*row)
-    wide = Console(width=WIDE, file=StringIO())
-    with wide.capture() as captured:
-        wide.print(grid)
-    return "\n".join(line.strip() for line in captured.get().splitlines() if line.strip())
+    text = StringIO()
+    Console(width=WIDE, file=text).print(grid)
+    return "\n".join(line.strip() for line in text.getvalue().splitlines() if line.strip())
 
 
 def gib(size: int) -> str:

@@ -19,6 +19,7 @@ from atp_tune.cli.studies import cost_beside, show_plan
 from atp_tune.cli.terminal import echo, interruptible, working
 from atp_tune.config.finding import BARE, HERE, known
 from atp_tune.errors import TrialError, UserError, named
+from atp_tune.events import Message
 from atp_tune.utils.cache import TakenError
 from atp_tune.utils.system import as_typed, require
 
@@ -125,7 +126,6 @@ def start(study: str, options: RunOptions, study_name: str | None = None, remark
     from atp_tune.api.tuning import run_study
     from atp_tune.cli.tables import show_summary
     from atp_tune.cli.tracking import Follower
-    from atp_tune.events import Message
     from atp_tune.search.runner import StudyRun, load_existing
 
     # Ctrl-C and SIGTERM stop the study; the trial that was running is queued again.
@@ -271,7 +271,6 @@ def model(
     from atp_tune.config.plugged import rooted
     from atp_tune.config.studyfile import StudyFile, absolute_storage, overridden, study_text, tables, write_study
     from atp_tune.config.typed import goal
-    from atp_tune.events import Message
     from atp_tune.storage.opening import check_writable
 
     if source in [path.stem for path in known()] and not Path(source).exists():

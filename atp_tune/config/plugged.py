@@ -165,24 +165,20 @@ def contents(study: Study, folder: Path) -> dict[str, str]:
     return digests
 
 
-def origins(study: Study) -> dict[str, Origin]:
-    """The origins of a study's plug-ins, whose code has been run, by short name."""
-    by_name = {plugin.short: registry(plugin.kind).origin(plugin.short) for plugin in named_in(study)}
-    return {name: origin for name, origin in by_name.items() if origin is not None}
-
-
 def records(study: Study, folder: Path) -> dict[str, dict[str, str]]:
     """Kind, place and SHA-256 of a study's plug-ins, whose code has been run, by short name.
 
     The place is that of the study file or of the entry point; a decorator's is its file, relative to `folder`.
     """
-    written = {plugin.short: plugin.written for plugin in named_in(study)}
     rows = {}
-    for name, origin in origins(study).items():
-        address = written[name] if is_place(written[name]) else origin.place
+    for plugin in named_in(study):
+        origin = registry(plugin.kind).origin(plugin.short)
+        if origin is None:
+            continue
+        address = plugin.written if is_place(plugin.written) else origin.place
         if origin.via == "decorator" and origin.file is not None and address == origin.place:
-            address = f"{os.path.relpath(os.path.realpath(origin.file), os.path.realpath(folder))}:{name}"
-        rows[name] = {"kind": origin.kind, "place": address, "sha256": origin.sha256}
+            address = f"{os.path.relpath(os.path.realpath(origin.file), os.path.realpath(folder))}:{plugin.short}"
+        rows[plugin.short] = {"kind": origin.kind, "place": address, "sha256": origin.sha256}
     return rows
 
 

@@ -102,12 +102,12 @@ class AllocationConfig(SettingsTable):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         check_names(self.names, "names", ALLOCATIONS)
-        if isinstance(self.beta, str):
-            return self
-        if self.beta[0] > self.beta[1]:
-            raise ValueError(f"beta: the interval [{self.beta[0]}, {self.beta[1]}] runs backwards")
-        if not self.beta[0] <= 0 <= self.beta[1]:
-            raise ValueError(f"beta: [{self.beta[0]}, {self.beta[1]}] must hold 0, the uniform allocation")
+        if not isinstance(self.beta, str):
+            low, high = self.beta
+            if low > high:
+                raise ValueError(f"beta: the interval [{low}, {high}] runs backwards")
+            if not low <= 0 <= high:
+                raise ValueError(f"beta: [{low}, {high}] must hold 0, the uniform allocation")
         return self
 
     @property

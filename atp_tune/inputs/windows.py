@@ -339,28 +339,28 @@ def load_processor(folder: Path, trusted: bool, asks: str, whose: str) -> Any:
 
 def _pair(processor: Any, pictures: Pictures, index: int, tokens: int) -> Tensors | None:
     """Makes the arguments with which the model is called for one pair, cut to `tokens`; None if the pair is shorter."""
-    picture, words = pictures.picture(index), str(pictures.labels[index])
-    with as_user_error(f"images: the processor does not take {pictures.name(index)}"), quiet("transformers"):
+    picture, words, name = pictures.picture(index), str(pictures.labels[index]), pictures.name(index)
+    with as_user_error(f"images: the processor does not take {name}"), quiet("transformers"):
         text = _written(processor, words)
         bos = getattr(processor.tokenizer, "bos_token", None)
         once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # the template has written BOS
         arguments = dict(processor(text=text, images=[picture], return_tensors="pt", **once))
-    arguments = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    arguments = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
     ids, image = arguments[IDS], _image_token(processor)
     if not bool((ids == image).any()):
-        raise UserError(f"images: the processor makes no image token of {pictures.name(index)}")
-    if ids.shape[1] < tokens:
+        raise UserError(f"images: the processor makes no image token of {name}")
+    length = ids.shape[1]
+    if length < tokens:
         return None
     if bool((ids[:, tokens:] == image).any()):
-        raise UserError(f"seqlen: {tokens} tokens do not hold the image of {pictures.name(index)}; raise seqlen")
-    length = ids.shape[1]
+        raise UserError(f"seqlen: {tokens} tokens do not hold the image of {name}; raise seqlen")
     cut = {  # of what has a value for each token, such as the ids and their types
-        name: value[:, :tokens] if value.dim() == 2 and value.shape[1] == length else value
-        for name, value in arguments.items()
+        key: value[:, :tokens] if value.dim() == 2 and value.shape[1] == length else value
+        for key, value in arguments.items()
     }
     mask = cut.pop(MASK, None)
     if mask is not None and not bool((mask == 1).all()):
-        raise UserError(f"images: the processor pads {pictures.name(index)}; not supported")
+        raise UserError(f"images: the processor pads {name}; not supported")
     return cut
 
 
@@ -421,17 +421,17 @@ class TokenWindows:
         if text.sampling == "random":
             more = text.model_copy(update={"nsamples": per, "stride": 1})
             windows = read_text("calibration", more, folder, base, bos, count)
-            return cut_draws(windows, count, text.nsamples, text.stride, pool)
-        try:
-            whole = text.model_copy(update={"nsamples": count * text.nsamples, "stride": 1})
-            windows = read_text("calibration", whole, folder, base, bos)
-        except UserError as error:
-            raise UserError(
-                f"texts.calibration.draws: {count} draws of {text.nsamples} windows follow each other in a text; "
-                f'{error.what}, or draws, or set sampling = "random"'
-            ) from None
-        if per > text.nsamples:
-            windows = first_windows(text, folder.path, base, count * per, folder.trusted, bos)
+        else:
+            try:
+                whole = text.model_copy(update={"nsamples": count * text.nsamples, "stride": 1})
+                windows = read_text("calibration", whole, folder, base, bos)
+            except UserError as error:
+                raise UserError(
+                    f"texts.calibration.draws: {count} draws of {text.nsamples} windows follow each other in a text; "
+                    f'{error.what}, or draws, or set sampling = "random"'
+                ) from None
+            if per > text.nsamples:
+                windows = first_windows(text, folder.path, base, count * per, folder.trusted, bos)
         return cut_draws(windows, count, text.nsamples, text.stride, pool)
 
     def many(self, text: Text, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Items:

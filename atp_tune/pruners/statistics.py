@@ -252,7 +252,10 @@ class Hessian:
         if damping not in self._scaled:
             hessian = self.matrix()
             hessian.diagonal().masked_fill_(self.dead(), 0)
-            self._scaled[damping] = _scaled(hessian, damping)
+            finite(hessian, "Hessian").diagonal().add_(damping * hessian.diagonal().mean())
+            scales = hessian.diagonal().sqrt()
+            scales = torch.where(scales > 0, scales, 1)
+            self._scaled[damping] = Scaled(scales, hessian / scales / scales[:, None])
         return self._scaled[damping]
 
 
@@ -261,13 +264,6 @@ def finite(statistic: Tensor, what: str) -> Tensor:
     if not statistic.isfinite().all():
         raise TrialError(f"{what} not finite: the model's activations overflow; try dtype = bfloat16 or float32")
     return statistic
-
-
-def _scaled(hessian: Tensor, damping: float) -> Scaled:
-    finite(hessian, "Hessian").diagonal().add_(damping * hessian.diagonal().mean())
-    scales = hessian.diagonal().sqrt()
-    scales = torch.where(scales > 0, scales, 1)
-    return Scaled(scales, hessian / scales / scales[:, None])
 
 
 def _factor(hessian: Tensor, damping: float) -> Tensor:

@@ -302,9 +302,8 @@ def _with(config: Config, measurements: Mapping[Key, Any]) -> Config:
 
 def is_same(one: Config, other: Config) -> bool:
     """Whether two configurations are of one trial of one study."""
-    return all(getattr(one, part) == getattr(other, part) for part in ("study", "trial", "plan")) and (
-        one.model.fingerprint == other.model.fingerprint
-    )
+    known, now = ((each.study, each.trial, each.plan, each.model.fingerprint) for each in (one, other))
+    return known == now
 
 
 def config_study(path: Path, config: Config, address: str | None = None) -> optuna.Study | None:

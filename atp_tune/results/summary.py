@@ -139,13 +139,14 @@ class Summary:
 def summarise(study: optuna.Study) -> Summary:
     """A study's present summary."""
     study = StudySnapshot(study)
+    attrs = study.user_attrs
     goal, best = goal_in(study), best_trial(study)
     facts, trials = fingerprint.facts_in(study), study.get_trials(deepcopy=False)
     measurements, target = attached(study, best.number) if best else {}, facts.get("sparsity")
-    results = Results(study.user_attrs, trials, fingerprint.stored_objectives(facts), measurements.get("recovered"))
+    results = Results(attrs, trials, fingerprint.stored_objectives(facts), measurements.get("recovered"))
     uniform, points, shared = results.uniform(best), goal.points(), None if "sparsity" in facts else facts.get("bits")
     tested = [bool(results.items(model, "test")) for model in (DENSE, uniform, best) if model]
-    total, done = study.user_attrs.get("total"), progress.counted(study)
+    total, done = attrs.get("total"), progress.counted(study)
     is_done = total is not None and done >= total and not progress.running(study)
     return Summary(
         name=study.study_name,
@@ -159,11 +160,11 @@ def summarise(study: optuna.Study) -> Summary:
         goal=goal,
         amount=BITS if shared else BOTH if "size" in facts else ZEROS,
         made_from=made_from(study),
-        sizes=tuple(study.user_attrs.get("sizes", ())),
-        in_tower=in_tower(study.user_attrs.get("blocks")),
+        sizes=tuple(attrs.get("sizes", ())),
+        in_tower=in_tower(attrs.get("blocks")),
         complete=is_done and is_reported(study, _asked_draws(study)),
         requested=progress.requested(study),
-        gp_posterior=study.user_attrs.get("gp_posterior"),
+        gp_posterior=attrs.get("gp_posterior"),
         unlike=_unlike(study),
         screening=_screening(study),
         front=pareto_front(study),
@@ -171,7 +172,7 @@ def summarise(study: optuna.Study) -> Summary:
         speed=measurements.get("speed"),
         continuations=measurements.get("continuations"),
         bos=fingerprint.has_bos(study),
-        bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
+        bos_effect=BosEffect.model_validate(attrs["bos"]) if "bos" in attrs else None,
         over_draws=_over_draws(study),
         points=points,
         choices=points if goal.is_open else (),
@@ -179,14 +180,14 @@ def summarise(study: optuna.Study) -> Summary:
         uniform_trial=uniform,
         is_tested=best is not None and tested[-1],
         text="test" if all(tested) else "validation",
-        dense_bytes=study.user_attrs.get("dense_bytes"),
-        limit=study.user_attrs.get("limit"),
+        dense_bytes=attrs.get("dense_bytes"),
+        limit=attrs.get("limit"),
         of_channels=facts.get("prune.pattern") == "channels",
         bits=shared,
         rounded=_rounded(facts) if {"bits", "size"} & facts.keys() and not shared else "",
         answers=stored_answers(study, best) if best else None,
         kinds=_kinds(results),
-        training="" if is_dead(process := study.user_attrs.get("training", {})) else str(process.get("host", "")),
+        training="" if is_dead(process := attrs.get("training", {})) else str(process.get("host", "")),
     )
 
 

@@ -246,8 +246,8 @@ class CalibrationGradients:
     watch: EventHandler
 
     def __post_init__(self) -> None:
-        needed, watch = ACTIVATIONS * block_bytes(self.checkpoint), self.watch
-        self._batch = AutoBatch(self.checkpoint.device, self.pool.positions, needed, lambda text: watch(Message(text)))
+        needed = ACTIVATIONS * block_bytes(self.checkpoint)
+        self._batch = AutoBatch(self.checkpoint.device, self.pool.positions, needed, self.watch)
 
     @cached_property
     def of_blocks(self) -> BlockGradients:

@@ -35,7 +35,7 @@ from atp_tune.config.prune import Pattern, PruneConfig, QuantizeConfig, Treatmen
 from atp_tune.config.study import Data, ModelConfig, Study
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted, ignore_events
-from atp_tune.inputs import KINDS, Batch, InputKind
+from atp_tune.inputs import KINDS, Batch
 from atp_tune.inputs.items import Items
 from atp_tune.metrics import BosEffect
 from atp_tune.plan import Plan
@@ -51,7 +51,7 @@ from atp_tune.run.dense_model import (
     dense_blocks,
     dense_final_states,
 )
-from atp_tune.scores import SCORES, Score
+from atp_tune.scores import SCORES
 from atp_tune.scores.next_token import compare_bos
 from atp_tune.storage.fingerprint import BOS
 
@@ -159,10 +159,15 @@ class Session(Released):
         self.watch = watch = setup.place.watch
         self.inputs, self.score = KINDS[setup.inputs].of(windows), SCORES[setup.score]
         items: dict[str, Batch] = {role: each.batch(checkpoint.device) for role, each in windows.items()}
-        self.replay = replay or verified_replay(checkpoint, self.inputs, self.score, windows)
-        sizes = {role: _auto_batch(watch, checkpoint, each.positions) for role, each in windows.items()}
+        if replay is None:  # compared with the model's own forward; UserError that names the first difference
+            own = checkpoint, self.inputs, self.score
+            replay = verified_with_tower(*own, items) if checkpoint.in_tower else verified(*own)
+        self.replay = replay
+        size = block_bytes(checkpoint)
+        sizes = {role: AutoBatch(checkpoint.device, each.positions, size, watch) for role, each in windows.items()}
         longest = max((each.positions for each in windows.values()), default=1)
-        self.heads = _auto_batch(watch, checkpoint, *self.score.head_cost(checkpoint, longest))
+        positions, size = self.score.head_cost(checkpoint, longest)
+        self.heads = AutoBatch(checkpoint.device, positions, size, watch)
         self._roles = {role: Role(items[role], batch) for role, batch in sizes.items()}
         self._has_error_curve = True  # `prune` measures the error of the hidden states
         self._draws: Sequence[
@@ -515,20 +520,3 @@ class Role:
     items: Batch
     batch: AutoBatch
     dense: Sequence[Tensor] = ()
-
-
-def verified_replay(checkpoint: Checkpoint, inputs: InputKind, score: Score, windows: Mapping[str, Items]) -> Replay:
-    """The replay of a model, compared with its own forward; UserError that names the first difference."""
-    if not checkpoint.in_tower:
-        return verified(checkpoint, inputs, score)
-    return verified_with_tower(
-        checkpoint, inputs, score, {role: each.batch(checkpoint.device) for role, each in windows.items()}
-    )
-
-
-def _auto_batch(
-    watch: EventHandler, checkpoint: Checkpoint, positions: int, bytes_per_position: int | None = None
-) -> AutoBatch:
-    """The batch size of items, of so many positions each; `bytes_per_position`: by default those of the blocks."""
-    needed = block_bytes(checkpoint) if bytes_per_position is None else bytes_per_position
-    return AutoBatch(checkpoint.device, positions, needed, lambda text: watch(Message(text)))

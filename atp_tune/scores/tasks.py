@@ -76,7 +76,14 @@ def find_tasks(names: Sequence[str], watch: EventHandler, multimodal: bool = Fal
     if not loaded:
         reasons = (f"{name}: {reason}" for name, reason in missing.items())
         raise UserError(f"--tasks: none can be run: {'; '.join(reasons)}")
-    _check_apart(loaded)
+    # lm-eval would join tasks of which some ask about images and others about text.
+    written_by = [one for task in loaded for one in _members(task) if one.OUTPUT_TYPE == "generate_until"]
+    text, image = (
+        next((one.task_name for one in written_by if bool(getattr(one, "MULTIMODAL", False)) == wanted), None)
+        for wanted in (False, True)
+    )
+    if text and image:
+        raise UserError(f"--tasks: {text} asks about text and {image} about images; name them in two commands")
     for name, reason in missing.items():
         watch(Message(f"{name}: left out, {reason}"))
     rows = dict.fromkeys(row for task in loaded for row in _rows(task))
@@ -147,17 +154,6 @@ def _members(task: Any) -> list[Any]:
     return list(task.get_all_tasks()) if isinstance(task, Group) else [task]
 
 
-def _check_apart(loaded: Sequence[Any]) -> None:
-    """UserError for tasks that lm-eval would join, of which some ask about images and others about text."""
-    written = [one for task in loaded for one in _members(task) if one.OUTPUT_TYPE == "generate_until"]
-    text, image = (
-        next((one.task_name for one in written if bool(getattr(one, "MULTIMODAL", False)) == wanted), None)
-        for wanted in (False, True)
-    )
-    if text and image:
-        raise UserError(f"--tasks: {text} asks about text and {image} about images; name them in two commands")
-
-
 @contextmanager
 def _hub_or_cache() -> Iterator[None]:
     """Sets the libraries to offline mode if the hub does not answer: its client would retry for minutes."""
@@ -219,27 +215,19 @@ def score(
             prefix_token_id=_prefix(model, getattr(tokenizer, "tokenizer", tokenizer)),
         )  # fmt: skip
         AnswerCounter(watch).listen(lm)
-        output = evaluate(
-            lm, _ready(tasks, num_fewshot), limit=limit, bootstrap_iters=BOOTSTRAPS, fewshot_as_multiturn=True
-        )
+        # Tasks and seeds as of lm-eval's `simple_evaluate`, which would also query pip, git, compilers and drivers:
+        # that takes seconds each time.
+        random.seed(0)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        loaded: dict[str, Any] = tasks.manager.load(tasks.loaded)
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if own != 0:  # a task with 0 stays zero-shot
+                task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
+            task.set_fewshot_seed(seed=SEED)
+        output = evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, fewshot_as_multiturn=True)
     return {row: _result(output, row) for row in tasks.rows}
-
-
-def _ready(tasks: Tasks, num_fewshot: int | None) -> dict[str, Any]:
-    """Prepares tasks and seeds as lm-eval's `simple_evaluate` does.
-
-    That function would also query pip, git, compilers and drivers, which takes seconds each time.
-    """
-    random.seed(0)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
-    loaded: dict[str, Any] = tasks.manager.load(tasks.loaded)
-    for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own != 0:  # a task with 0 stays zero-shot
-            task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
-        task.set_fewshot_seed(seed=SEED)
-    return loaded
 
 
 class _Checked(HFLM):  # type: ignore[misc]

@@ -118,6 +118,8 @@ class Branch:
     """The model of one allocation's points."""
 
     def __init__(self, space: Space, name: str, trials: Sequence[FrozenTrial], seed: int) -> None:
+        from atp_tune.utils.compat import fitted
+
         self._space = space
         self._name = name
         self._seed = seed
@@ -128,7 +130,12 @@ class Branch:
         done = [trial for trial in shadow.trials if trial.value is not None]
         pairs = [(float(trial.values[0]), space.within(trial.params, name) or {}) for trial in trials]
         self._known = [(value, params) for value, params in pairs if self._kinds.keys() <= params.keys()]
-        self._process = _fitted(shadow, self._kinds, seed) if len(done) >= LEAST else None
+        self._process: Any = None  # a Gaussian process of Optuna's, fitted to the study of the logs
+        if len(done) >= LEAST:
+            sampler = GPSampler(seed=seed, n_startup_trials=LEAST)
+            shadow.ask()  # stands in for a trial
+            sampler.sample_relative(shadow, shadow.trials[-1], open_kinds(self._kinds))
+            self._process = fitted(sampler)
         values = [float(trial.value or 0.0) for trial in done]
         self._mean, self._spread = (statistics.fmean(values), statistics.pstdev(values)) if done else (0.0, 0.0)
         self._points = [trial.params for trial in done]
@@ -173,16 +180,6 @@ class Branch:
         uniform = [self._space.within(point, self._name) for point in self._space.uniform(sparsity)]
         points = [{name: point[name] for name in self._kinds} for point in uniform if point is not None]
         return [self._space.at(point, sparsity) for point in (*points, *self._points, *drawn)]
-
-
-def _fitted(shadow: optuna.Study, kinds: Distributions, seed: int) -> Any:
-    """A Gaussian process of Optuna's, fitted to a study of the logs."""
-    from atp_tune.utils.compat import fitted
-
-    sampler = GPSampler(seed=seed, n_startup_trials=LEAST)
-    shadow.ask()  # stands in for a trial
-    sampler.sample_relative(shadow, shadow.trials[-1], open_kinds(kinds))
-    return fitted(sampler)
 
 
 APART = 1 / 28  # of an interval: half a step (0.002) of the paper's grid, on 32 blocks at 70 %

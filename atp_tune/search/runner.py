@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import nan
@@ -51,26 +51,6 @@ if TYPE_CHECKING:
 REPORTER = "reporter"  # system attribute of a study: the process that measures on the test text
 
 
-def report(run: "StudyRun", study: optuna.Study, session: "Session", space: Space) -> None:
-    """Measures dense, uniform and the best of each allocation on the test text, and writes the best configuration.
-
-    If `texts.calibration.draws` > 1, the trials are pruned with the other draws too; plans that are fitted to the
-    calibration text are fitted anew to each draw's own. Each measurement is stored at once, in an attribute of its own:
-    two hosts may report at the same moment.
-    """
-    draws = run.file.study.data.calibration.draws
-    _wait_for_reporter(run, study, draws)
-    is_missing = bool(unreported(study) or undrawn(study, draws))
-    if is_missing:
-        study._storage.set_study_system_attr(study._study_id, REPORTER, identity())
-    try:
-        FinalScores(run, study, session, space).measure(draws, is_missing)
-    finally:
-        if is_missing:
-            study._storage.set_study_system_attr(study._study_id, REPORTER, None)
-    write_best(run, study)
-
-
 @dataclass(frozen=True)
 class FinalScores:
     """The final measurements of a study, by row of the test text: numbers of trials, and `dense`."""
@@ -80,13 +60,47 @@ class FinalScores:
     session: "Session"
     space: Space
 
+    def report(self) -> None:
+        """Measures dense, uniform and the best of each allocation on the test text, and writes the best configuration.
+
+        If `texts.calibration.draws` > 1, the trials are pruned with the other draws too; plans that are fitted to the
+        calibration text are fitted anew to each draw's own. Each measurement is stored at once, in an attribute of its
+        own: two hosts may report at the same moment.
+        """
+        run, study, draws = self.run, self.study, self.run.file.study.data.calibration.draws
+        # Waits while another live process of this host measures the test text: two may reach the total together.
+        is_noted = False
+        while is_missing := bool(unreported(study) or undrawn(study, draws)):
+            other = study._storage.get_study_system_attrs(study._study_id).get(REPORTER)
+            if not isinstance(other, dict) or other.get("pid") == os.getpid() or not is_alive(checked(other, TRIAL)):
+                break
+            if not is_noted:
+                run.note("waiting for the numbers on the test text, which another process measures")
+            is_noted = True
+            sleep(POLL)
+        if is_missing:
+            study._storage.set_study_system_attr(study._study_id, REPORTER, identity())
+        try:
+            self.measure(draws, is_missing)
+        finally:
+            if is_missing:
+                study._storage.set_study_system_attr(study._study_id, REPORTER, None)
+        write_best(run, study)
+
     def measure(self, draws: int, is_missing: bool) -> None:
         """Measures and stores what is missing; `is_missing`: a number on the test text, or in a draw of it, is."""
         study, (names, shown) = self.study, self._shown() if is_missing else ({}, None)
         for row in unreported(study):
             store_test_scores(study, row, self._on_test_text(row, names.get(row, ""), shown))
         if shown is not None:
-            self._complete(names, shown)
+            # The models that were measured before are shown too; then what all of them wrote, or saw, is stored.
+            for row, name in names.items():
+                if name in shown.wanted:
+                    self._pass(row, f"continuations: {name}", [shown], name)
+            shown.repeat("best", "uniform")  # one trial may be both
+            best, result = best_trial(study), shown.result()
+            if result and best:
+                store(study, self.run.file.study.data.shown, best.number, result.model_dump(mode="json"))
         anew = fits_anew(study)
         for draw, row in undrawn(study, draws):
             try:
@@ -128,16 +142,6 @@ class FinalScores:
             shown.leave_out("the model leaves no room for a pruned copy; `tune.py generate` makes them")
         return names, shown
 
-    def _complete(self, names: Mapping[str, str], shown: "LeftOut") -> None:
-        """Shows the models that were measured before, then stores what all of them wrote, or saw."""
-        for row, name in names.items():
-            if name in shown.wanted:
-                self._pass(row, f"continuations: {name}", [shown], name)
-        shown.repeat("best", "uniform")  # one trial may be both
-        best, result = best_trial(self.study), shown.result()
-        if result and best:
-            store(self.study, self.run.file.study.data.shown, best.number, result.model_dump(mode="json"))
-
     def _on_test_text(self, row: str, name: str, shown: "LeftOut | None") -> "Scores":
         """Scores on the test text, or images (else the validation text), with KLs of a trial if minimised.
 
@@ -157,6 +161,25 @@ class FinalScores:
         scores = RoleScores("test", "kl" in spec.search.objective and not is_dense)
         self._pass(row, title, [scores, *([shown] if shown else [])], name)
         return scores.found[name]
+
+    def measure_dense(self) -> None:
+        """Measures the dense model on the validation text, unless that is done; UserError if it has no perplexity."""
+        from atp_tune.run.observers import RoleScores
+
+        if "dense" in self.study.user_attrs:
+            return
+        observer = RoleScores("validation")
+        self._pass("dense", "dense model", [observer], "")
+        scores = observer.found[""]
+        if not math.isfinite(perplexity(scores["nlls"]).value):
+            raise UserError(
+                f"model.source: the perplexity of the dense model {self.run.file.study.model.source} is not finite: "
+                "its weights hold NaN, or overflow in this number format; give another model, or set model.dtype, and "
+                "--study-name NAME"
+            )
+        for by in reversed(MEASURES.values()):  # at last the NLLs, which mark the dense model as measured
+            if by.items in scores:
+                self.study.set_user_attr(by.dense_items, scores[by.items])
 
     def _redrawn(self, row: str, draw: int, anew: bool) -> list[float]:
         """Window NLLs of a trial that another draw prunes; `anew`: a plan that is fitted is fitted to that draw.
@@ -206,19 +229,6 @@ def store_test_scores(study: optuna.Study, name: str, scores: "Scores") -> None:
     """Stores the scores of a trial, or of `dense`, on the test items."""
     for key in sorted(scores, key="nlls".__eq__):  # the NLLs last, which mark a trial as reported
         study.set_user_attr(f"test_{key}:{name}", scores[key])
-
-
-def _wait_for_reporter(run: "StudyRun", study: optuna.Study, draws: int) -> None:
-    """Waits while another live process of this host measures the test text: two may reach the total together."""
-    is_noted = False
-    while unreported(study) or undrawn(study, draws):
-        other = study._storage.get_study_system_attrs(study._study_id).get(REPORTER)
-        if not isinstance(other, dict) or other.get("pid") == os.getpid() or not is_alive(checked(other, TRIAL)):
-            return
-        if not is_noted:
-            run.note("waiting for the numbers on the test text, which another process measures")
-        is_noted = True
-        sleep(POLL)
 
 
 def write_best(run: "StudyRun", study: optuna.Study) -> None:
@@ -294,18 +304,18 @@ def drive(run: StudyRun) -> optuna.Study:
 def finished_study(run: StudyRun) -> optuna.Study | None:
     """The study if it is complete; UserError if its facts differ or it cannot be stored."""
     # UserError for a study name that is unfit for files and terminals.
-    name = run.name
+    name, file = run.name, run.file
     if not name or printable(name) != name or len(name.encode()) > LONGEST:
         shown = name if len(name) <= 40 else f"{name[:39]}…"
         raise UserError(
             f"study {shown}: its name must have 1 to {LONGEST} bytes, all printable; choose --study-name NAME"
         )
-    opening.check_writable(run.file.storage_url)
+    opening.check_writable(file.storage_url)
     if run.writes:
-        check_writable(run.file.best_path(run.name))
-    if warning := opening.network_warning(run.file.storage_url):
+        check_writable(file.best_path(run.name))
+    if warning := opening.network_warning(file.storage_url):
         run.note(warning)
-    if run.file.study.search.screen is not None:
+    if file.study.search.screen is not None:
         other = load_existing(replace(run, name=run.name + SUFFIX))
         if other is not None and not fingerprint.is_new(other) and not is_screening(other):
             raise UserError(
@@ -315,7 +325,7 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
     study = load_existing(run)
     if study is None or fingerprint.is_new(study):
         return None
-    own = facts(run.file.study, run.file.folder)
+    own = facts(file.study, file.folder)
     fingerprint.take_plugins(study, own)
     fingerprint.check_facts(study, own, partly=True, any_dtype=run.mix)
     run = _with_stored_total(run, study)
@@ -323,7 +333,7 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
         if not run.mix:
             from atp_tune.checkpoints.devices import device_name, find_device
 
-            device = run.session.checkpoint.device if run.session else find_device(run.file.study.device)
+            device = run.session.checkpoint.device if run.session else find_device(file.study.device)
             fingerprint.check_device(study, device_name(device))
         return None
     write_best(run, study)
@@ -382,16 +392,16 @@ def _drive(run: StudyRun) -> optuna.Study:
         # The part of the run that needs a session; `before`: the study found in `db`.
         batches = {**session.batches, **(fingerprint.stored_batches(before) if before else {})}
         session.begin(batches)
-        search = run.file.study.search
-        goal = make_goal(run.file.study, session.budget(run.file.study.highest))
+        file, spec = run.file, run.file.study
+        goal = make_goal(spec, session.budget(spec.highest))
         if goal.is_from_dense and len(session.windows["validation"]) == 1:
             raise UserError(
                 "limit: holds within the standard error, which one validation window has not; give two or more"
             )
         total = goal.total
-        db = db or opening.open_storage(run.file.storage_url, create=True)
+        db = db or opening.open_storage(file.storage_url, create=True)
         assert db is not None
-        study_facts = {**facts(run.file.study, run.file.folder), **session.contents()}
+        study_facts = {**facts(spec, file.folder), **session.contents()}
         study = fingerprint.create_study(db, run.name, study_facts, run.mix)
         _describe(run, study, session, total, batches)
         _compare_versions(run, study)
@@ -399,22 +409,23 @@ def _drive(run: StudyRun) -> optuna.Study:
             run.note(f"{study.study_name}: goes on, {done} of {study.user_attrs['total']} trials are stored")
         if run.reports:
             items = {role: (len(each), each.positions) for role, each in session.windows.items()}
-            total_now = progress.effective_total(study, total, run.file.goes_on)
-            run.watch(Opened(run.file.study, total_now, progress.counted(study), items, session.is_short))
+            total_now = progress.effective_total(study, total, file.goes_on)
+            run.watch(Opened(spec, total_now, progress.counted(study), items, session.is_short))
             if run.opened is not None and not study.get_trials(deepcopy=False):
                 run.opened(session)
-        study.pruner = make_stopper(search)
+        study.pruner = make_stopper(spec.search)
         screened = Screened()
-        if search.screen is None or goal.is_from_dense:
-            _measure_dense(run, study, session)
-        if search.screen is not None:
-            run, screened = _screen(run, search.screen, session)
+        final = FinalScores(run, study, session, goal.space)
+        if spec.search.screen is None or goal.is_from_dense:
+            final.measure_dense()
+        if spec.search.screen is not None:
+            run, screened = _screen(run, spec.search.screen, session)
         for params in goal.begin(study, screened, total):
             study.enqueue_trial(params, {progress.START: True}, skip_if_exists=True)
         total = run_trials(run, study, session, goal, total)
         if run.reports and progress.counted(study) >= total:
-            _measure_dense(run, study, session)
-            report(run, study, session, goal.space)
+            final.measure_dense()
+            final.report()
             run.publish(study)
         return study
 
@@ -484,23 +495,3 @@ def _compare_versions(run: StudyRun, study: optuna.Study) -> None:
             was, now = (", ".join(f"{name} {all_.get(name, '?')}" for name in names) for all_ in (other, own))
             run.note(f"trial {trial.number} was measured with {was}; now it is {now}: last digits may differ")
             return
-
-
-def _measure_dense(run: StudyRun, study: optuna.Study, session: "Session") -> None:
-    from atp_tune.checkpoints.devices import oom_as_user_error
-    from atp_tune.run.observers import RoleScores
-
-    if "dense" in study.user_attrs:
-        return
-    run.watch(TrialStarted("dense model", None))
-    session.begin(fingerprint.stored_batches(study))
-    with oom_as_user_error("dense model"):
-        scores = session.measure(None, [RoleScores("validation")])[0]
-    if not math.isfinite(perplexity(scores["nlls"]).value):
-        raise UserError(
-            f"model.source: the perplexity of the dense model {run.file.study.model.source} is not finite: its weights "
-            "hold NaN, or overflow in this number format; give another model, or set model.dtype, and --study-name NAME"
-        )
-    for by in reversed(MEASURES.values()):  # at last the NLLs, which mark the dense model as measured
-        if by.items in scores:
-            study.set_user_attr(by.dense_items, scores[by.items])

@@ -26,7 +26,7 @@ from atp_tune.errors import PluginError, UserError
 from atp_tune.plan import METHODS
 from atp_tune.plugins import guarded, short_name
 from atp_tune.search.space import Distributions, Params, Space
-from atp_tune.storage.progress import counts, order, queue_position, running
+from atp_tune.storage.progress import counts, order, retry_history, running
 from atp_tune.utils.registry import Origin
 
 # --- The trials of one allocation as a sampler is fitted to them, and where the points that it proposes may lie.
@@ -208,7 +208,12 @@ def tpe(seed: int) -> TPESampler:
 
 def trial_seed(seed: int, study: Study, trial: FrozenTrial, name: str = "") -> int:
     """A seed for one trial or one of its parameters, from the trial's place: its number if no trial had been lost."""
-    return zlib.crc32(f"{seed} {queue_position(study, trial)} {name}".encode())
+    trials = study.get_trials(deepcopy=False)
+    first = next(
+        iter(retry_history(trials[trial.number])), trial.number
+    )  # a repeated trial keeps the place of the first
+    place = sum(not retry_history(other) for other in trials[:first])
+    return zlib.crc32(f"{seed} {place} {name}".encode())
 
 
 @dataclass(eq=False)

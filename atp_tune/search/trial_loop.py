@@ -142,7 +142,7 @@ def run_trials(
         None if run.screens else run.tasks,
         run.file.study.compares_all,
     )
-    publish = Publisher(run)
+    callbacks = Callbacks(run)
     end = None if run.timeout is None else monotonic() + run.timeout
     while end is None or monotonic() < end:
         trials = recover_lost(run, study)
@@ -154,7 +154,7 @@ def run_trials(
             run.note(f"ended after {total - remaining} of {total}: {goal.reached}")
             progress.terminate_early(study, total)
         elif remaining > 0 and not is_idle:
-            _optimise(run, study, objective, remaining, total, end, publish, goal)
+            _optimise(run, study, objective, remaining, total, end, callbacks, goal)
         elif elsewhere:
             # Waits until a trial of another process ends or is recovered as lost.
             number, where = elsewhere[0].number, elsewhere[0].user_attrs.get("host", "another process")
@@ -184,11 +184,9 @@ def _optimise(
     n_trials: int,
     total: int,
     end: float | None,
-    publish: "Publisher",
+    callbacks: "Callbacks",
     goal: AtSparsity,
 ) -> None:
-    callbacks = Callbacks(run)
-
     def ended(study: optuna.Study, trial: FrozenTrial) -> None:
         trials = recover_lost(run, study)  # read once: reading a long study costs time at each short trial
         best, done = goal_in(study).best(trials), sum(map(progress.counts, trials))
@@ -212,8 +210,7 @@ def _optimise(
                     best_sparsity=progress.target_sparsity(best) if best else None,
                 )
             )
-        publish.after_trial(study, best)
-        callbacks(study, trial, done, total)
+        callbacks(study, trial, best, done, total)
         if run.file.study.search.early_termination and done < total and should_terminate(study, objective.space):
             progress.terminate_early(study, total)
             run.note(
@@ -252,14 +249,23 @@ def _optimise(
 class Callbacks:
     """Calls the run's callbacks after a trial; the first `error` of one ends the loop, and is raised after it.
 
-    Raised at once, an error of theirs could be taken for one of Optuna's.
+    Raised at once, an error of theirs could be taken for one of Optuna's. Before them, the reporting worker publishes
+    the study when its best trial has changed, at most every `PUBLISH` seconds.
     """
 
     run: "StudyRun"
     error: Exception | None = None
+    _best: int = -1
+    _time: float = field(default_factory=monotonic)  # a run that ends sooner publishes at its end alone
 
-    def __call__(self, study: optuna.Study, trial: FrozenTrial, done: int, total: int) -> None:
-        """Calls each; if one stops the study, the trials so far are its total."""
+    def __call__(
+        self, study: optuna.Study, trial: FrozenTrial, best: FrozenTrial | None, done: int, total: int
+    ) -> None:
+        """Calls each; if one stops the study, the trials so far are its total. `best`: the study's best trial now."""
+        is_due = self.run.reports and monotonic() - self._time >= PUBLISH
+        if best is not None and best.number != self._best and is_due:
+            self._best, self._time = best.number, monotonic()
+            self.run.publish(study)
         assert isinstance(study, ValidatedStudy)
         study.is_stopped = False
         try:
@@ -272,22 +278,6 @@ class Callbacks:
         if study.is_stopped and done < total:
             progress.terminate_early(study, total)
             self.run.note(f"ended after {done} of {total}: a callback stopped the study")
-
-
-@dataclass(eq=False)
-class Publisher:
-    """Publishes a study when its best trial has changed, at most every `PUBLISH` seconds; only the reporting worker."""
-
-    run: "StudyRun"
-    _best: int = -1
-    _time: float = field(default_factory=monotonic)  # a run that ends sooner publishes at its end alone
-
-    def after_trial(self, study: optuna.Study, best: FrozenTrial | None) -> None:
-        """Publishes, if it is time; `best`: the study's best trial now."""
-        is_due = self.run.reports and monotonic() - self._time >= PUBLISH
-        if best is not None and best.number != self._best and is_due:
-            self._best, self._time = best.number, monotonic()
-            self.run.publish(study)
 
 
 @dataclass(eq=False)

@@ -398,13 +398,6 @@ def retry_history(trial: FrozenTrial) -> list[int]:
     return list(trial.system_attrs.get("retry_history", []))
 
 
-def queue_position(study: optuna.Study, trial: FrozenTrial) -> int:
-    """The number that a trial would have if none had been lost; a repeated trial keeps the place of the first."""
-    trials = study.get_trials(deepcopy=False)
-    first = next(iter(retry_history(trials[trial.number])), trial.number)
-    return sum(not retry_history(other) for other in trials[:first])
-
-
 def all_cut_offs(trial: FrozenTrial) -> list[CutOff]:
     """The cut-offs of a trial and the trials that it repeats, the earliest first."""
     before = list(map(CutOff.read, trial.system_attrs.get("cut_offs", [])))

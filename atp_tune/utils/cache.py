@@ -84,9 +84,14 @@ def sha256_of(path: Path, stopped: Event | None = None) -> str:
     memo = _memo(real)
     if memo.exists():
         return memo.read_text()
-    digest = _digest(real, stopped)
-    keep(memo, digest.encode())
-    return digest
+    digest, piece = hashlib.sha256(), bytearray(PIECE)
+    with real.open("rb", buffering=0) as stream:
+        while size := stream.readinto(piece):
+            if stopped is not None and stopped.is_set():
+                raise InterruptedError
+            digest.update(memoryview(piece)[:size])
+    keep(memo, digest.hexdigest().encode())
+    return digest.hexdigest()
 
 
 def sha256_of_files(files: Iterable[Path], notify: Callable[[str], None]) -> dict[str, str]:
@@ -101,17 +106,6 @@ def sha256_of_files(files: Iterable[Path], notify: Callable[[str], None]) -> dic
         except BaseException:  # Ctrl-C too: the pool waits for its threads
             stopped.set()
             raise
-
-
-def _digest(file: Path, stopped: Event | None) -> str:
-    """SHA-256 (hex) of a file; InterruptedError once `stopped` is set."""
-    digest, piece = hashlib.sha256(), bytearray(PIECE)
-    with file.open("rb", buffering=0) as stream:
-        while size := stream.readinto(piece):
-            if stopped is not None and stopped.is_set():
-                raise InterruptedError
-            digest.update(memoryview(piece)[:size])
-    return digest.hexdigest()
 
 
 def _unread(path: Path) -> int:

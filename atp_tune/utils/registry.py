@@ -180,21 +180,17 @@ class Registry(UserDict[str, T]):
         if point is None:
             return entry
         if point not in self._loaded:
-            plugin, origin = self._imported(point)
+            package = _package(point)
+            try:
+                plugin = point.load()
+                source = Path(str(sys.modules[point.module].__file__))
+                digest = hashlib.sha256(source.read_bytes()).hexdigest()
+            except Exception as error:  # anything that its code may raise
+                reason = f"{type(error).__name__}: {error}"
+                raise UserError(f"{self.kind} {point.name}, of {package}: {point.value}: {reason}") from None
+            origin = Origin(self.kind, point.name, "entry point", point.value, source, digest, package)
             self._loaded[point] = self._finished(plugin, origin), origin
         return self._loaded[point]
-
-    def _imported(self, point: EntryPoint) -> tuple[Any, Origin]:
-        package = _package(point)
-        try:
-            plugin = point.load()
-            source = sys.modules[point.module].__file__
-            content = Path(str(source)).read_bytes()
-        except Exception as error:  # anything that its code may raise
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{self.kind} {point.name}, of {package}: {point.value}: {reason}") from None
-        digest = hashlib.sha256(content).hexdigest()
-        return plugin, Origin(self.kind, point.name, "entry point", point.value, Path(str(source)), digest, package)
 
 
 def resolved(row: Any) -> Any:

@@ -18,6 +18,7 @@ from atp_tune.checkpoints import devices
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
 from atp_tune.errors import TrialError
+from atp_tune.events import Event, Message
 from atp_tune.inputs.windows import TOKEN_WINDOWS
 
 pytestmark = pytest.mark.gpu
@@ -66,7 +67,7 @@ def test_a_registration_that_fails_poisons_nothing(
     with caplog.at_level(logging.WARNING):
         again = devices.pinned(len(memory))
     assert "cannot be pinned" in caplog.text
-    notes: list[str] = []
+    notes: list[Event] = []
     batch = AutoBatch(card, 1, 1, notes.append)
     before = batch.windows
     assert batch.run(lambda windows: float((torch.ones(1000, device=card) * 2).sum())) == 2000
@@ -88,13 +89,13 @@ def test_memory_that_runs_out_halves_the_batch(device: torch.device) -> None:
     checkpoint = Checkpoint(LlamaForCausalLM(LlamaConfig(**WIDE)).eval(), device, "none")
     replay = Replay(checkpoint, TOKEN_WINDOWS)
     hidden = replay.embed(torch.randint(64, (64, 256), device=device)).clone()
-    start, notes = hidden.clone(), list[str]()
+    start, notes = hidden.clone(), list[Event]()
     batch = AutoBatch(device, 256, 1, notes.append)
     batch.windows = 64
     with little_memory(device, 400 * MIB):
         advance(replay, batch, 0, checkpoint.weights(0), hidden)
     assert 1 <= batch.windows < 64
-    assert notes == ["memory ran out: going on with 32 windows at a time"]
+    assert notes == [Message("memory ran out: going on with 32 windows at a time")]
     expected = moved(replay, start, batch.windows)
     assert torch.equal(hidden, expected)
 
