@@ -30,6 +30,7 @@ from atp_tune.errors import UserError
 from atp_tune.storage import database, fingerprint, opening, progress
 from atp_tune.storage.attributes import readable
 from atp_tune.storage.database import Database, without_password
+from atp_tune.storage.progress import trials_in
 from atp_tune.utils.cache import rename_new, temporary_folder
 from atp_tune.utils.system import check_writable
 
@@ -121,7 +122,7 @@ def _open(sources: Sequence[str], name: str | None) -> tuple[optuna.Study, list[
         study = opening.find_study(db, name)
         assert study is not None
         with readable(name):
-            trials, attrs = study.get_trials(deepcopy=False), db.get_study_system_attrs(study._study_id)
+            trials, attrs = trials_in(study), db.get_study_system_attrs(study._study_id)
         user = study.user_attrs
         ended = [trial for trial in trials if trial.state.is_finished()]
         shares.append(Share(at, ended, len(trials) - len(ended), user, attrs, folder))

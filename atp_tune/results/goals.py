@@ -34,7 +34,7 @@ from atp_tune.results.results import (
 )
 from atp_tune.storage.attributes import readable
 from atp_tune.storage.fingerprint import facts_in, stored_objectives
-from atp_tune.storage.progress import measured, objective_values, order, ranked, target_sparsity
+from atp_tune.storage.progress import measured, objective_values, order, ranked, target_sparsity, trials_in
 
 if TYPE_CHECKING:
     from atp_tune.results.summary import Summary
@@ -474,7 +474,7 @@ def chosen(study: optuna.Study, options: Mapping[str, Any]) -> int | Choice | No
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """The best of the measured trials, if there is one."""
-    return goal_in(study).best(study.get_trials(deepcopy=False))
+    return goal_in(study).best(trials_in(study))
 
 
 def limit_excess(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = None) -> float:

@@ -24,6 +24,7 @@ from atp_tune.plan import METHODS, Plan, is_zero, method_in
 from atp_tune.storage import opening, progress
 from atp_tune.storage.database import without_password
 from atp_tune.storage.fingerprint import facts_in
+from atp_tune.storage.progress import trials_in
 from atp_tune.utils.cache import alone_with, write_atomically
 from atp_tune.utils.system import check_writable
 
@@ -66,7 +67,7 @@ def allocation_parameters(trial: FrozenTrial) -> dict[str, float]:
 
 def uniform_beside(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
     """The uniform trial with the best trial's pruner and sparsity."""
-    return None if best is None else uniform_among(study.get_trials(deepcopy=False), best)
+    return None if best is None else uniform_among(trials_in(study), best)
 
 
 def uniform_among(trials: Iterable[FrozenTrial], best: FrozenTrial) -> FrozenTrial | None:
@@ -78,7 +79,7 @@ def uniform_among(trials: Iterable[FrozenTrial], best: FrozenTrial) -> FrozenTri
 def uniform_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The uniform trial of each pruner, in the order of trials."""
     uniforms: dict[str, FrozenTrial] = {}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+    for trial in trials_in(study, TrialState.COMPLETE):
         if is_uniform(trial):
             uniforms.setdefault(method_in(trial.params), trial)
     return list(uniforms.values())
@@ -330,9 +331,7 @@ def _in_storage(address: str, config: Config) -> optuna.Study | None:
     study = opening.stored(address, config.study)
     if study is None or facts_in(study).get("model.content") != config.model.fingerprint:
         return None
-    plans = (
-        Plan.stored_in(trial.user_attrs) for trial in study.get_trials(deepcopy=False) if trial.number == config.trial
-    )
+    plans = (Plan.stored_in(trial.user_attrs) for trial in trials_in(study) if trial.number == config.trial)
     return study if any(plan is not None and plan.does == config.plan.does for plan in plans) else None
 
 

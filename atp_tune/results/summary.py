@@ -47,7 +47,7 @@ from atp_tune.results.results import (
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
-from atp_tune.storage.progress import is_dead, target_sparsity
+from atp_tune.storage.progress import is_dead, target_sparsity, trials_in
 from atp_tune.utils.registry import FrozenModel
 
 BATCHED = ("calibration", "validation")  # texts whose batch sizes affect a trial's value
@@ -141,7 +141,7 @@ def summarise(study: optuna.Study) -> Summary:
     study = StudySnapshot(study)
     attrs = study.user_attrs
     goal, best = goal_in(study), best_trial(study)
-    facts, trials = fingerprint.facts_in(study), study.get_trials(deepcopy=False)
+    facts, trials = fingerprint.facts_in(study), trials_in(study)
     measurements, target = attached(study, best.number) if best else {}, facts.get("sparsity")
     results = Results(attrs, trials, fingerprint.stored_objectives(facts), measurements.get("recovered"))
     uniform, points, shared = results.uniform(best), goal.points(), None if "sparsity" in facts else facts.get("bits")
@@ -227,7 +227,7 @@ def _unlike(study: optuna.Study) -> dict[int, str]:
     facts = fingerprint.facts_in(study)
     began, batches = fingerprint.first_device(study), fingerprint.stored_batches(study)
     remarks = {}
-    for trial in study.get_trials(deepcopy=False):
+    for trial in trials_in(study):
         device = fingerprint.device_kind(trial.user_attrs.get("device", began or ""))
         own = trial.user_attrs.get("dtype")
         parts = [f"on {device}"] * (began not in (None, device))

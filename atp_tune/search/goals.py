@@ -45,6 +45,7 @@ from atp_tune.search.samplers import (
 from atp_tune.search.space import Distributions, Params, Space, SpaceOverInterval, make_space
 from atp_tune.storage import progress
 from atp_tune.storage.fingerprint import CHANGED
+from atp_tune.storage.progress import trials_in
 
 # --- Screening: a cheaper study before the main study, which then confirms the best points.
 #
@@ -330,7 +331,7 @@ class OverInterval(AtSparsity):
 
     def is_idle(self, study: optuna.Study) -> bool:
         """Whether no queued point is left that no trial has measured, failed at, or measures now."""
-        trials = study.get_trials(deepcopy=False) if self.queued else []
+        trials = trials_in(study) if self.queued else []
         begun = [trial.params for trial in trials if progress.counts(trial) or trial.state == TrialState.RUNNING]
         return bool(self.queued) and all(point in begun for point in self.queued)
 
@@ -392,7 +393,7 @@ class WithinLimit(OverInterval):
     def _measured(self, study: optuna.Study, only_uniform: bool = False) -> dict[float, float]:
         """The lowest excess at each measured sparsity; a plan that failed is beyond any limit."""
         excesses: dict[float, float] = {}
-        for trial in study.get_trials(deepcopy=False):
+        for trial in trials_in(study):
             sparsity = progress.target_sparsity(trial)
             if sparsity is not None and progress.counts(trial) and (is_uniform(trial) or not only_uniform):
                 excess = limit_excess(study, trial)
@@ -479,7 +480,7 @@ class WithinLimit(OverInterval):
         points = self.space.uniform(progress.target_sparsity(best))
         point = next(point for point in points if method_in(point) == method_in(best.params))
         states = (TrialState.RUNNING, TrialState.FAIL)
-        others = study.get_trials(deepcopy=False, states=states)
+        others = trials_in(study, *states)
         return None if any(other.params == point for other in others) else point
 
 

@@ -39,7 +39,7 @@ from atp_tune.search.runner import store_test_scores
 from atp_tune.search.space import Space
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, stored_batches
-from atp_tune.storage.progress import INTERRUPTED, CutOff, counts, given_up, identity
+from atp_tune.storage.progress import INTERRUPTED, CutOff, counts, given_up, identity, trials_in
 from atp_tune.utils.cache import versions
 
 
@@ -232,7 +232,7 @@ def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
     A pattern may round several points to one plan.
     """
     fields = plan.model_dump(mode="json")
-    for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
+    for other in trials_in(trial.study, TrialState.COMPLETE, TrialState.FAIL):
         earlier = other.user_attrs.get("plan", {})
         same = other.params == trial.params or all(earlier.get(key) == fields[key] for key in ("method", "levels"))
         if same and counts(other) and "stopped_after" not in other.user_attrs:

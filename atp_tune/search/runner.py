@@ -34,7 +34,7 @@ from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.attributes import TRIAL, checked
 from atp_tune.storage.database import error_reason
 from atp_tune.storage.fingerprint import SUFFIX, facts, is_screening
-from atp_tune.storage.progress import Trace, identity, is_alive
+from atp_tune.storage.progress import Trace, identity, is_alive, trials_in
 from atp_tune.utils.cache import alone_with, cache_dir, check_room, versions
 from atp_tune.utils.system import check_writable
 
@@ -411,7 +411,7 @@ def _drive(run: StudyRun) -> optuna.Study:
             items = {role: (len(each), each.positions) for role, each in session.windows.items()}
             total_now = progress.effective_total(study, total, file.goes_on)
             run.watch(Opened(spec, total_now, progress.counted(study), items, session.is_short))
-            if run.opened is not None and not study.get_trials(deepcopy=False):
+            if run.opened is not None and not trials_in(study):
                 run.opened(session)
         study.pruner = make_stopper(spec.search)
         screened = Screened()
@@ -488,7 +488,7 @@ def _describe(run: StudyRun, study: optuna.Study, session: "Session", total: int
 def _compare_versions(run: StudyRun, study: optuna.Study) -> None:
     """Notes that earlier trials were measured with other versions, by which the last digits may differ."""
     own = versions()
-    for trial in study.get_trials(deepcopy=False):
+    for trial in trials_in(study):
         other = trial.user_attrs.get("versions", own)
         if other != own:
             names = [name for name in own if other.get(name) != own[name]]

@@ -26,7 +26,7 @@ from atp_tune.errors import PluginError, UserError
 from atp_tune.plan import METHODS
 from atp_tune.plugins import guarded, short_name
 from atp_tune.search.space import Distributions, Params, Space
-from atp_tune.storage.progress import counts, order, retry_history, running
+from atp_tune.storage.progress import counts, order, retry_history, running, trials_in
 from atp_tune.utils.registry import Origin
 
 # --- The trials of one allocation as a sampler is fitted to them, and where the points that it proposes may lie.
@@ -208,7 +208,7 @@ def tpe(seed: int) -> TPESampler:
 
 def trial_seed(seed: int, study: Study, trial: FrozenTrial, name: str = "") -> int:
     """A seed for one trial or one of its parameters, from the trial's place: its number if no trial had been lost."""
-    trials = study.get_trials(deepcopy=False)
+    trials = trials_in(study)
     first = next(
         iter(retry_history(trials[trial.number])), trial.number
     )  # a repeated trial keeps the place of the first
@@ -300,7 +300,7 @@ class BranchSampler(Proposer):
             if name not in params:
                 params[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
         params = {name: params[name] if name in params else _only(own[name]) for name in own}
-        lost = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))  # else the inner sampler proposes them again
+        lost = trials_in(study, TrialState.FAIL)  # else the inner sampler proposes them again
         lost = [trial for trial in lost if counts(trial) and "allocation" in trial.params]
         failed = branch_study(lost, space, branch, own, count).trials
         seed = trial_seed(self.seed, study, trial, "apart")
@@ -334,7 +334,7 @@ def _only(kind: BaseDistribution) -> Any:
 
 
 def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
-    others = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
+    others = trials_in(study, TrialState.COMPLETE, TrialState.RUNNING)
     return [other for other in others if other.number != trial.number and "allocation" in other.params]
 
 

@@ -27,7 +27,7 @@ from atp_tune.search.space import Distributions, Space
 from atp_tune.storage import progress
 from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.fingerprint import facts_in, stored_objectives
-from atp_tune.storage.progress import GRACE, Trace, ranked
+from atp_tune.storage.progress import GRACE, Trace, ranked, trials_in
 
 if TYPE_CHECKING:
     from atp_tune.run.session import Session
@@ -65,7 +65,7 @@ def should_terminate(study: optuna.Study, space: Space) -> bool:
     A new best among these trials would show that the model was wrong.
     """
     # The measured trials, without repetitions, in the order in which they ended.
-    measured = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    measured = trials_in(study, TrialState.COMPLETE)
     own = (trial for trial in measured if "repeats" not in trial.user_attrs)
     trials = sorted(own, key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
     branches = [branch for branch in space.intervals if space.is_open(branch)]
@@ -169,9 +169,9 @@ def run_trials(
 
 def recover_lost(run: "StudyRun", study: optuna.Study) -> list[FrozenTrial]:
     """Fails and reports the running trials without a live process; returns all trials after that."""
-    trials = study.get_trials(deepcopy=False)
+    trials = trials_in(study)
     if lost := progress.requeue_lost(study, trials):
-        trials = study.get_trials(deepcopy=False)
+        trials = trials_in(study)
         for number in lost:
             run.note(why_lost(trials[number]))
     return trials
@@ -297,7 +297,7 @@ class Attempt:
         """The objective's values."""
         self.number, self._is_bug = trial.number, True
         try:
-            trials, number = trial.study.get_trials(deepcopy=False), trial.number
+            trials, number = trials_in(trial.study), trial.number
             if progress.is_surplus(trials, number, self.total) or progress.is_repetition(trials, number):
                 trial.set_user_attr("lost", progress.SURPLUS)
                 raise TrialError("not needed")

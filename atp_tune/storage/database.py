@@ -73,8 +73,17 @@ class Retrying:
         """
         pauses, has_repeated = chain(RETRY_PAUSES, repeat(RETRY_PAUSES[-1])), False
         try:
-            while (answered := attempt())[1]:
-                self._wait(answered[1], next(pauses))
+            while reason := (answered := attempt())[1]:
+                with self._lock:
+                    if self._since is None:
+                        self._since = monotonic()
+                        log.warning("%s %s; trying again, nothing is lost", self._name, reason)
+                if monotonic() - self._since >= RETRY_SECONDS:
+                    raise UserError(
+                        f"{self._name} {reason}, for {RETRY_SECONDS / 60:.0f} minutes now. All earlier results are "
+                        "stored; the same command resumes the study"
+                    )
+                pause(next(pauses))
                 has_repeated = True
         finally:
             self._thread.has_repeated = has_repeated  # set at the end: an attempt may make a call of its own
@@ -101,18 +110,6 @@ class Retrying:
             if trial is None or (trial.state, trial.values) != (state, list(values) if values else None):
                 raise
             return True
-
-    def _wait(self, reason: str, seconds: float) -> None:
-        with self._lock:
-            if self._since is None:
-                self._since = monotonic()
-                log.warning("%s %s; trying again, nothing is lost", self._name, reason)
-        if monotonic() - self._since >= RETRY_SECONDS:
-            raise UserError(
-                f"{self._name} {reason}, for {RETRY_SECONDS / 60:.0f} minutes now. All earlier results are stored; "
-                "the same command resumes the study"
-            )
-        pause(seconds)
 
 
 # --- Errors of SQLite files and disks, with what to do, in one line instead of SQLAlchemy's and Optuna's tracebacks.
@@ -350,7 +347,14 @@ class Database(AttributeStorage):
         A process of this host may be suspended, or hold Python's lock for long. A trial of a host with a heartbeat from
         another trial is left to that host, which can tell. None soon after an outage, which blocks all heartbeats.
         """
-        rows = self._heartbeats(study_id)
+        # Id of each running trial, its last heartbeat, and the database's present time.
+        running = (TrialModel.study_id == study_id) & (TrialModel.state == TrialState.RUNNING)
+        beats = select(TrialHeartbeatModel.trial_id, TrialHeartbeatModel.heartbeat, func.now()).join(TrialModel)
+        try:
+            with self.engine.connect() as connection:
+                rows = connection.execute(beats.where(running)).all()
+        except (ValueError, TypeError) as error:  # SQLite stores any value in a column of times
+            raise unreadable(self.get_study_name_from_id(study_id), error) from None
         assert self.grace_period is not None
         silences = [(trial, self._silence(trial, beat, now.replace(tzinfo=None))) for trial, beat, now in rows]
         silent = [trial for trial, seconds in silences if seconds > self.grace_period]
@@ -358,16 +362,6 @@ class Database(AttributeStorage):
         heard = [attrs[trial]["host"] for trial in attrs if trial not in silent and "host" in attrs[trial]]
         stale = [trial for trial in silent if attrs[trial].get("host") not in heard and not is_alive(attrs[trial])]
         return [] if stale and (monotonic() - self._errors.last < GRACE or self._is_young()) else stale
-
-    def _heartbeats(self, study_id: int) -> list[tuple[int, datetime, datetime]]:
-        """Id of each running trial, its last heartbeat, and the database's present time."""
-        running = (TrialModel.study_id == study_id) & (TrialModel.state == TrialState.RUNNING)
-        beats = select(TrialHeartbeatModel.trial_id, TrialHeartbeatModel.heartbeat, func.now()).join(TrialModel)
-        try:
-            with self.engine.connect() as connection:
-                return [(trial, beat, now) for trial, beat, now in connection.execute(beats.where(running))]
-        except (ValueError, TypeError) as error:  # SQLite stores any value in a column of times
-            raise unreadable(self.get_study_name_from_id(study_id), error) from None
 
     def _silence(self, trial: int, beat: datetime, now: datetime) -> float:
         """Seconds since a heartbeat; since it was first read if it lies in the future (a clock was set back)."""

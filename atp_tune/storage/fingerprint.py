@@ -21,7 +21,7 @@ from atp_tune.errors import UserError
 from atp_tune.plugins import is_place, short_name
 from atp_tune.pruners import SETTINGS
 from atp_tune.storage.attributes import ValidatedStudy
-from atp_tune.storage.progress import measured
+from atp_tune.storage.progress import measured, trials_in
 
 DTYPE = "model.dtype"
 PRODUCTS = "model.products"  # where the caller has set another number format for them
@@ -81,7 +81,7 @@ def stored_objectives(facts: Facts) -> tuple[str, ...]:
 
 def is_new(study: optuna.Study) -> bool:
     """Whether a study has neither facts nor trials: a process is creating it, or died while creating it."""
-    return "fingerprint" not in study.user_attrs and not study.get_trials(deepcopy=False)
+    return "fingerprint" not in study.user_attrs and not trials_in(study)
 
 
 def take_plugins(study: optuna.Study, facts: Facts) -> None:

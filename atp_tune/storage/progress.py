@@ -153,12 +153,17 @@ def _text(left: bytes) -> str:
     return printable(left.decode(errors="replace").strip())
 
 
+def trials_in(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
+    """The trials of a study, or only those in these states; they are not copied, and not to be changed."""
+    return study.get_trials(deepcopy=False, states=states or None)
+
+
 START = "start"  # attribute of the trials that a study queues before its search
 
 
 def measured(study: optuna.Study) -> list[FrozenTrial]:
     """The fully measured trials, the best first."""
-    return ranked(study.get_trials(deepcopy=False))
+    return ranked(trials_in(study))
 
 
 def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
@@ -195,12 +200,12 @@ def counts(trial: FrozenTrial) -> bool:
 
 def counted(study: optuna.Study) -> int:
     """Number of trials that count towards the total."""
-    return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
+    return sum(counts(trial) for trial in trials_in(study))
 
 
 def running(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that run now, in this process or another."""
-    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return trials_in(study, TrialState.RUNNING)
 
 
 def terminate_early(study: optuna.Study, total: int) -> None:
@@ -313,7 +318,7 @@ def requeue_lost(study: optuna.Study, trials: Sequence[FrozenTrial] | None = Non
     """
     db = study._storage
     silent: list[int] = db._get_stale_trial_ids(study._study_id) if is_heartbeat_enabled(db) else []  # type: ignore[attr-defined]
-    trials = study.get_trials(deepcopy=False) if trials is None else trials
+    trials = trials_in(study) if trials is None else trials
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
     dead = [one for one in running if one._trial_id in silent or is_dead(one.user_attrs) or _is_nameless(one)]
     for trial in dead:
@@ -322,13 +327,13 @@ def requeue_lost(study: optuna.Study, trials: Sequence[FrozenTrial] | None = Non
         reason = "sent no heartbeat" if is_silent else "its process died"
         if _end(study, trial, {"cut_off": cut_off, "lost": reason}):  # unless another process has done so
             forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
-    trials = study.get_trials(deepcopy=False) if dead else trials
+    trials = trials_in(study) if dead else trials
     queued = {number for trial in trials for number in retry_history(trial)}
     orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
     for trial in orphans:
         queue_again(study, trial)
     # Fails waiting trials that are queued twice: two processes that find the same lost trial both queue it.
-    now = study.get_trials(deepcopy=False) if orphans else trials
+    now = trials_in(study) if orphans else trials
     for number, trial in enumerate(now):
         if trial.state == TrialState.WAITING and is_double(now, number):
             with suppress(UpdateFinishedTrialError):
@@ -340,7 +345,7 @@ def requeue_lost(study: optuna.Study, trials: Sequence[FrozenTrial] | None = Non
 
 def end_interrupted(study: optuna.Study, number: int) -> None:
     """Fails a trial of this process that Ctrl-C interrupted, unless it has ended, and queues it again."""
-    _end(study, study.get_trials(deepcopy=False)[number], {"lost": INTERRUPTED})
+    _end(study, trials_in(study)[number], {"lost": INTERRUPTED})
     requeue_lost(study)
 
 
