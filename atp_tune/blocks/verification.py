@@ -192,16 +192,12 @@ def is_equal(one: Tensor, other: Tensor) -> bool:
         return False
     if torch.equal(one, other) or (one.isnan().equal(other.isnan()) and one.nan_to_num().equal(other.nan_to_num())):
         return True
-    return one.device.type != "cpu" and _distance(one, other) < UNITS * _eps(one)
+    return one.device.type != "cpu" and _distance(one, other) < UNITS * torch.finfo(one.dtype).eps
 
 
 def is_near(one: Tensor, other: Tensor) -> bool:
     """Whether two results differ at most by rounding through the whole model."""
-    return _distance(one, other) < 4 * math.sqrt(_eps(one))
-
-
-def _eps(tensor: Tensor) -> float:
-    return float(torch.finfo(tensor.dtype).eps)
+    return _distance(one, other) < 4 * math.sqrt(torch.finfo(one.dtype).eps)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

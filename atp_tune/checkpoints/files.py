@@ -282,9 +282,12 @@ def find_method(folder: Path, name: str) -> str | None:
         if method not in BY_TENSOR and (reason := _unread(method, table)):
             raise UserError(f'model.source: {name} is quantized by "{method}", {reason} {_INSTEAD}')
         return method
-    if location := _misplaced(folder, config):
+    # Keys and files that tell of quantization in a place that transformers does not read.
+    tables = {key: table for key in _ELSEWHERE if isinstance(table := config.get(key), dict)}
+    told = [key for key, table in tables.items() if {"bits", "config_groups", "quantization_config"} & table.keys()]
+    if told := [*told, *(file for file in BESIDE if (folder / file).is_file())]:
         raise UserError(
-            f"model.source: {name} is quantized, as its {location} says, in a form that transformers does not read; "
+            f"model.source: {name} is quantized, as its {told[0]} says, in a form that transformers does not read; "
             f"{_INSTEAD}"
         )
     return None
@@ -366,15 +369,6 @@ def _method(table: Table) -> str:
     if table.get("load_in_4bit") or table.get("load_in_8bit"):
         return "bitsandbytes_4bit" if table.get("load_in_4bit") else "bitsandbytes_8bit"
     return " ".join(str(table.get("quant_method", "an unnamed method")).split())[:40]  # untrusted text, in one line
-
-
-def _misplaced(folder: Path, config: Table) -> str | None:
-    """The config key or file that tells of quantization in a place that transformers does not read."""
-    for key in _ELSEWHERE:
-        value = config.get(key)
-        if isinstance(value, dict) and {"bits", "config_groups", "quantization_config"} & value.keys():
-            return key
-    return next((file for file in BESIDE if (folder / file).is_file()), None)
 
 
 def _unread(method: str, table: Table) -> str | None:

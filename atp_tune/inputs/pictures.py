@@ -301,7 +301,9 @@ class ImageProcessor:
         """
         mean, deviation = (getattr(self.own, key, None) for key in ("image_mean", "image_std"))
         if getattr(self.own, "do_normalize", False) and mean is not None and deviation is not None:
-            pixels = pixels * _by_channel(deviation) + _by_channel(mean)  # numbers of each channel, or of all
+            own = (mean, deviation)  # numbers of each channel, or of all
+            shift, scale = (torch.as_tensor(each, dtype=torch.float32).reshape(-1, 1, 1) for each in own)
+            pixels = pixels * scale + shift
         else:
             pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-6)
         shown = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
@@ -375,10 +377,6 @@ def _unnamed(pictures: Pictures, names: dict[int, str]) -> dict[str, int]:
 
 def _plain(name: str) -> str:
     return name.strip().casefold().replace("_", " ")
-
-
-def _by_channel(values: Any) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
 
 
 def sides(shape: Any) -> str:

@@ -203,20 +203,17 @@ class OverInterval(AtSparsity):
         at_knee = self._knee(done)
         return self._within(done, self.limit) if at_knee is None else at_knee
 
-    @property
-    def _of_logs(self) -> bool:
-        """Whether first values are perplexities, whose logs count, in nats as KL does."""
-        return stored_objectives(facts_in(self.study))[0] == PERPLEXITY.name
-
     def _knee(self, done: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The knee of the front of ranked trials over sparsity; None without one."""
+        # The logs of perplexities count, in nats as KL does.
+        of_logs = stored_objectives(facts_in(self.study))[0] == PERPLEXITY.name
         front, lowest = Trials(), math.inf
         for trial in sorted(done, key=lambda trial: target_sparsity(trial) or 0.0, reverse=True):
             value = objective_values(trial)[0]
-            if value < lowest and (value > 0 or not self._of_logs):
+            if value < lowest and (value > 0 or not of_logs):
                 front, lowest = [trial, *front], value
         values = (objective_values(trial)[0] for trial in front)
-        heights = [math.log(value) if self._of_logs else value for value in values]
+        heights = [math.log(value) if of_logs else value for value in values]
         index = knee([(target_sparsity(trial) or 0.0, height) for trial, height in zip(front, heights, strict=True)])
         return None if index is None else front[index]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.blocks import check_known
@@ -23,19 +23,6 @@ from atp_tune.errors import UserError
 from atp_tune.inputs.windows import bos_id
 
 OnToken = Callable[[int], bool]  # takes the number of tokens so far; True ends the text
-
-
-@dataclass(eq=False)
-class PerToken(StoppingCriteria):
-    """Calls a function after each token, which may end the text there."""
-
-    on_token: OnToken
-    _done: int = 0
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Whether each sequence of the batch ends."""
-        self._done += 1
-        return torch.full((len(input_ids),), self.on_token(self._done), device=input_ids.device)
 
 
 @torch.inference_mode()
@@ -62,17 +49,23 @@ def generate(
         max_new_tokens=tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
         **{"do_sample": False, **sampled},
     )  # fmt: skip
-    criteria = StoppingCriteriaList([PerToken(on_token)] if on_token else [])
+    prompt = ids.shape[1]
+
+    def ends_text(sequences: Tensor, scores: Any, **more: Any) -> Tensor:
+        """Whether each sequence of the batch ends with its last token."""
+        is_end = on_token is not None and on_token(sequences.shape[1] - prompt)
+        return torch.full((len(sequences),), is_end, device=sequences.device)
+
     # Without the model's own settings, which `generate` would add to those that it is given.
     own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         sequences: Tensor = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer,
-            stopping_criteria=criteria,
+            stopping_criteria=StoppingCriteriaList([ends_text]),
         )  # fmt: skip
     finally:
         model.generation_config = own
-    return sequences[:, ids.shape[1] :]
+    return sequences[:, prompt:]
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:

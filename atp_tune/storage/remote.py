@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Container, Sequence
 from functools import partial
 from time import monotonic, sleep
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -163,7 +164,8 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor):
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
         """The answer to a request; UserError without one for `RETRY_SECONDS`."""
-        details = _Details(details.method, DEADLINE, [*(details.metadata or ()), *self._metadata])
+        metadata = (*(details.metadata or ()), *self._metadata)
+        details = SimpleNamespace(method=details.method, timeout=DEADLINE, metadata=metadata)
         if not self.is_known:
             return continuation(details, request)
 
@@ -179,12 +181,6 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor):
         if call.code() == BROKEN and (words := _words(call)).startswith(DATABASE):  # Optuna uses this code too
             raise UserError(f"{self.address}: {words}")
         return call
-
-
-class _Details(grpc.ClientCallDetails):
-    def __init__(self, method: str, timeout: float, metadata: list[tuple[str, str | bytes]]) -> None:
-        self.method, self.timeout, self.metadata = method, timeout, tuple(metadata)
-        self.credentials = self.wait_for_ready = self.compression = None
 
 
 def _words(call: Any) -> str:
