@@ -20,6 +20,8 @@ from atp_tune.config.studyfile import StudyFile, absolute_storage, load, overrid
 from atp_tune.cost.remaining import Remaining
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
+from atp_tune.inputs.sources import as_documents
+from atp_tune.inputs.sources import lent as lent_texts
 from atp_tune.results.formatting import best_so_far, duration, trial_line
 from atp_tune.utils.system import interruptible, silenced
 
@@ -73,8 +75,6 @@ class Lender:
                 where = next(self.model.parameters()).device
                 device = str(where) if where.type == "cuda" else str(where.type)  # as in a study file
             if texts is not None:
-                from atp_tune.inputs.sources import lent as lent_texts
-
                 roles = texts if isinstance(texts, Mapping) else {"": texts}
                 by_role = {
                     role: each if isinstance(each, str) else stack.enter_context(lent_texts(each))
@@ -85,8 +85,6 @@ class Lender:
 
 
 def _checked(value: Any, what: str) -> str | list[str]:
-    from atp_tune.inputs.sources import as_documents
-
     if isinstance(value, str) and any(space in value.strip() for space in "\n ") and not Path(value).is_file():
         raise UserError(f"{what}: is neither a file nor a name of texts; give documents as a list, as in [text]")
     return str(value) if isinstance(value, str | Path) else as_documents(value, what)

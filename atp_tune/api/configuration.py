@@ -23,6 +23,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, TrialStarted, calling
 from atp_tune.folders.applying import PLAIN, Way, apply, fit_plan
 from atp_tune.folders.card import ABOUT, describe
+from atp_tune.folders.comparing import Classified, TaskOptions, classify, continuations, evaluate
 from atp_tune.folders.finetuning import apply_trained
 from atp_tune.folders.packing import Codes, pack_folder, to_pack
 from atp_tune.measures import Perplexity
@@ -34,7 +35,6 @@ from atp_tune.utils.system import check_free, check_writable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from atp_tune.folders.comparing import Classified
     from atp_tune.metrics import Continuations
 
 # --- Models of plans and configurations, in memory and in folders.
@@ -245,8 +245,6 @@ class Configuration:
 
         Each continuation has `tokens` tokens at most.
         """
-        from atp_tune.folders.comparing import continuations
-
         if self.config.score == CLASSES:
             raise UserError(f"generate: {self.config.model.id} is an image classifier, which has no text")
         with self._lent() as there:
@@ -265,8 +263,6 @@ class Configuration:
         Raises:
             UserError: For a file that is no picture, and if the model is no image classifier.
         """
-        from atp_tune.folders.comparing import classify
-
         paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files)]
         with temporary_folder() as folder, self._lent() as there:
             path = folder / "configuration.json"
@@ -292,11 +288,9 @@ class Configuration:
         Returns:
             The scores of each task, and their means.
         """
-        from atp_tune.folders import comparing
-
         names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         with self._lent() as there:
-            return comparing.evaluate(self.config, comparing.TaskOptions(names, limit, num_fewshot, batch), there)
+            return evaluate(self.config, TaskOptions(names, limit, num_fewshot, batch), there)
 
     @contextmanager
     def _working(self) -> Iterator[Place]:

@@ -21,6 +21,7 @@ from atp_tune.config.studyfile import toml_value
 from atp_tune.config.typed import WHOLE as WHOLE_INTERVAL
 from atp_tune.config.typed import Interval, in_percent
 from atp_tune.errors import UserError, did_you_mean
+from atp_tune.inputs.sources import READERS, documents, fetch, is_hub_in_reach
 from atp_tune.measures import Limit
 from atp_tune.plan import percent
 from atp_tune.plugins import is_place, short_name
@@ -106,7 +107,6 @@ def preset_texts(choice: str | Mapping[str, str], preset: Preset, folder: "Model
     are shuffled, so that the parts are of one kind; paragraphs, where it has one document, stay in their order.
     UserError if a part is shorter than one window.
     """
-    from atp_tune.inputs.sources import documents
     from atp_tune.inputs.windows import first_windows
 
     is_cut, base = isinstance(choice, str), Path()
@@ -337,8 +337,6 @@ class StudyRequest:
 
 def usual_texts(notify: "Notify") -> str:
     """The texts where none are asked for, which it says: `papers`; without the hub `mixed`, without PyPI `packaged`."""
-    from atp_tune.inputs.sources import fetch, is_hub_in_reach
-
     if is_hub_in_reach():
         notify("texts: C4 to calibrate, WikiText-2 to measure (--texts FILE takes your own)")
         return "papers"
@@ -366,8 +364,6 @@ def check_text(text: str) -> None:
     file = Path(text).expanduser().absolute()
     if not file.is_file():
         raise UserError(f"--texts: {text} is neither {', '.join(TEXTS)} nor a file{did_you_mean(text, TEXTS)}")
-    from atp_tune.inputs.sources import READERS
-
     if file.suffix not in READERS:
         raise UserError(f"--texts: {text} is none of {', '.join('*' + suffix for suffix in READERS)}")
 

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Literal
 
 from atp_tune.allocations import ALLOCATIONS
+from atp_tune.allocations.gradient import steps_along
 from atp_tune.checkpoints.files import Free, ModelSizes, Offload, states
 from atp_tune.config.prune import FEWEST
 from atp_tune.config.study import Study
@@ -472,7 +473,6 @@ def descent_tokens(amounts: Amounts) -> int:
 
 def _steps(amounts: Amounts) -> tuple[int, int]:
     """Steps of a descent by prices, of bits a single one, and windows of each."""
-    from atp_tune.allocations.gradient import steps_along
     from atp_tune.run.dense_model import items_of_costs, windows_of_step
 
     length = amounts.tokens.calibration // amounts.windows

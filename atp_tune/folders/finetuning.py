@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ from atp_tune.folders.card import (
     origin,
 )
 from atp_tune.folders.packing import Codes
-from atp_tune.folders.training import find_teacher, windows_held_out, windows_read
+from atp_tune.folders.training import Trainer, computed_in, find_teacher, stored_format, windows_held_out, windows_read
 from atp_tune.inputs.images import duplicate_images, image_items
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.windows import first_windows, shared_windows, token_windows
@@ -49,9 +49,6 @@ from atp_tune.run.session import Setup
 from atp_tune.scores import Scores
 from atp_tune.utils.cache import cache_dir, key, named_for, temporary_folder, versions
 from atp_tune.utils.system import check_free, require
-
-if TYPE_CHECKING:
-    from atp_tune.folders.training import Trainer
 
 # --- What `finetune` trains and measures on: its texts, or images, which may not share documents, and their windows.
 
@@ -159,8 +156,6 @@ class FinetuningJob:
         """The file from which an interrupted run resumes."""
         if not self.stays:
             return self.out.with_name(f"{self.out.name}.part")
-        from atp_tune.folders.training import computed_in
-
         own = key(
             "recovered",
             settings=self.settings.model_dump(),
@@ -173,8 +168,6 @@ class FinetuningJob:
 
     def run(self) -> Trained:
         """Trains, writes the folder, and measures it."""
-        from atp_tune.folders.training import Trainer, stored_format
-
         place, source, settings = self.setup.place, self.folder.path, self.settings
         before = folder_scores(self.setup, source, f"checking {source}")
         device = find_device(place.device)
@@ -233,7 +226,7 @@ class FinetuningJob:
             self.part.unlink(missing_ok=True)
         return Trained(done, after, self.part)
 
-    def _train(self, trainer: "Trainer", held_out: int) -> HeldOut | None:
+    def _train(self, trainer: Trainer, held_out: int) -> HeldOut | None:
         """Runs the remaining steps until early stopping ends them, and takes the best adapters.
 
         Adapters are saved every `SAVED` steps. Returns what was measured on so many held-out items; None if nothing

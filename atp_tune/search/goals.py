@@ -46,6 +46,7 @@ from atp_tune.search.space import Distributions, Params, Space, SpaceOverInterva
 from atp_tune.storage import progress
 from atp_tune.storage.fingerprint import CHANGED
 from atp_tune.storage.progress import trials_in
+from atp_tune.utils.compat import fitted
 
 # --- Screening: a cheaper study before the main study, which then confirms the best points.
 #
@@ -119,8 +120,6 @@ class Branch:
     """The model of one allocation's points."""
 
     def __init__(self, space: Space, name: str, trials: Sequence[FrozenTrial], seed: int) -> None:
-        from atp_tune.utils.compat import fitted
-
         self._space = space
         self._name = name
         self._seed = seed

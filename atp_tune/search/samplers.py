@@ -27,6 +27,7 @@ from atp_tune.plan import METHODS
 from atp_tune.plugins import guarded, short_name
 from atp_tune.search.space import Distributions, Params, Space
 from atp_tune.storage.progress import counts, order, retry_history, running, trials_in
+from atp_tune.utils.compat import SearchSpace, fitted
 from atp_tune.utils.registry import Origin
 
 # --- The trials of one allocation as a sampler is fitted to them, and where the points that it proposes may lie.
@@ -145,8 +146,6 @@ def gp_posterior(sampler: GPSampler, study: Study, kinds: Distributions, pruners
 
     `study` is the one that the GP was fitted to: its values are logs. `before` counts those values.
     """
-    from atp_tune.utils.compat import fitted
-
     gp = fitted(sampler)
     values = [trial.value for trial in study.trials if trial.value is not None]
     mean, spread = statistics.fmean(values), statistics.pstdev(values)
@@ -164,8 +163,6 @@ def gp_posterior(sampler: GPSampler, study: Study, kinds: Distributions, pruners
 
 def posterior_at(gp: Any, points: list[FrozenTrial], kinds: Distributions) -> tuple[Any, Any]:
     """Mean and standard deviation of a fitted GP's posterior at points, as arrays, for standardised values."""
-    from atp_tune.utils.compat import SearchSpace
-
     inputs = gp._X_train.new_tensor(SearchSpace(kinds).get_normalized_params(points))
     means, variances = (tensor.detach().numpy() for tensor in gp.posterior(inputs))
     return -means, variances**0.5  # the GP maximises: its values are negated
