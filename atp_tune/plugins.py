@@ -243,8 +243,7 @@ def load(kind: str, address: str, folder: Path, key: str) -> None:
     objects = {name: each for of, name, each in module.registered if of == kind}
     name = match["name"]
     if name not in objects and not hasattr(module.code, name):
-        own = [each for each in vars(module.code) if each.lower() == name.lower()]
-        names = [*objects, *own]
+        names = [*objects, *[each for each in vars(module.code) if each.lower() == name.lower()]]
         has = f"; it has {', '.join(names)}" if names else ""
         raise UserError(f"{key}: {address}: has no {kind} {name}{did_you_mean(name, names) or has}")
     origin = Origin(kind, short_name(address), "file" if file else "module", address, source, module.sha256)
@@ -255,8 +254,7 @@ def registered_in(file: Path) -> list[tuple[str, str]]:
     """Kind and name of the plug-ins that the decorators of a file register; its code runs, and they are held."""
     module = _run(file, str(file), "plug-in")
     for kind, name, plugin in module.registered:
-        origin = Origin(kind, name, "file", f"{file}:{name}", file, module.sha256)
-        registry(kind).hold(plugin, origin)
+        registry(kind).hold(plugin, Origin(kind, name, "file", f"{file}:{name}", file, module.sha256))
     return [(kind, name) for kind, name, _ in module.registered]
 
 

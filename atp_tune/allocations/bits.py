@@ -95,8 +95,7 @@ def _falls(costs: Sequence[float], sizes: Sequence[float]) -> list[tuple[int, in
     """The steps down the lower convex hull of costs over sizes: places of both ends, and what the step saves."""
     steps, here = list[tuple[int, int, float]](), 0
     while sizes[here] < sizes[-1]:  # all choices of a matrix of zeros may have one size
-        further = range(here + 1, len(costs))
-        slopes = {to: (costs[here] - costs[to]) / (sizes[to] - sizes[here]) for to in further}
+        slopes = {to: (costs[here] - costs[to]) / (sizes[to] - sizes[here]) for to in range(here + 1, len(costs))}
         best = max(slopes, key=lambda to: (slopes[to], to))
         if slopes[best] <= 0:
             break

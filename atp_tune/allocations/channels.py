@@ -62,8 +62,7 @@ class BlockChannels:
     def kept(self) -> tuple[int, ...]:
         """The numbers of MLP channels that may stay, from all of them down."""
         count, step = self.mlp.count, self.round_to
-        multiples = range((count - 1) // step * step, 0, -step)
-        return (count, *multiples)
+        return (count, *range((count - 1) // step * step, 0, -step))
 
     @cached_property
     def highest(self) -> float:
@@ -104,8 +103,7 @@ def rounded(sparsities: Sequence[float], blocks: Sequence[BlockChannels], target
     number of channels is rounded down; then each, the largest remainder first and the last of equal ones first, goes up
     one step if that brings the number of weights that go closer to what was asked.
     """
-    sizes = [block.size for block in blocks]
-    wanted = level(sparsities, sizes, target, 0.0, min(block.highest for block in blocks))
+    wanted = level(sparsities, [block.size for block in blocks], target, 0.0, min(block.highest for block in blocks))
     heads = [
         min(int(block.heads.count * s + SLACK), block.heads.count - 1) if block.heads else 0
         for block, s in zip(blocks, wanted, strict=True)

@@ -168,8 +168,7 @@ class OWL(Formula):
 
     def sparsities(self, budget: Budget, M: float = 5.0, lam: float = 0.08) -> tuple[float, ...]:
         """One sparsity per block; ValueError for M < 0 or λ outside [0, min(S, 1-S) / 2]."""
-        highest = min(budget.target, 1 - budget.target) / 2
-        budget.check({"M": (0.0, math.inf), "lam": (0.0, highest)}, M=M, lam=lam)
+        budget.check({"M": (0.0, math.inf), "lam": (0.0, min(budget.target, 1 - budget.target) / 2)}, M=M, lam=lam)
         levels = spread(budget.require_dense_metrics("owl").outlier_ratios(M))
         middle = budget.mean(levels)
         return tuple(min(1.0, max(0.0, budget.target - 2 * lam * (level - middle))) for level in levels)

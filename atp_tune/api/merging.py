@@ -165,8 +165,7 @@ def _write(folder: Path, first: optuna.Study, shares: Sequence[Share], trials: S
         user |= share.user
         names = {"dense": "dense"} | {str(old): str(new) for old, new in share.numbers.items()}
         for key, table in tables.items():
-            stored = share.user.get(key, {})
-            table |= {names[row]: value for row, value in stored.items() if row in names}
+            table |= {names[row]: value for row, value in share.user.get(key, {}).items() if row in names}
         # Attributes of the system, without invalid artifacts and those that `serve` makes anew.
         new_ids = {trial._trial_id: ids[share.numbers[trial.number]] for trial in share.trials}
         anew = {of for of, file in database.file_names(share.attrs).items() if file in database.MADE_ANEW}

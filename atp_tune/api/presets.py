@@ -144,8 +144,7 @@ def context_length(folder: "ModelFolder") -> int | None:
     """Tokens that a model can take at once; None if its config does not say."""
     from atp_tune.checkpoints.blocks import model_config
 
-    config = model_config(folder.path, folder.trusted).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    return getattr(model_config(folder.path, folder.trusted).get_text_config(), "max_position_embeddings", None)
 
 
 TEXTS = ("c4", "wikitext2", *LOCAL_TEXTS)
@@ -328,8 +327,7 @@ class StudyRequest:
             )
         by_prices = is_alone and self.pruners in ((), ("wanda",)) and not preset.screens_prices
         stride = STRIDE if windows is None else min(STRIDE, windows // 2)
-        screen = {"trials": preset.screened, "confirm": preset.confirmed, "stride": stride}
-        more: Table = {"screen": screen}
+        more: Table = {"screen": {"trials": preset.screened, "confirm": preset.confirmed, "stride": stride}}
         if self.limit:
             more = ({} if self._of_channels or by_prices else more) | {"trials": preset.limited}
         return {"objective": ["kl" if "max_kl" in (self.limit or {}) else "perplexity"], "sampler": "tpe", **more}

@@ -50,8 +50,7 @@ def find_channels(replay: Replay, settings: ChannelSettings) -> tuple[BlockChann
     _, batch, _ = replay.inputs.examples(replay.checkpoint, ITEMS, POSITIONS)
     hidden, blocks = replay.embed(batch).clone(), list[BlockChannels]()
     for index in range(len(replay.checkpoint.blocks)):
-        weights = replay.checkpoint.weights(index)
-        probe = _Probe(replay, index, weights, hidden)
+        probe = _Probe(replay, index, replay.checkpoint.weights(index), hidden)
         before = blocks[-1] if blocks else None
         blocks.append(before if before and probe.has(before) else probe.channels(settings))
         hidden = probe.output

@@ -218,8 +218,7 @@ class DenseMetrics:
         """Sparsities by prices; with offsets of `rows`, if the pruner takes the lowest scores of each row."""
         targets, rows = tuple(self.path) or (target,), rows and self.by_rows(pruner)
         key = "priced", targets, self.priced_by(pruner), rows
-        ends = self._once(key, lambda: self.priced(targets, pruner, rows))
-        return between(targets, ends, target)
+        return between(targets, self._once(key, lambda: self.priced(targets, pruner, rows)), target)
 
     def width_costs(self) -> Costs:
         """For each linear of each block, what rounding it to each of the widths costs."""

@@ -207,8 +207,7 @@ class _Visit:
         """Gradients of some items by the states that enter a block, and, float32, by its linears' weights by key."""
         above = leaving[rows]
         run = self._kept.pop(index, rows.start, len(above)) or self._run(index, weights(), entering, rows)
-        leaves = [run.entering, *run.weights.values()]
-        gradients = _by(run.leaving, leaves, above)
+        gradients = _by(run.leaving, [run.entering, *run.weights.values()], above)
         by_weights = (gradient.float().contiguous() for gradient in gradients[1:])  # of an expert without tokens 0
         return gradients[0], dict(zip(run.weights, by_weights, strict=True))
 
@@ -447,8 +446,7 @@ class RowPricing:
 
         def pruned(index: int, linear: Linear, weight: Tensor) -> Tensor:
             places = self._places(index, linear, weight)
-            last = self._last((index, linear.name), places, shares[index, linear.name])
-            return zeroed(weight, places <= last)
+            return zeroed(weight, places <= self._last((index, linear.name), places, shares[index, linear.name]))
 
         def price(index: int, total: Mapping[str, Tensor]) -> None:
             dense = checkpoint.weights(index)

@@ -418,8 +418,7 @@ class Pruning:
 
     def zeros(self) -> dict[str, int]:
         """Number of zeros in each linear, with a single synchronisation of the device."""
-        numbers = torch.stack(list(self._kept.values())).tolist()
-        counts = dict(zip(self._kept, numbers, strict=True))
+        counts = dict(zip(self._kept, torch.stack(list(self._kept.values())).tolist(), strict=True))
         return {name: size - counts[name] for name, size in self._sizes.items()}
 
 

@@ -249,8 +249,7 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     """Splits the arguments of a block into hidden states and the rest."""
     if args:
         return args[0], Call(args[1:], kwargs, by_name=False)
-    rest = {name: value for name, value in kwargs.items() if name != HIDDEN}
-    return kwargs[HIDDEN], Call((), rest, by_name=True)
+    return kwargs[HIDDEN], Call((), {name: value for name, value in kwargs.items() if name != HIDDEN}, by_name=True)
 
 
 def _same(one: Any, other: Any) -> bool:

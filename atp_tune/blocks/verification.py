@@ -102,13 +102,11 @@ def check_batch(replay: Replay, batch: Batch, where: str, remedy: str = TEXTS_AL
     Of the whole batch the arguments of the blocks are compared, which may depend on images; of its first two items also
     the hidden states between the blocks, into which a model may write again what it saw.
     """
-    kind = type(replay.checkpoint.model).__name__
-    with as_user_error(f"{where}: {kind} ", remedy, "cannot be run on its pairs: {}"):
+    with as_user_error(f"{where}: {type(replay.checkpoint.model).__name__} ", remedy, "cannot be run on its pairs: {}"):
         for index in range(len(batch)):
             if not replay.is_as_examples(batch[index : index + 1]):
                 raise Difference("passes its blocks values that depend on the image")
-        walk = _BlockComparison(replay, [batch[:2]])
-        with bypassed(replay.checkpoint.blocks, walk.step):
+        with bypassed(replay.checkpoint.blocks, _BlockComparison(replay, [batch[:2]]).step):
             replay.forward(batch[:2])
 
 
@@ -138,8 +136,7 @@ class _BlockComparison:
             raise Difference(f"runs its blocks several times, block {index} after block {self._done - 1}")
         if index > self._done:
             raise Difference(f"runs its blocks in another order than they stand in, block {index} first")
-        has_steps = self._replay.inputs.has_steps
-        if not isinstance(given, Tensor) or given.dim() < 3 or (given.dim() > 3 and not has_steps):
+        if not isinstance(given, Tensor) or given.dim() < 3 or (given.dim() > 3 and not self._replay.inputs.has_steps):
             raise Difference(f"gives block {index} hidden states that are not [windows, tokens, width]")
         if not is_equal(given, self.hidden[0]):
             source = f"leave block {index - 1}" if index else "enter it where the blocks are bypassed"

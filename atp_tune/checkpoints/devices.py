@@ -426,8 +426,7 @@ class Stream:
 
     def get(self, index: int) -> Tensors:
         """The tensors of a block on the device, by name; raises the errors of the thread."""
-        is_cuda = self._device.type == "cuda"
-        wanted = Wanted(index, torch.cuda.current_stream(self._device) if is_cuda else None)
+        wanted = Wanted(index, torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None)
         self._requests.put(wanted)
         return wanted.answer.result()
 

@@ -237,8 +237,7 @@ def read_header(file: Path) -> Table:
 def parse_header(text: bytes, file: Path) -> Table:
     """Dtype, shape and offsets of each tensor by the header of a file; UserError if it is none."""
     try:
-        header = json.loads(text)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
         if all(_is_entry(entry) for entry in entries.values()):
             return entries
         raise ValueError

@@ -160,8 +160,7 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
         raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
     if is_packed(path):
         # Unpacks a packed folder into the cache, if not done yet; returns the folder there.
-        contents = sha256_of_files(sorted(path.glob("*.safetensors")), notify)
-        target = _converted("packed", path, sha256_of_json(contents))
+        target = _converted("packed", path, sha256_of_json(sha256_of_files(sorted(path.glob("*.safetensors")), notify)))
         if not target.is_dir():
             notify(f"unpacking {model.source}, once")
             unpack_folder(path, target, shared=True)

@@ -168,8 +168,7 @@ def classify(
     from atp_tune.folders.comparing import classify
 
     with working(json) as watch:
-        there = Place(Path(), device or "auto", vars(may), watch)
-        results = classify(files, source, both, there)
+        results = classify(files, source, both, Place(Path(), device or "auto", vars(may), watch))
     if json:
         echo(as_json(results))
         return

@@ -60,8 +60,7 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     if kinds := tables.kinds(summary):
         echo(f"\n{drawn(kinds)}")
     # The legend of the table.
-    items = summary.results.words.unit
-    same = f"same {summary.amount.method}{summary.goal.same}, same {items}"
+    same = f"same {summary.amount.method}{summary.goal.same}, same {summary.results.words.unit}"
     paired = f"against uniform: {same}, error of the difference"
     notes = [f"±: {meaning_of_errors(summary)}; {paired}", sizes_note(summary), summary.goal.draws(summary)]
     notes += [texts_note(summary), *(by.note for by in summary.results.measures), summary.results.words.note]

@@ -148,9 +148,10 @@ class Text(Source):
         if not (kinds := self.mixed):
             return (self,)
         sizes = [self.nsamples and -(-(self.nsamples - index) // len(kinds)) for index in range(len(kinds))]
-        pairs = zip(kinds, sizes, strict=True)
         return tuple(
-            self.model_copy(update={"source": f"{MIXED}:{kind}", "nsamples": size}) for kind, size in pairs if size != 0
+            self.model_copy(update={"source": f"{MIXED}:{kind}", "nsamples": size})
+            for kind, size in zip(kinds, sizes, strict=True)
+            if size != 0
         )
 
     @property

@@ -269,8 +269,7 @@ def _bring_recorded(config: "Config", needed: Mapping[str, str], base: Path, tru
     for key, name in needed.items():
         if (ref := config.plugins.get(name)) is None:
             continue
-        objects = registry(ref.kind)
-        plugin = Named(ref.kind, key, name if name in objects else ref.place)
+        plugin = Named(ref.kind, key, name if name in registry(ref.kind) else ref.place)
         origin = bring(plugin, base, trusted)
         if origin.sha256 != ref.sha256:
             raise UserError(

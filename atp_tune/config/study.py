@@ -244,10 +244,9 @@ class Study(SettingsTable):
     @property
     def descents(self) -> frozenset[tuple[str, bool]]:
         """The descents by prices: what each goes by, and whether rows move too."""
-        pairs = product(self.allocation.by_prices, self.methods.short_names)
         return frozenset(
             (self.prune.priced_by(pruner), name == BY_GRADIENT_ROWS and self.prune.by_rows(pruner))
-            for name, pruner in pairs
+            for name, pruner in product(self.allocation.by_prices, self.methods.short_names)
         )
 
     @property

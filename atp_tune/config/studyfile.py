@@ -140,8 +140,7 @@ def _rule(key_path: KeyPath, details: ErrorDetails) -> str:
         return f"must be {'one of ' * (len(names) > 1)}{', '.join(names)}"
     if details["type"] == "string_pattern_mismatch" and dotted(key_path) in PATTERNS:
         return PATTERNS[dotted(key_path)]
-    rule = _RULES.get(details["type"], "is not valid")
-    return rule.format(**details.get("ctx", {}))
+    return _RULES.get(details["type"], "is not valid").format(**details.get("ctx", {}))
 
 
 def _literals(details: ErrorDetails) -> list[str]:
@@ -409,8 +408,7 @@ def from_settings(stored: Table) -> StudyFile:
     overrides = stored.get("overrides", [])
     if not isinstance(overrides, list) or not all(isinstance(text, str) for text in overrides):
         raise ValueError("no overrides")
-    study = Study.model_validate(stored["settings"], context=STORED)
-    return StudyFile(name, Path(path), study, tuple(overrides))
+    return StudyFile(name, Path(path), Study.model_validate(stored["settings"], context=STORED), tuple(overrides))
 
 
 # --- Writes study files with comments: what differs from the defaults, and what a user will want to change.
@@ -509,8 +507,7 @@ class TomlSchema(GenerateJsonSchema):
 
     def tuple_schema(self, schema: core_schema.TupleSchema) -> Table:
         """`items` for `prefixItems`."""
-        fields = super().tuple_schema(schema)
-        return {"items" if key == "prefixItems" else key: value for key, value in fields.items()}
+        return {"items" if key == "prefixItems" else key: value for key, value in super().tuple_schema(schema).items()}
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         """No title."""

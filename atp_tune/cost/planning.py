@@ -183,8 +183,7 @@ def _amounts(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", 
     curve = min(windows, max(1, CURVE_TOKENS // length)) * length
     tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), curve)
     width = hidden_width(model_config(folder.path, folder.trusted), setup.inputs == IMAGES)
-    bounded = device.type != "cpu" or device_limit() is not None
-    free = Free(free_memory(device), host_memory(), bounded)
+    free = Free(free_memory(device), host_memory(), device.type != "cpu" or device_limit() is not None)
     return Known(
         study, tokens, windows, len(items["validation"]), PASSES, False,
         opening.stored(file.storage_url, name), opening.stored(file.storage_url, name + SUFFIX),

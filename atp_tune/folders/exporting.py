@@ -103,8 +103,7 @@ def as_recipe(config: Config) -> str:
         lack = "has no refinement of kept weights; a study with prune.refine = 0 has none either"
         raise _cannot(RECIPE, "prune.refine", str(config.prune.refine), lack)
     name, settings = MODIFIERS[config.plan.method](config)
-    groups = enumerate(_groups(config))
-    stage = {f"group{index}_modifiers": {name: {**group, **settings}} for index, group in groups}
+    stage = {f"group{index}_modifiers": {name: {**group, **settings}} for index, group in enumerate(_groups(config))}
     recipe = yaml.safe_dump({"sparsity_stage": stage}, sort_keys=False, width=100)
     return f"{_head(config, f'{config.sparsity.target:.4g}')}{recipe}"
 

@@ -327,8 +327,7 @@ def finetune(
         settings = settings.model_copy(update={"seqlen": None})
     items = read_items(text, measured, folder, settings, place.base, bos)
     dense = pruning.config.scored("dense") if pruning and pruning.test == test else None
-    score = CLASSES if True in kinds else "next-token"
-    setup = Setup(config, PruneConfig(), measured, place, bos=bos, score=score)
+    setup = Setup(config, PruneConfig(), measured, place, bos=bos, score=CLASSES if True in kinds else "next-token")
     with oom_as_user_error("training"):
         return FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, stays, codes).run()
 

@@ -339,8 +339,7 @@ class _Packing:
         shutil.copyfile(OURS, folder / OURS.name)
         original.added.append(OURS.name)
         if len(self.shards) > 1:
-            index = {"metadata": {}, "weight_map": dict(sorted(self._weight_map.items()))}
-            write_table(folder / PACKED_INDEX, index)
+            write_table(folder / PACKED_INDEX, {"metadata": {}, "weight_map": dict(sorted(self._weight_map.items()))})
             original.added.append(PACKED_INDEX)
         if (folder / INDEX).is_file():
             original.files[INDEX] = as_text(folder / INDEX)

@@ -339,8 +339,7 @@ def differences(there: Environment, here: Environment) -> Iterator[EnvironmentDi
     ]
     if there.device and here.device:
         rows.append(("device", there.device, here.device, True))
-    differing = [row for row in rows if row[1] != row[2]]
-    for what, was, now, matters in sorted(differing, key=lambda row: not row[3]):
+    for what, was, now, matters in sorted([row for row in rows if row[1] != row[2]], key=lambda row: not row[3]):
         yield EnvironmentDifference(what, was, now, DIGITS if matters else NOTHING)
 
 

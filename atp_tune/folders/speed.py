@@ -127,14 +127,13 @@ def _cached(config: Config, dense: ModelFolder, place: Place) -> Path:
     setup = Setup.of_config(config, {"calibration": config.calibration}, place)
     items = KINDS[setup.inputs].read(setup.texts, dense, place.base, bool(setup.bos))
     device = find_device(place.device)
-    own = key(
+    return cache_dir("sparse") / key(
         "sparse",
         config=config.weights_id,
         batches=dict(config.batches),
         text=items["calibration"].content,
         arithmetic=arithmetic(device, find_dtype(config.model.dtype, device)),
     )
-    return cache_dir("sparse") / own
 
 
 # --- Tokens, or images, per second of two models that take turns, in any engine.
@@ -500,8 +499,7 @@ def check_positions(pair: Pair, task: Workload) -> None:
     """UserError if the prompt and the tokens after it exceed the model's positions."""
     if pair.of_images:
         return
-    config = model_config(pair.dense, pair.trusted).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(model_config(pair.dense, pair.trusted).get_text_config(), "max_position_embeddings", None)
     if positions is not None and task.tokens + task.steps > positions:
         raise UserError(
             f"--tokens {task.tokens}: the model has {positions} positions, of which {task.steps} are for the tokens "

@@ -370,8 +370,7 @@ def order(windows: int, settings: Training) -> Tensor:
     """Indices of windows [steps × batch]: all windows in a random order, then in another, and so on."""
     generator = torch.Generator().manual_seed(settings.seed)
     needed = settings.steps * settings.batch
-    rounds = [torch.randperm(windows, generator=generator) for _ in range(-(-needed // windows))]
-    return torch.cat(rounds)[:needed]
+    return torch.cat([torch.randperm(windows, generator=generator) for _ in range(-(-needed // windows))])[:needed]
 
 
 def rate(done: int, settings: Training) -> float:

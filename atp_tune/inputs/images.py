@@ -41,8 +41,7 @@ class LabelledImages(InputKind):
     def read(self, texts: Mapping[str, ImageSet], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Items]:
         """The images of each role; UserError for bad input, or if two roles share an image."""
         if not classifies_images(folder.path):
-            config = model_config(folder.path, folder.trusted)
-            names = ", ".join(getattr(config, "architectures", None) or ["no class"])
+            names = ", ".join(getattr(model_config(folder.path, folder.trusted), "architectures", None) or ["no class"])
             raise UserError(
                 f"model.source: {folder.id} is no image classifier of transformers (its config.json names {names}); "
                 "give one"
@@ -82,8 +81,7 @@ class LabelledImages(InputKind):
 
     def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Items, Items, Items]:
         """Items of the right shape: black ones, noise, and the same noise upside down."""
-        draw = torch.Generator().manual_seed(0)
-        noise = torch.randn(items, *self.shape, generator=draw).to(checkpoint.device)
+        noise = torch.randn(items, *self.shape, generator=torch.Generator().manual_seed(0)).to(checkpoint.device)
         classes = torch.zeros(items, dtype=torch.int64, device=checkpoint.device)
         blank, one, other = (
             Items({PIXELS: pixels, LABELS: classes}, 1) for pixels in (torch.zeros_like(noise), noise, noise.flip(2))

@@ -77,8 +77,7 @@ class Items:
     def digests(self) -> list[bytes]:
         """A SHA-256 of each item, without its label."""
         parts = [self.tensors[name].contiguous().flatten(1).numpy() for name in sorted(self.tensors) if name != LABELS]
-        rows = zip(*parts, strict=True)
-        return [hashlib.sha256(b"".join(part.tobytes() for part in row)).digest() for row in rows]
+        return [hashlib.sha256(b"".join(part.tobytes() for part in row)).digest() for row in zip(*parts, strict=True)]
 
     def in_dtype(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors but the labels, pixels in a model's number format."""

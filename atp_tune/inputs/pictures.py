@@ -212,8 +212,7 @@ def _hub(wanted: ImageSet) -> Pictures:
             return _bytes(Path(own["path"]))  # of an archive that datasets unpacked
         return own
 
-    names = tuple(getattr(feature, "names", None) or ())
-    return replace(_rows(labels, wanted.source, cell, wanted), names=names)
+    return replace(_rows(labels, wanted.source, cell, wanted), names=tuple(getattr(feature, "names", None) or ()))
 
 
 def _rows(labels: list[Any], where: str, cell: Callable[[int], Any], wanted: ImageSet) -> Pictures:

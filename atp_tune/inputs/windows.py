@@ -68,8 +68,7 @@ def token_windows(
     else:
         encode, first = _encoder(folder, trusted, bos)
         cut = partial(_random, draws=draws) if text.sampling == "random" else _consecutive
-        parts = [cut(documents(kind, base), encode, kind, first) for kind in text.kinds]
-        ids = in_turn(parts, draws)[:: text.stride]
+        ids = in_turn([cut(documents(kind, base), encode, kind, first) for kind in text.kinds], draws)[:: text.stride]
         packed = io.BytesIO()
         np.save(packed, ids)
         keep(stored, packed.getvalue())
@@ -118,8 +117,7 @@ def shared_windows(one: Items, other: Items) -> list[int]:
     """
     shorter = min(windows.positions - windows.bos for windows in (one, other))
     run = max(1, shorter // 2, min(shorter, LEAST_RUN))
-    mine = _runs(one, run)
-    return np.flatnonzero(np.isin(mine, _runs(other, run)).any(1)).tolist()
+    return np.flatnonzero(np.isin(_runs(one, run), _runs(other, run)).any(1)).tolist()
 
 
 def _runs(windows: Items, run: int) -> np.ndarray:
@@ -438,8 +436,7 @@ class TokenWindows:
         """Items of a calibration text with `positions` tokens: the first that are drawn, or of the text."""
         count = max(1, positions // text.seqlen)
         if text.sampling == "random":
-            more = text.model_copy(update={"nsamples": count, "stride": 1})
-            return read_text("calibration", more, folder, base, bos)
+            return read_text("calibration", text.model_copy(update={"nsamples": count, "stride": 1}), folder, base, bos)
         return first_windows(text, folder.path, base, count, folder.trusted, bos)
 
     def check_disjoint(self, items: ByRole) -> None:

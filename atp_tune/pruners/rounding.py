@@ -48,8 +48,7 @@ class Grid:
 
     def nearest(self, weights: Tensor) -> Tensor:
         """The values nearest to weights, whose shape matches that of the scales."""
-        q = (weights / self.scale).round_().add_(self.zero).clamp_(0, self.top)
-        return q.sub_(self.zero).mul_(self.scale)
+        return (weights / self.scale).round_().add_(self.zero).clamp_(0, self.top).sub_(self.zero).mul_(self.scale)
 
 
 def column_groups(columns: int, group_size: int) -> list[tuple[slice, int]]:
@@ -59,8 +58,7 @@ def column_groups(columns: int, group_size: int) -> list[tuple[slice, int]]:
     """
     size = columns if group_size == -1 else min(group_size, columns)
     whole = columns - columns % size
-    parts = [(slice(0, whole), size), (slice(whole, columns), columns - whole)]
-    return [(part, size) for part, size in parts if size]
+    return [(part, size) for part, size in [(slice(0, whole), size), (slice(whole, columns), columns - whole)] if size]
 
 
 # --- RTN: rounds each weight to the nearest value of its group; needs no inputs.

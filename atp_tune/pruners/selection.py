@@ -138,8 +138,7 @@ def zeroed(weight: Tensor, gone: Tensor) -> Tensor:
     """A copy of the weight with 0 where `gone`; 20 times as fast as `masked_fill` on a CPU."""
     if weight.device.type != "cpu":
         return weight.masked_fill(gone, 0)
-    bits = weight.view(INTEGERS[weight.element_size()])
-    return bits.mul(~gone).view(weight.dtype)
+    return weight.view(INTEGERS[weight.element_size()]).mul(~gone).view(weight.dtype)
 
 
 def nonzeros(weight: Tensor) -> Tensor:

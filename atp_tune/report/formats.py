@@ -147,9 +147,8 @@ def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, flo
 
     with warnings.catch_warnings(action="ignore"):  # experimental, and complains of conditional parameters
         try:
-            evaluator = PedAnovaImportanceEvaluator()
             importances = get_param_importances(
-                study, evaluator=evaluator, target=lambda trial: objective_values(trial)[0]
+                study, evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: objective_values(trial)[0]
             )
         except (ValueError, RuntimeError):
             return {}

@@ -112,8 +112,7 @@ def note_in(attributes: Attributes, trial: int | None = None) -> str:
     if not note_version(attributes, trial):
         return ""
     prefix = f"{_head(trial)}note_str:"
-    count = sum(key.startswith(prefix) for key in attributes)
-    parts = [attributes.get(f"{prefix}{index}") for index in range(count)]
+    parts = [attributes.get(f"{prefix}{index}") for index in range(sum(key.startswith(prefix) for key in attributes))]
     return "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else ""
 
 
@@ -122,8 +121,7 @@ def _head(trial: int | None) -> str:
 
 
 def _parts(prefix: str, text: str) -> dict[str, str]:
-    starts = range(0, len(text), LENGTH)
-    return {f"{prefix}{index}": text[start : start + LENGTH] for index, start in enumerate(starts)}
+    return {f"{prefix}{index}": text[start : start + LENGTH] for index, start in enumerate(range(0, len(text), LENGTH))}
 
 
 def publish(study: Study, address: str, folder: Path | None) -> None:
@@ -170,8 +168,7 @@ def dashboard_note(text: str, stored: Attributes, trial: int | None = None, step
 def without_rests(attributes: Attributes, stored: Attributes) -> Table:
     """Made attributes, and "" for stored parts beyond them: longer figures and notes are stored in more parts."""
     series = {key.rpartition(":")[0] for key in attributes if key.rpartition(":")[2].isdecimal()}
-    rests = {key: "" for key in stored if key not in attributes and key.rpartition(":")[0] in series}
-    return {**attributes, **rests}
+    return {**attributes, **{key: "" for key in stored if key not in attributes and key.rpartition(":")[0] in series}}
 
 
 def best_as_json(study: Study, summary: Summary) -> bytes | None:

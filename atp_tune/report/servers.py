@@ -206,8 +206,7 @@ class Maintenance:
     def _attach(self, study: optuna.Study) -> bool:
         """Attaches best configuration and report if best trial, front or final numbers changed; whether it did."""
         best = best_trial(study)
-        front = [trial.number for trial in pareto_front(study)]
-        state = best and (best.number, final_numbers(study), front)
+        state = best and (best.number, final_numbers(study), [trial.number for trial in pareto_front(study)])
         if best is None or self._seen.get(study._study_id) == state:
             return False
         attach(study, self.artifacts, database.REPORT, formats.html([gather(study, datetime.now())]))

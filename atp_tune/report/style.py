@@ -146,8 +146,7 @@ class Points:
         self.dense = self.results.score(DENSE_MODEL, "validation", self.main)
         shown = (trial for trial in self.trials if trial == summary.best_trial)
         self.best = best = next(shown, next(iter(self.trials), None))
-        in_order = sorted(self.trials, key=lambda trial: trial.number)
-        self.uniform = uniform_among(in_order, best) if best else None
+        self.uniform = uniform_among(sorted(self.trials, key=lambda trial: trial.number), best) if best else None
         beside = [trial for trial in self.trials if best and target_sparsity(trial) == target_sparsity(best)]
         own = (None, block_levels(best))
         others = (trial for trial in beside if trial != best and not is_uniform(trial))
@@ -156,8 +155,7 @@ class Points:
 
     def score(self, trial: FrozenTrial, measure: Measure | None = None) -> Estimate:
         """The score of a trial; NaN where that is not known."""
-        score = self.results.score(trial, "validation", measure or self.main)
-        return score or Estimate(value=float("nan"), stderr=0.0)
+        return self.results.score(trial, "validation", measure or self.main) or Estimate(value=float("nan"), stderr=0.0)
 
     def value(self, trial: FrozenTrial) -> float:
         """The score of a trial, without its error."""
@@ -204,8 +202,7 @@ class Points:
     def ring(self, figure: go.Figure, trial: FrozenTrial, x: float | str, **look: Any) -> None:
         """Adds a ring around the best trial."""
         y = rounded([self.value(trial)])
-        name = role("best", trial)
-        figure.add_scatter(x=[x], y=y, mode="markers", marker=RING, name=name, hoverinfo="skip", **look)
+        figure.add_scatter(x=[x], y=y, mode="markers", marker=RING, name=role("best", trial), hoverinfo="skip", **look)
 
     def compare(self, figure: go.Figure, seen: AxisRange, label: str = "uniform") -> None:
         """Adds a line at uniform."""

@@ -191,8 +191,7 @@ class Results:
             return score if values else None
         stderr = trial.user_attrs.get("stderr") if not index else None
         error = stderr if stderr is not None or score is None else score.stderr
-        count = self.counts.get("validation", 1)
-        return measure.kind(value=measure.of_loss(values[index], count), stderr=error or 0.0)
+        return measure.kind(value=measure.of_loss(values[index], self.counts.get("validation", 1)), stderr=error or 0.0)
 
     def _after_training(self, model: Model | None, measure: Measure) -> Recovered | None:
         return self.trained if model == TRAINED and measure is PERPLEXITY else None

@@ -131,8 +131,7 @@ class RoleScores(Observer[Scores]):
 def equal_parts(items: Batch, least: int) -> list[Batch]:
     """Items in at most `GROUPS` parts whose lengths differ by at most one, none smaller than a batch of `least`."""
     size, more = divmod(len(items), count := min(GROUPS, -(-len(items) // least)))
-    ends = [part * size + min(part, more) for part in range(count + 1)]
-    return [items[start:end] for start, end in pairwise(ends)]
+    return [items[start:end] for start, end in pairwise([part * size + min(part, more) for part in range(count + 1)])]
 
 
 class Whole(Observer[T]):
@@ -266,10 +265,9 @@ class ImageAnswers(Observer[tuple[ImageAnswer, ...]]):
         """The most probable class of each image."""
         logits = self.session.replay.logits(self._images, self._passing.states[0]).float()
         del self._passing
-        pairs = zip(logits.argmax(1).tolist(), logits.softmax(1).amax(1).tolist(), strict=True)
         return tuple(
             ImageAnswer(name=class_name(self.names, index), index=index, probability=min(1.0, value))
-            for index, value in pairs
+            for index, value in zip(logits.argmax(1).tolist(), logits.softmax(1).amax(1).tolist(), strict=True)
         )
 
     def result(self) -> Answers:

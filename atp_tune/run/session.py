@@ -285,8 +285,7 @@ class Session(Released):
         other = copy(self)
         vars(other).pop("measured", None)
         roles = {**self._roles, role: Role(items.batch(self.checkpoint.device), self.batch(role))}
-        windows = {**self.windows, role: items}
-        vars(other).update(windows=windows, _roles=roles, _has_error_curve=False, **changed)
+        vars(other).update(windows={**self.windows, role: items}, _roles=roles, _has_error_curve=False, **changed)
         return other
 
     @property
@@ -440,8 +439,7 @@ class Session(Released):
         work.channels, work.keeps_grids = self.channel_pruner(plan.method), grids
         measures = (work.channels or pruner).measures
         measured = len(calibration) if dense is None and measures else 0
-        windows = max(measured, self.measured.curve_windows if self._has_error_curve else 0)
-        items = calibration[:windows]
+        items = calibration[: max(measured, self.measured.curve_windows if self._has_error_curve else 0)]
         for block in work.run(plan, embed(self.replay, batch, items), items):
             self.watch(Step("prune", block.index + 1, len(self.checkpoint.blocks)))
             yield block

@@ -112,8 +112,7 @@ class Surrogate:
     def best_at(self, sparsity: float) -> Predicted:
         """The best point at a sparsity; the first pruner's uniform point where no model is fitted."""
         points = [point for branch in self._branches.values() if (point := branch.best_at(sparsity))]
-        default = Predicted(self._space.uniform(sparsity)[0], None)
-        return min(points, key=lambda one: one.bound, default=default)
+        return min(points, key=lambda one: one.bound, default=Predicted(self._space.uniform(sparsity)[0], None))
 
 
 class Branch:
@@ -395,8 +394,7 @@ class WithinLimit(OverInterval):
         for trial in trials_in(study):
             sparsity = progress.target_sparsity(trial)
             if sparsity is not None and progress.counts(trial) and (is_uniform(trial) or not only_uniform):
-                excess = limit_excess(study, trial)
-                excesses[sparsity] = min(excess, excesses.get(sparsity, math.inf))
+                excesses[sparsity] = min(limit_excess(study, trial), excesses.get(sparsity, math.inf))
         return excesses
 
     def _free(self, study: optuna.Study) -> list[float]:
@@ -479,8 +477,7 @@ class WithinLimit(OverInterval):
         points = self.space.uniform(progress.target_sparsity(best))
         point = next(point for point in points if method_in(point) == method_in(best.params))
         states = (TrialState.RUNNING, TrialState.FAIL)
-        others = trials_in(study, *states)
-        return None if any(other.params == point for other in others) else point
+        return None if any(other.params == point for other in trials_in(study, *states)) else point
 
 
 class LimitSampler(Proposer):

@@ -220,8 +220,7 @@ class FinalScores:
         session = drawn or self.session
         with oom_as_user_error(title):
             if is_refitted and trial:
-                target = self.space.budget.target
-                plan = replace(self.space, budget=session.budget(target)).plan(trial.params)
+                plan = replace(self.space, budget=session.budget(self.space.budget.target)).plan(trial.params)
             session.measure(plan, observers, name)
 
 
@@ -385,8 +384,7 @@ def _drive(run: StudyRun) -> optuna.Study:
     if run.tasks is None and (limit := run.file.study.limit) and limit.min_accuracy is not None:
         from atp_tune.run.observers import TaskResults
 
-        tasks = TaskResults.of_limit(limit.min_accuracy, limit.items, run.file.folder, run.watch)
-        run = replace(run, tasks=tasks)
+        run = replace(run, tasks=TaskResults.of_limit(limit.min_accuracy, limit.items, run.file.folder, run.watch))
     opened: AbstractContextManager[Session] = nullcontext(run.session) if run.session else open_context(run, before)
     with opened as session:
         # The part of the run that needs a session; `before`: the study found in `db`.
@@ -401,8 +399,7 @@ def _drive(run: StudyRun) -> optuna.Study:
         total = goal.total
         db = db or opening.open_storage(file.storage_url, create=True)
         assert db is not None
-        study_facts = {**facts(spec, file.folder), **session.contents()}
-        study = fingerprint.create_study(db, run.name, study_facts, run.mix)
+        study = fingerprint.create_study(db, run.name, {**facts(spec, file.folder), **session.contents()}, run.mix)
         _describe(run, study, session, total, batches)
         _compare_versions(run, study)
         if run.reports and (done := progress.counted(study)):

@@ -65,8 +65,7 @@ def should_terminate(study: optuna.Study, space: Space) -> bool:
     A new best among these trials would show that the model was wrong.
     """
     # The measured trials, without repetitions, in the order in which they ended.
-    measured = trials_in(study, TrialState.COMPLETE)
-    own = (trial for trial in measured if "repeats" not in trial.user_attrs)
+    own = (trial for trial in trials_in(study, TrialState.COMPLETE) if "repeats" not in trial.user_attrs)
     trials = sorted(own, key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
     branches = [branch for branch in space.intervals if space.is_open(branch)]
     parts = [trials[: len(trials) - back] for back in range(RUN)]
@@ -106,10 +105,9 @@ def has_gap(points: Sequence[FrozenTrial], kinds: Distributions) -> bool:
                 continue
             # The points by this parameter between its interval's ends; of two neighbours the lower value counts.
             pairs = sorted((point.params[name], math.inf if point.value is None else point.value) for point in own)
-            ends = [(kind.low, math.inf), *pairs, (kind.high, math.inf)]
             if any(
                 right - left > GAP * (kind.high - kind.low) and min(a, b) < near_best
-                for (left, a), (right, b) in pairwise(ends)
+                for (left, a), (right, b) in pairwise([(kind.low, math.inf), *pairs, (kind.high, math.inf)])
             ):
                 return True
     return False

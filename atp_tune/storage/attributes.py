@@ -214,8 +214,7 @@ APART = TRIAL.keys() - shown(TrialRecord), STUDY.keys() - shown(StudyRecord)  # 
 def joined(user: Attributes, system: Attributes) -> tuple[Table, Table]:
     """User and system attributes as they were before details were separated; a detail replaces a user attribute."""
     details = {key.removeprefix(PREFIX): value for key, value in system.items() if key.startswith(PREFIX)}
-    others = {key: value for key, value in system.items() if not key.startswith(PREFIX)}
-    return {**user, **details}, others
+    return {**user, **details}, {key: value for key, value in system.items() if not key.startswith(PREFIX)}
 
 
 class AttributeStorage(RDBStorage):

@@ -105,8 +105,7 @@ class Retrying:
         try:
             return attempt()
         except UpdateFinishedTrialError:
-            has_repeated = getattr(self._thread, "has_repeated", False)
-            trial = storage.get_trial(trial_id) if has_repeated else None
+            trial = storage.get_trial(trial_id) if getattr(self._thread, "has_repeated", False) else None
             if trial is None or (trial.state, trial.values) != (state, list(values) if values else None):
                 raise
             return True

@@ -392,10 +392,11 @@ def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
     """Queues a lost trial with the same parameters."""
     history, cut_offs = [*retry_history(trial), trial.number], [one.stored() for one in all_cut_offs(trial)]
     attributes = {**trial.system_attrs, "failed_trial": history[0], "retry_history": history, "cut_offs": cut_offs}
-    again = optuna.create_trial(
-        state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, system_attrs=attributes
+    study.add_trial(
+        optuna.create_trial(
+            state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, system_attrs=attributes
+        )
     )
-    study.add_trial(again)
 
 
 def retry_history(trial: FrozenTrial) -> list[int]:
