@@ -214,9 +214,7 @@ class OverDraws(FrozenModel):
 
 
 def over_draws(
-    nlls: Sequence[Sequence[float]],
-    uniform: Sequence[Sequence[float]] | None,
-    fitted_to: tuple[int, int] | None = None,
+    nlls: Sequence[Sequence[float]], uniform: Sequence[Sequence[float]] | None, fitted_to: tuple[int, int] | None = None
 ) -> OverDraws | None:
     """From window NLLs by draw and those of uniform; None for a single draw or one without a number."""
     values = [perplexity(one).value for one in nlls]

@@ -169,9 +169,7 @@ def _steps(targets: Sequence[float], index: int) -> int:
 
 
 def descend(
-    linears: Sequence[Sequence[Shape]],
-    targets: Sequence[float],
-    prices_at: Callable[[int, LinearSparsities], Prices],
+    linears: Sequence[Sequence[Shape]], targets: Sequence[float], prices_at: Callable[[int, LinearSparsities], Prices]
 ) -> Iterator[LinearSparsities]:
     """The end of the descent at each of these ascending targets, as it is reached; the first begins at uniform.
 

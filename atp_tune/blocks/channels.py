@@ -28,12 +28,7 @@ from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.devices import Tensors
 from atp_tune.errors import UserError
 from atp_tune.pruners import Measures, Statistics
-from atp_tune.pruners.selection import (
-    HessianAndMoments,
-    channel_scores,
-    lowest,
-    refitted,
-)
+from atp_tune.pruners.selection import HessianAndMoments, channel_scores, lowest, refitted
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.pruners.statistics import InputMoments
 

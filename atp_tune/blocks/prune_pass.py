@@ -370,12 +370,7 @@ class Pruning:
     """The tensors of a block, whose linears are pruned one by one; the dense weights are not changed."""
 
     def __init__(
-        self,
-        linears: list[Linear],
-        weights: Tensors,
-        pruner: Pruner,
-        levels: tuple[Level, ...],
-        keeps_grids: bool,
+        self, linears: list[Linear], weights: Tensors, pruner: Pruner, levels: tuple[Level, ...], keeps_grids: bool
     ) -> None:
         """`levels`: of each linear; where they have bits, the pruner is a `Treatment`, whose grids are kept if
         `keeps_grids`.
@@ -441,12 +436,7 @@ def embed(replay: Replay, batch: AutoBatch, items: Batch, tower: Sequence[Tensor
 
 
 def entering(
-    replay: Replay,
-    batch: AutoBatch,
-    index: int,
-    hidden: Tensor,
-    items: Batch,
-    tower: Sequence[Tensors],
+    replay: Replay, batch: AutoBatch, index: int, hidden: Tensor, items: Batch, tower: Sequence[Tensors]
 ) -> Tensor:
     """Hidden states that enter block `index`, from those that left the block before.
 
@@ -507,12 +497,7 @@ def measure(
 
 
 def measure_and_advance(
-    replay: Replay,
-    batch: AutoBatch,
-    index: int,
-    weights: Tensors,
-    hidden: Tensor,
-    kind: type[Statistics],
+    replay: Replay, batch: AutoBatch, index: int, weights: Tensors, hidden: Tensor, kind: type[Statistics]
 ) -> tuple[BlockStatistics, Tensor]:
     """`measure` and `advance` in one pass for a dense block; overwrites hidden [windows, tokens, width]."""
     block, linears = replay.checkpoint.blocks[index], replay.checkpoint.linears[index]

@@ -25,14 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
 from atp_tune.allocations import Shape
-from atp_tune.checkpoints.blocks import (
-    Linear,
-    auto_class,
-    find_blocks,
-    find_linears,
-    hidden_width,
-    is_image_classifier,
-)
+from atp_tune.checkpoints.blocks import Linear, auto_class, find_blocks, find_linears, hidden_width, is_image_classifier
 from atp_tune.checkpoints.convert import as_user_error, one_line
 from atp_tune.checkpoints.devices import (
     DTYPES,

@@ -216,10 +216,7 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     echo(f"best configuration: {config}")
     for what, words in (
         *[("talk with it", ["chat", *study, *trusts])] * (summary.results.data == "text"),
-        (
-            f"{form} checkpoint",
-            ["apply", "--config", config, "--out", out, *["--slim"] * summary.of_channels, *trusts],
-        ),
+        (f"{form} checkpoint", ["apply", "--config", config, "--out", out, *["--slim"] * summary.of_channels, *trusts]),
         second,
         *[("top-1 and top-5", ["evaluate", "--config", config])] * (summary.results.data == "images"),
     ):

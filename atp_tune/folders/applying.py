@@ -26,11 +26,7 @@ from atp_tune.checkpoints.files import (
     write_table,
 )
 from atp_tune.checkpoints.models import Ask, ModelFolder
-from atp_tune.config.best import (
-    Config,
-    Sparsity,
-    read_config,
-)
+from atp_tune.config.best import Config, Sparsity, read_config
 from atp_tune.config.plugged import records
 from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError

@@ -386,10 +386,7 @@ class BothModels(Released):
     def _load(self, side: Which) -> WholeModel:
         """The model of the folder, or the dense one that it was made from; UserError if that is another by now."""
         if side == "sparse":
-            source = {
-                "source": str(self._path.absolute()),
-                "dtype": self._about.model.dtype if self._about else "auto",
-            }
+            source = {"source": str(self._path.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
             model = ModelConfig.model_validate({**source, **of_model(self._place.allowed)})
             folder = resolve(model, Path(), self._place.note)
         else:
@@ -475,10 +472,7 @@ def classify(files: Sequence[Path], folder: Path, both: bool, place: Place) -> t
                 yield tuple(Guess(index=k, name=class_name(names, k), probability=value) for k, value in pairs)
 
     use = Use("classify", "classify DIR FILE", lambda found: LABELLED_IMAGES.of({"test": images(found)}), True)
-    with (
-        BothModels(folder, use, place, dense=both) as models,
-        oom_as_user_error("classify"),
-    ):
+    with BothModels(folder, use, place, dense=both) as models, oom_as_user_error("classify"):
         sparse = list(guesses(models.model("sparse")))
         dense = list(guesses(models.model("dense"))) if both else [None] * len(sparse)
     return tuple(

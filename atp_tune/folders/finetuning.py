@@ -359,11 +359,7 @@ def apply_trained(
 
 
 def recovered(
-    config: Config,
-    recover: RecoverConfig,
-    place: Place,
-    uniform: Sequence[float] = (),
-    kinds: Sequence[str] = (),
+    config: Config, recover: RecoverConfig, place: Place, uniform: Sequence[float] = (), kinds: Sequence[str] = ()
 ) -> Recovered:
     """Trains a configuration's kept weights, and measures the folder that `apply` will write.
 

@@ -114,10 +114,7 @@ SETTINGS = Registry[type[SettingsTable]](
 
 
 def make_pruner(
-    name: str,
-    settings: dict[str, Any] | None = None,
-    refine: int = 0,
-    quantizer: Quantizer | None = None,
+    name: str, settings: dict[str, Any] | None = None, refine: int = 0, quantizer: Quantizer | None = None
 ) -> Pruner:
     """Makes a pruner by name with its settings; KeyError if the name is not registered.
 

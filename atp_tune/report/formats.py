@@ -486,10 +486,7 @@ def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
         return {}
     summaries = [contents.summary for contents in studies]
     comparable = len({tuple(contents.facts.get(key) for key in SAME) for contents in studies}) == 1
-    by_name = {
-        "perplexities": perplexities(summaries) if comparable else None,
-        "sparsities": sparsities(summaries),
-    }
+    by_name = {"perplexities": perplexities(summaries) if comparable else None, "sparsities": sparsities(summaries)}
     return {name: figure for name, figure in by_name.items() if figure is not None}
 
 

@@ -409,10 +409,7 @@ class WithinLimit(OverInterval):
     def columns(self, summary: "Summary") -> Iterator[Column]:
         """The change from dense on the text where the limit holds; uniform has rows of its own."""
         change = partial(summary.results.change, DENSE, on="validation")
-        yield (
-            "against dense, validation",
-            lambda m: None if m == DENSE else (against := change(m)) and against.change,
-        )
+        yield ("against dense, validation", lambda m: None if m == DENSE else (against := change(m)) and against.change)
         yield "against uniform", summary.results.against_uniform
 
     def _outcome(self, summary: "Summary", best: Point) -> str:

@@ -18,14 +18,7 @@ import optuna
 from optuna.trial import FrozenTrial
 from pydantic import Field, PlainSerializer
 
-from atp_tune.config.best import (
-    BothDraws,
-    Config,
-    Score,
-    Scores,
-    Sparsity,
-    dumps,
-)
+from atp_tune.config.best import BothDraws, Config, Score, Scores, Sparsity, dumps
 from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.measures import MEASURES, Accuracy, Limit

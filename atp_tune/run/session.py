@@ -196,11 +196,7 @@ class Session(Released):
 
     @classmethod
     def _opened(
-        cls,
-        setup: Setup,
-        folder: ModelFolder,
-        checkpoint: Checkpoint,
-        windows: Mapping[str, Items],
+        cls, setup: Setup, folder: ModelFolder, checkpoint: Checkpoint, windows: Mapping[str, Items]
     ) -> "Session":
         base = setup.place.base
         if checkpoint.offload != "none":

@@ -117,13 +117,7 @@ POLL = 2  # seconds between looks at a trial of another process
 PUBLISH = 30  # seconds between writes of note and figures, each of which takes half a second
 
 
-def run_trials(
-    run: "StudyRun",
-    study: optuna.Study,
-    session: "Session",
-    goal: AtSparsity,
-    total: int,
-) -> int:
+def run_trials(run: "StudyRun", study: optuna.Study, session: "Session", goal: AtSparsity, total: int) -> int:
     """Runs trials until the total is reached or the time is up, and returns the study's present total.
 
     Another run may change the total meanwhile. Trials that other processes run are not run again.
