@@ -102,8 +102,7 @@ def is_better(gains: Sequence[float]) -> bool:
     mean, count = statistics.fmean(gains), len(gains)
     if not math.isfinite(mean):
         return False
-    doubt = interval_factor(count) * statistics.stdev(gains) / math.sqrt(count) if count > 1 else 0.0
-    return mean >= max(LEAST, doubt)
+    return mean >= max(LEAST, interval_factor(count) * statistics.stdev(gains) / math.sqrt(count) if count > 1 else 0.0)
 
 
 # --- Greedy continuations of prompts by the dense and the pruned models, as stored in a configuration and on a study.

@@ -192,8 +192,6 @@ class StudyRequest:
         """
         model = self.source.removeprefix("pypi:").partition("==")[0]
         path = Path(model)
-        stem = path.stem if path.suffix == ".gguf" else path.absolute().name
-        text = Path(self.texts).stem if isinstance(self.texts, str) else None
         limit: list[str] = []  # in percent, as in max-increase-5, or max-kl-0.1, or min-accuracy-piqa-0.6
         for key, value in (self.limit or {}).items():
             if isinstance(value, Mapping):
@@ -201,13 +199,13 @@ class StudyRequest:
             else:
                 limit.append(f"{key.replace('_', '-')}-{100 * value if key == 'max_increase' else value:g}")
         parts = [
-            stem,
+            path.stem if path.suffix == ".gguf" else path.absolute().name,
             None if self.sparsity is None or (limit and self.sparsity == WHOLE_INTERVAL) else in_percent(self.sparsity),
             self.size and f"size-{self.size}",
             *limit,
             self.preset,
             *map(short_name, [*self.pruners, *self.allocations]),
-            text,
+            Path(self.texts).stem if isinstance(self.texts, str) else None,
         ]
         return re.sub(r"[^a-z0-9._]+", "-", "-".join(part for part in parts if part).lower()).strip("-.")
 

@@ -122,9 +122,8 @@ def _train(
         study.set_user_attr("training", identity())  # so that others see it
         try:
             run.watch(TrialStarted(f"training the kept weights of trial {best.number}", None))
-            turns = getattr(run.file.study.test_text, "turns", ())
             with in_folder(config, lender, place, cache_dir("recovered")) as (of_folder, there, _):
-                outcome = recovered(of_folder, options, there, nlls, turns)
+                outcome = recovered(of_folder, options, there, nlls, getattr(run.file.study.test_text, "turns", ()))
         except UserError as error:
             run.note(f"warning: the best plan stays as it was pruned: {error}")
             return None
@@ -284,5 +283,4 @@ def _nothing_to_do(study: optuna.Study, run: StudyRun) -> str:
     has_found = file.study.limit is not None and "terminated_early" in study.user_attrs
     more = file.study.model_copy(update={"search": file.study.search.model_copy(update={"trials": done + 1})})
     goal = make_goal(more, Budget(file.study.highest, tuple(study.user_attrs["sizes"])))
-    is_open = not has_found and goal.total > done
-    return f"{text} (--trials N adds more)" if is_open else text
+    return f"{text} (--trials N adds more)" if not has_found and goal.total > done else text

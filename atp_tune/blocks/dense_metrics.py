@@ -349,8 +349,7 @@ def tail_exponent(spectrum: Tensor) -> float:
     logs = spectrum.log()
     # Interval of eigenvalues in which the tail may begin, from the peak of the histogram of their logarithms.
     low, high = float(logs[0]), float(logs[-1])
-    counts = torch.histc(logs, BINS, min=low, max=high)
-    edge = math.exp(low + int(counts.argmax()) * (high - low) / BINS)
+    edge = math.exp(low + int(torch.histc(logs, BINS, min=low, max=high).argmax()) * (high - low) / BINS)
     low, high = math.log10(NEAR[0] * edge), NEAR[1] * edge
     starts = ((spectrum >= low) & (spectrum <= high)).nonzero().flatten()
     excess = logs.flip(0).cumsum(0).flip(0)[starts] - (total - starts) * logs[starts]
@@ -377,6 +376,5 @@ def distances(logs: Tensor, starts: Tensor, exponents: Tensor) -> Tensor:
     for start, exponent in zip(torch.split(starts, CHUNK), torch.split(exponents, CHUNK), strict=True):
         rank = positions - start[:, None]
         law = 1 - torch.exp((1 - exponent[:, None]) * (logs - logs[start][:, None]))
-        gap = (law - rank / (len(logs) - start[:, None])).abs()
-        gaps.append(gap.masked_fill(rank < 0, 0).amax(1))
+        gaps.append((law - rank / (len(logs) - start[:, None])).abs().masked_fill(rank < 0, 0).amax(1))
     return torch.cat(gaps)

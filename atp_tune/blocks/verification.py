@@ -168,8 +168,7 @@ class _Calls:
 def _recorded(checkpoint: Checkpoint, rows: int) -> Iterator[_Calls]:
     """Records calls of a batch with so many hidden states (`rows`), items times positions."""
     names = {f"{i}.{linear.module}" for i, linears in enumerate(checkpoint.linears) for linear in linears}
-    has_experts = any(linear.expert is not None for linears in checkpoint.linears for linear in linears)
-    calls = _Calls(set(names), has_experts)
+    calls = _Calls(set(names), any(linear.expert is not None for linears in checkpoint.linears for linear in linears))
 
     def on_input(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         calls.missing.discard(name)
@@ -267,8 +266,7 @@ class OfPairs:
             for name, tensor in self._pair.tensors.items():
                 rows = tensor.expand(items, *tensor.shape[1:]).clone()
                 if tensor.is_floating_point():
-                    noise = torch.randn(rows.shape, generator=draw) if seed else torch.ones(rows.shape)
-                    rows.copy_(noise)
+                    rows.copy_(torch.randn(rows.shape, generator=draw) if seed else torch.ones(rows.shape))
                 tensors[name] = rows
             return replace(self._pair, tensors=tensors)
 

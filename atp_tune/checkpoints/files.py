@@ -229,8 +229,7 @@ def offsets(file: Path) -> dict[str, int]:
 def read_header(file: Path) -> Table:
     """Dtype, shape and offsets of each tensor of a file; UserError if the file has no header."""
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        text = stream.read(min(length, LONGEST))
+        text = stream.read(min(int.from_bytes(stream.read(8), "little"), LONGEST))
     return parse_header(text, file)
 
 

@@ -61,8 +61,7 @@ def apply(
     """
     if verify is not None:
         if (config, options.study, out, push) != (None, None, None, None) or packed or slim:
-            why = "goes without --config, --study, --out, --packed, --slim and --push"
-            raise wrong("--verify", why)
+            raise wrong("--verify", "goes without --config, --study, --out, --packed, --slim and --push")
         _verify(verify)
         return
     options.check("--config FILE", config, storage=options.storage)

@@ -70,8 +70,7 @@ def evaluate(
             check(path, read, storage)
         from atp_tune.folders import comparing
 
-        base = path.parent / read.folder if read else Path()
-        place = Place(base, device or "auto", vars(may), watch)
+        place = Place(path.parent / read.folder if read else Path(), device or "auto", vars(may), watch)
         options = comparing.TaskOptions(names, limit, num_fewshot, batch)
         result = (
             comparing.evaluate(read, options, place)
@@ -179,8 +178,7 @@ def classify(
             side = [name] if name else []
             rows.append([_cell(one.file), *side, *(_cell(f"{g.name} {g.probability:.1%}") for g in guesses)])
     model = [] if results[0].dense is None else ["model"]
-    ranks = [str(index + 1) for index in range(len(results[0].classes))]
-    echo(markdown(["picture", *model, *ranks], rows))
+    echo(markdown(["picture", *model, *[str(index + 1) for index in range(len(results[0].classes))]], rows))
 
 
 def _cell(text: str) -> str:

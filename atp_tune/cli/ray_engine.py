@@ -46,8 +46,7 @@ def run_on_ray(job: WorkerJob, display: Display, count: int | None, address: str
             raise UserError(_out_of_reach(job.file))
         # The resource that each worker takes one of, and how many the cluster has.
         resources, device = ray.cluster_resources(), job.file.study.device  # type: ignore[no-untyped-call]
-        is_gpu = device.startswith("cuda") or (device == "auto" and resources.get("GPU", 0) >= 1)
-        kind = "GPU" if is_gpu else "CPU"
+        kind = "GPU" if device.startswith("cuda") or (device == "auto" and resources.get("GPU", 0) >= 1) else "CPU"
         there = int(resources.get(kind, 0))
         count = count or max(1, there)
         if count > there:

@@ -266,8 +266,7 @@ def report(
         raise UserError(f"--study-name: must be given once for each --study, got {len(study_names)} for {len(study)}")
     pairs = zip(study, study_names or [None] * len(study), strict=True)
     files = [(load_study(one, storage, None, set_), name) for one, name in pairs]
-    names = [name or file.name for file, name in files]
-    target = out or files[0][0].beside(report_name(names, kind))
+    target = out or files[0][0].beside(report_name([name or file.name for file, name in files], kind))
     check(kind, target)
     stored = [stored_study(file, name) for file, name in files]
     now = datetime.now()

@@ -330,8 +330,7 @@ def _choices(summary: Summary, rows: int) -> Iterator[list[FrozenTrial]]:
     best = summary.best_trial
     for count in range(min(rows, len(begun)), 0, -1):
         last = begun[-count:]
-        leads = best is not None and best.number < last[0].number
-        yield [best, *last[1:]] if best is not None and leads else last
+        yield [best, *last[1:]] if best is not None and best.number < last[0].number else last
 
 
 def _line(text: str, style: str = "") -> Text:

@@ -68,8 +68,7 @@ class MLflowRun:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
-        own = f"sqlite:///{beside(f'{name}.mlflow.db').absolute()}"
-        address = os.environ.get("MLFLOW_TRACKING_URI") or own
+        address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{beside(f'{name}.mlflow.db').absolute()}"
         self.place = f"experiment {PROJECT} in {without_secrets(address)}"
         self._client = MlflowClient(tracking_uri=address)
         match = self._client.get_experiment_by_name(PROJECT)

@@ -161,8 +161,7 @@ def passes(statistics: str, measures: bool, tokens: Tokens, evaluated: int) -> P
     """The passes of a trial; `measures`: its pruner needs statistics."""
     if not measures or statistics == "dense":
         return Passes(listen=0, run=tokens.curve, evaluate=evaluated)
-    listen = tokens.calibration if statistics == "block" else 0
-    return Passes(listen=listen, run=tokens.calibration, evaluate=evaluated)
+    return Passes(listen=tokens.calibration if statistics == "block" else 0, run=tokens.calibration, evaluate=evaluated)
 
 
 @dataclass(frozen=True)
@@ -421,9 +420,8 @@ def statistics_kinds(study: Study) -> int:
     """Number of kinds of statistics that are measured once on the dense model."""
     if study.prune.statistics == "dense":
         return dense_kinds(study)
-    names = study.allocation.short_names
     own = {study.prune.pruner(name).measures for name in study.own_prices} - {None}
-    return len(own) + any(ALLOCATIONS[name].measures_inputs for name in names)
+    return len(own) + any(ALLOCATIONS[name].measures_inputs for name in study.allocation.short_names)
 
 
 def dense_kinds(study: Study) -> int:

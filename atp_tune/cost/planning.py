@@ -217,8 +217,7 @@ def _trials(amounts: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:
         ("screening", dict.fromkeys(amounts.costs, alone) if amounts.screened else {}),
     ):
         for pruner, cost in costs.items():
-            seconds = rates.trial(pruner, cost) if rates else None
-            yield TrialCost(what=what, pruner=pruner, tokens=cost, seconds=seconds)
+            yield TrialCost(what=what, pruner=pruner, tokens=cost, seconds=rates.trial(pruner, cost) if rates else None)
 
 
 def _descent_bytes(amounts: Known) -> int:

@@ -186,8 +186,7 @@ def stage(folder: Path, out: Path) -> None:
                 continue
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).symlink_to(file.resolve())
-    base = folder / str(json.loads(texts[ABOUT]).get("folder", "."))
-    for json_name, text in published(texts, base).items():
+    for json_name, text in published(texts, folder / str(json.loads(texts[ABOUT]).get("folder", "."))).items():
         (out / json_name).write_bytes(text.encode())
 
 

@@ -109,9 +109,8 @@ def find_pair(config: Config, sparse: Path | None, place: Place, passing: Path |
         cached = _cached(config, dense, place)
         sparse = cached if passing is None or cached.is_dir() else passing
         if not sparse.is_dir():
-            way = SLIM if parse(config.prune.pattern).channels else PLAIN
             with folder_atomically(sparse, shared=True) as folder:
-                write_applied(config, folder, place, way)
+                write_applied(config, folder, place, SLIM if parse(config.prune.pattern).channels else PLAIN)
     return Pair(dense.path, sparse, config.prune.pattern, dense.trusted)
 
 
@@ -277,8 +276,7 @@ class Eager:
             self._graphs[side] = torch.compile(model.__call__, fullgraph=True, **compiler), cache
             for _ in range(3):  # is compiled, recorded, replayed
                 logits = self._run(side, GRAPH)[1]
-            wanted = self._run(side, "decode")[1]
-            if not (difference := relative(logits, wanted)) <= EXACT[model.dtype]:
+            if not (difference := relative(logits, self._run(side, "decode")[1])) <= EXACT[model.dtype]:
                 raise ValueError(f"with a static cache logits differ by {difference:.1g} of the largest")
 
 

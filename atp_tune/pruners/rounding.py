@@ -43,8 +43,7 @@ class Grid:
             low = -high
         scale = (high - low) / top
         scale = torch.where(scale == 0, 1, scale)
-        zero = torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else (-low / scale).round()
-        return cls(scale, zero, top)
+        return cls(scale, torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else (-low / scale).round(), top)
 
     def nearest(self, weights: Tensor) -> Tensor:
         """The values nearest to weights, whose shape matches that of the scales."""

@@ -232,8 +232,7 @@ def _rank(scores: Floats, result: NDArray[Any]) -> None:
     bits = np.where(np.isnan(scores), np.int32(2**31 - 1), bits ^ ((bits >> 31) & np.int32(2**31 - 1)))
     keys = bits.astype(np.int64) << 32 | np.arange(scores.shape[1])
     keys.sort(axis=1)
-    columns = keys & (2**32 - 1)
-    np.put_along_axis(result, columns, np.arange(scores.shape[1], dtype=result.dtype)[None], axis=1)
+    np.put_along_axis(result, keys & (2**32 - 1), np.arange(scores.shape[1], dtype=result.dtype)[None], axis=1)
 
 
 # --- Structured pruning: scores of whole channels, and the refit of the linear that reads them. No gradients.

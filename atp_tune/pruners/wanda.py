@@ -119,5 +119,4 @@ def _shares(scores: Tensor) -> Tensor:
     """For each score [out, in], the cumulative sum of its row in ascending order, divided by the sum of the row."""
     ordered, order = scores.sort(dim=1, stable=True)
     sums = ordered.cumsum(1)
-    shares = torch.where(sums > 0, sums / sums[:, -1:], 0)
-    return torch.empty_like(scores).scatter_(1, order, shares)
+    return torch.empty_like(scores).scatter_(1, order, torch.where(sums > 0, sums / sums[:, -1:], 0))

@@ -381,8 +381,7 @@ class Relay(grpc.ServerInterceptor):
                 raise
             context.abort(grpc.StatusCode.UNAVAILABLE, f"{DATABASE}{error_reason(error)}")
         except UserError as error:
-            code = grpc.StatusCode.UNAVAILABLE if may_pass(error) else BROKEN
-            context.abort(code, f"{DATABASE}{error}")
+            context.abort(grpc.StatusCode.UNAVAILABLE if may_pass(error) else BROKEN, f"{DATABASE}{error}")
 
 
 def check_free(host: str, port: int, option: str) -> None:

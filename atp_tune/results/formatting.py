@@ -354,7 +354,6 @@ def study_remarks(summary: Summary) -> list[str]:
     steps = summary.made_from.study.prune.refine if summary.made_from else 0
     by = f"{steps} step{'s' * (steps > 1)} of conjugate gradients"
     refined = f"Pruned weights are refined by {by}, those of uniform too." if steps else ""
-    trained = recovery_note(summary)
     bos = f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}." if summary.bos else ""
     # Trials on several devices, in several dtypes or batch sizes.
     others = ", ".join(dict.fromkeys(summary.unlike.values()))
@@ -363,7 +362,7 @@ def study_remarks(summary: Summary) -> list[str]:
         f"{len(summary.unlike)} of {len(summary.trials)} trials ran {others}: perplexities of different devices differ "
         f"in the last digits, those of different number formats by per cents{batches}."
     )
-    remarks = (sign_of_beta(summary), bos, refined, summary.rounded, trained, mixture if others else "")
+    remarks = (sign_of_beta(summary), bos, refined, summary.rounded, recovery_note(summary), mixture if others else "")
     return [remark for remark in remarks if remark]
 
 

@@ -212,8 +212,7 @@ class OverInterval(AtSparsity):
             value = objective_values(trial)[0]
             if value < lowest and (value > 0 or not of_logs):
                 front, lowest = [trial, *front], value
-        values = (objective_values(trial)[0] for trial in front)
-        heights = [math.log(value) if of_logs else value for value in values]
+        heights = [math.log(value) if of_logs else value for value in (objective_values(trial)[0] for trial in front)]
         index = knee([(target_sparsity(trial) or 0.0, height) for trial, height in zip(front, heights, strict=True)])
         return None if index is None else front[index]
 

@@ -254,8 +254,7 @@ class Callbacks:
         self, study: optuna.Study, trial: FrozenTrial, best: FrozenTrial | None, done: int, total: int
     ) -> None:
         """Calls each; if one stops the study, the trials so far are its total. `best`: the study's best trial now."""
-        is_due = self.run.reports and monotonic() - self._time >= PUBLISH
-        if best is not None and best.number != self._best and is_due:
+        if best is not None and best.number != self._best and self.run.reports and monotonic() - self._time >= PUBLISH:
             self._best, self._time = best.number, monotonic()
             self.run.publish(study)
         assert isinstance(study, ValidatedStudy)

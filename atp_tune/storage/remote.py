@@ -57,10 +57,9 @@ def connect(address: str) -> "RemoteStorage":
         host, port = None, 0
     if not host or url.path.strip("/") or url.username or url.password:
         raise UserError("storage: not a server's URL; write grpc://HOST:13000, or grpcs://HOST:443 behind TLS")
-    name = f"[{host}]" if ":" in host else host
     token = os.environ.get("ATP_TUNE_TOKEN") if url.scheme == "grpcs" else None  # never unencrypted
     with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-        storage = RemoteStorage(name, port, token, url.scheme)
+        storage = RemoteStorage(f"[{host}]" if ":" in host else host, port, token, url.scheme)
     storage.check()
     return storage
 
