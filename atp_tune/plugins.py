@@ -57,10 +57,10 @@ class Module:
     sha256: str
 
 
-_modules: dict[tuple[Path, str], Module] = {}  # by file and content
+_modules = dict[tuple[Path, str], Module]()  # by file and content
 _PROCESS = os.urandom(16).hex()  # what cannot be known is another one in each process
 _STDLIB = str(Path(os.__file__).parent)
-_running: list[list[tuple[str, str, Any]]] = []  # what decorators register in a file that is being run
+_running = list[list[tuple[str, str, Any]]]()  # what decorators register in a file that is being run
 
 
 def pruner(name: str) -> Callable[[T], T]:
@@ -127,7 +127,7 @@ def content_of_object(value: Any) -> str:
     Where something cannot be known, such as an open file or what is nested too deeply, it is another one in each
     process.
     """
-    seen: dict[int, tuple[int, Any]] = {}
+    seen = dict[int, tuple[int, Any]]()
 
     def parts(each: Any) -> Iterator[str]:
         """Yields an object's type, then its parts, as text, each part once."""
@@ -271,7 +271,7 @@ def _run(file: Path, address: str, key: str) -> Module:
         code = ModuleType(f"atp_tune_plugin_{file.stem}_{sha256[:12]}")
         code.__file__ = str(file)
         sys.modules[code.__name__] = code  # where pydantic looks for names in annotations
-        registered: list[tuple[str, str, Any]] = []
+        registered = list[tuple[str, str, Any]]()
         _running.append(registered)
         try:
             exec(compile(content, file, "exec"), code.__dict__)

@@ -222,7 +222,7 @@ class Lines:
         self._title = self._plan = self._results = ""
         self._began = self._first = monotonic()
         self._shown = 0.0
-        self._said: set[str] = set()
+        self._said = set[str]()
         self._remaining = Remaining()
 
     def __call__(self, event: Event) -> None:

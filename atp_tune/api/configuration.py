@@ -148,7 +148,7 @@ def written(model: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
 @torch.no_grad()
 def copied(model: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """A copy of the model; the dense weights that are replaced are never copied."""
-    memo: dict[int, Any] = {}
+    memo = dict[int, Any]()
     for name, weight in weights.items():
         parameter = model.get_parameter(name)
         own = torch.empty_like(parameter).copy_(weight)

@@ -110,7 +110,7 @@ def environment() -> MachineReport:
     """Describes this machine and its Python."""
     from huggingface_hub import constants
 
-    problems: list[str] = []
+    problems = list[str]()
 
     def tried(what: str, find: Callable[[], Found]) -> Found | None:
         try:

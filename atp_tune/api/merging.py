@@ -64,8 +64,8 @@ def merge(sources: Sequence[str], out: Path, name: str | None) -> tuple[optuna.S
     first, shares = _open(sources, name)
     name = first.study_name
     # Trials of two storages are one if they are equal, also in how many equal ones their storage has before them.
-    entries: dict[object, tuple[Share, FrozenTrial]] = {}
-    keys: list[list[object]] = []
+    entries = dict[object, tuple[Share, FrozenTrial]]()
+    keys = list[list[object]]()
     for share in shares:
         equal: Counter[object] = Counter()
         keys.append([])
@@ -185,7 +185,7 @@ def _write(folder: Path, first: optuna.Study, shares: Sequence[Share], trials: S
     user["total"] = max(sum(map(progress.counts, trials)), *(share.user.get("total", 0) for share in shares))
     user |= {key: table for key, table in tables.items() if table}
     # Notes of the study and its trials, with people's words from all storages.
-    notes: dict[int | None, dict[str, None]] = {}
+    notes = dict[int | None, dict[str, None]]()
     for share in shares:
         notes.setdefault(None, {})[note_in(share.attrs)] = None
         for trial in share.trials:

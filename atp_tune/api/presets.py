@@ -113,7 +113,7 @@ def preset_texts(choice: str | Mapping[str, str], preset: Preset, folder: "Model
     hub_texts = HUB_TEXTS.get(choice, {}) if isinstance(choice, str) else {}
     choices = dict.fromkeys(PARTS, choice) if isinstance(choice, str) else choice
     seqlen = min(preset.seqlen, context_length(folder) or preset.seqlen)
-    tables: dict[str, Table] = {}
+    tables = dict[str, Table]()
     is_shuffled = False
     for role, text in choices.items():
         most, draws = getattr(preset, role), preset.draws if role == "calibration" else 1
@@ -192,7 +192,7 @@ class StudyRequest:
         """
         model = self.source.removeprefix("pypi:").partition("==")[0]
         path = Path(model)
-        limit: list[str] = []  # in percent, as in max-increase-5, or max-kl-0.1, or min-accuracy-piqa-0.6
+        limit = list[str]()  # in percent, as in max-increase-5, or max-kl-0.1, or min-accuracy-piqa-0.6
         for key, value in (self.limit or {}).items():
             if isinstance(value, Mapping):
                 limit += ["min-accuracy", *(f"{Path(task).stem}-{least:g}" for task, least in value.items())]

@@ -86,7 +86,7 @@ class _Probe:
     def channels(self, settings: ChannelSettings) -> BlockChannels:
         """The block's channels; UserError if it has no MLP channels, or no heads where heads are asked for."""
         sets = [channel_set for reader, writers in self._pairs().items() if (channel_set := self._set(reader, writers))]
-        seen: set[str] = set()
+        seen = set[str]()
         for name in (name for one in sets for name in one.linears):
             if name in seen:
                 self._refuse(f"{name} both reads and writes channels")
@@ -105,7 +105,7 @@ class _Probe:
 
     def _pairs(self) -> dict[str, list[str]]:
         """The writers of each reader."""
-        by_reader: dict[str, list[str]] = {}
+        by_reader = dict[str, list[str]]()
         for name in self._plain.outputs:
             changed = self._changed(self._run({name: self._noise(name, slice(None))}))
             if reader := next((other for other in changed if other != name), None):

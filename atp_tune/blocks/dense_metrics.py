@@ -70,13 +70,13 @@ class PerBlock(Sequence[BlockStatistics]):
 
 def cached_statistics(folder: Path, kind: type[Statistics], blocks: int, device: torch.device) -> PerBlock:
     """Statistics that are read from disk, each block's from its file."""
-    small: dict[int, BlockStatistics] = {}
+    small = dict[int, BlockStatistics]()
 
     def of(index: int) -> BlockStatistics:
         if index in small:
             return small[index]
         file = block_file(folder, index)
-        parts: dict[int, dict[str, torch.Tensor]] = {}
+        parts = dict[int, dict[str, torch.Tensor]]()
         with safe_open(file, "pt", device=str(device)) as stored:
             for key in stored.keys():  # noqa: SIM118 - it is no mapping
                 number, _, name = key.partition(" ")
@@ -96,7 +96,7 @@ def ranked(statistics: Sequence[BlockStatistics], checkpoint: Checkpoint, group:
 
     Ranking takes as long as two or three masks, so it is not worthwhile for a single plan.
     """
-    weight_ranks: dict[int, BlockStatistics | None] = {}
+    weight_ranks = dict[int, BlockStatistics | None]()
 
     def of(index: int) -> BlockStatistics:
         plain = statistics[index] if weight_ranks.get(index) is None else {}

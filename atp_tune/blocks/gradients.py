@@ -343,7 +343,7 @@ class ByPruner:
         self._statistics = statistics
         self._group: int | None = getattr(pruner, "group", None)
         self._free = room
-        self._kept: dict[tuple[int, str, int], Tensor] = {}  # the one that was asked for last is the last
+        self._kept = dict[tuple[int, str, int], Tensor]()  # the one that was asked for last is the last
 
     def number(self, columns: int) -> int:
         """The level of sparsity 1: as many as a group has weights, or `GRID`."""
@@ -521,7 +521,7 @@ class BitPricing:
         `done` gets the number of blocks that are measured.
         """
         checkpoint = self.gradients.checkpoint
-        errors: dict[int, list[Tensor]] = {}  # of the linears of one block, each [widths, weights]
+        errors = dict[int, list[Tensor]]()  # of the linears of one block, each [widths, weights]
         none = torch.zeros(len(self.widths), dtype=torch.float64)
         total = [[none] * len(linears) for linears in checkpoint.linears]
 

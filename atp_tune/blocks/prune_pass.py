@@ -76,9 +76,9 @@ class InputCollector:
     on_inputs: OnInputs
 
     def __post_init__(self) -> None:
-        self._by_name: dict[str, Statistics] = {}
-        self._run: set[str] = set()
-        self._by_tensor: dict[int, tuple[ref[Tensor], Statistics]] = {}  # by id of the input tensor
+        self._by_name = dict[str, Statistics]()
+        self._run = set[str]()
+        self._by_tensor = dict[int, tuple[ref[Tensor], Statistics]]()  # by id of the input tensor
 
     @contextmanager
     def attached(self, block: nn.Module) -> Iterator[None]:
@@ -89,7 +89,7 @@ class InputCollector:
             if linear.expert is None
         ]
         # The linears of experts by name, for the path of each experts module.
-        experts: dict[str, dict[str, Linear]] = {}
+        experts = dict[str, dict[str, Linear]]()
         for linear in self.linears:
             if linear.expert is not None:
                 experts.setdefault(linear.module, {})[linear.name] = linear
@@ -178,7 +178,7 @@ def prune_sequentially(
         try:
             while True:
                 # Each batch runs to its next linears, or to its end, where the stop is its result.
-                stops: list[Any] = []
+                stops = list[Any]()
                 for batch in batches:
                     stops.append(batch.switch())
                     if thread_state() != before:  # of the thread, not of the greenlet: the other batches share it
@@ -234,7 +234,7 @@ class Timer:
     device: torch.device
 
     def __post_init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds = dict[str, float]()
         self._last = self._now()
 
     def lap(self, phase: str) -> None:
@@ -290,7 +290,7 @@ class Pass:
         `hidden` has no windows if neither the pruner nor an error curve needs them. Where a block changes the shape of
         the states, they are a new tensor. `items`: those of `hidden`, needed where a vision tower is pruned too.
         """
-        tower: list[Tensors] = []
+        tower = list[Tensors]()
         for index in range(len(self.replay.checkpoint.linears)):
             hidden = entering(self.replay, self.batch, index, hidden, items, tower)
             block = self.step(plan, index, hidden)
@@ -378,7 +378,7 @@ class Pruning:
         keys = {linear.key for linear in linears}
         room = {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
         self.weights = weights | room
-        self.experts_without_tokens: list[str] = []
+        self.experts_without_tokens = list[str]()
         self.channels: Tensors = {}
         self._dense = weights
         self._pruner = pruner

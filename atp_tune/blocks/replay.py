@@ -46,9 +46,9 @@ class Replay:
     def __init__(self, checkpoint: Checkpoint, inputs: InputKind) -> None:
         self.checkpoint = checkpoint
         self.inputs = inputs
-        self._calls: dict[tuple[int, int], list[Call]] = {}
-        self._blank: dict[int, Batch] = {}  # a batch of the last size that crossed a step
-        self._steps: set[int] = set()  # blocks after which the model computes something before the next block
+        self._calls = dict[tuple[int, int], list[Call]]()
+        self._blank = dict[int, Batch]()  # a batch of the last size that crossed a step
+        self._steps = set[int]()  # blocks after which the model computes something before the next block
         self._rest = self._outputs()
 
     @property
@@ -78,7 +78,7 @@ class Replay:
         """
         if index not in self._steps:
             return hidden
-        states: list[Tensor] = []
+        states = list[Tensor]()
 
         def stand_in(i: int, *args: Any, **kwargs: Any) -> Any:
             if i == index + 1:
@@ -139,7 +139,7 @@ class Replay:
 
     def _enter(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         """Hidden states that enter block 0, and the call of each block, for a batch."""
-        recorded: list[tuple[Tensor, Call]] = []
+        recorded = list[tuple[Tensor, Call]]()
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
             entry = split(args, kwargs)
@@ -184,7 +184,7 @@ class Replay:
 
         Of language models those of the block that runs first, for all blocks.
         """
-        outputs: dict[int, Any] = {}
+        outputs = dict[int, Any]()
         own, each = [block.forward for block in self.checkpoint.blocks], self.inputs.has_steps
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
@@ -319,7 +319,7 @@ class AutoBatch:
 
     def over(self, count: int, step: Callable[[slice], T]) -> list[T]:
         """Results of `step(rows)` for consecutive slices of `count` windows, each slice a batch of `run`."""
-        results: list[T] = []
+        results = list[T]()
         start = 0
         while start < count:
 

@@ -112,7 +112,7 @@ def check_batch(replay: Replay, batch: Batch, where: str, remedy: str = TEXTS_AL
 
 def check_own_weights(checkpoint: Checkpoint) -> None:
     """Raises Difference if blocks share a weight, since pruning it twice would keep the second mask only."""
-    owners: dict[int, int] = {}
+    owners = dict[int, int]()
     for index, block in enumerate(checkpoint.blocks):
         tensors = dict(block.named_parameters(remove_duplicate=False))
         for linear in checkpoint.linears[index]:
@@ -313,7 +313,7 @@ def _check_tower(tower: Replay, batch: Batch) -> None:
 
     They are replayed after the model has run: while it runs, transformers collects what its blocks return.
     """
-    ran: list[tuple[int, Tensor, Tensor]] = []
+    ran = list[tuple[int, Tensor, Tensor]]()
     own = [block.forward for block in tower.checkpoint.blocks]
     weights = tower.checkpoint.weights
 

@@ -258,7 +258,7 @@ def find_gates(block: nn.Module) -> set[nn.Module]:
 
     They have one output per expert, or a single output, the gate of a shared expert.
     """
-    gates: set[nn.Module] = set()
+    gates = set[nn.Module]()
     for holder in block.modules():
         counts = {child.num_experts for child in holder.children() if holds_experts(child)}
         for child in holder.children() if counts else ():

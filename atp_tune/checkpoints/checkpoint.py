@@ -321,7 +321,7 @@ class LentModel(ModelFolder):
         }
 
 
-_lent: dict[str, LentModel] = {}
+_lent = dict[str, LentModel]()
 
 
 def find(source: str) -> LentModel:

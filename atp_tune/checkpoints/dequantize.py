@@ -64,7 +64,7 @@ class Stored:
     @cached_property
     def beside(self) -> dict[str, list[str]]:
         """For each quantized tensor, the names of the tensors that dequantize it, its scales first."""
-        inner: dict[str, list[str]] = {}
+        inner = dict[str, list[str]]()
         for name in self.entries:
             module, within, _ = name.partition(".weight.")
             if within:
@@ -108,7 +108,7 @@ def dequantize_folder(source: Path, target: Path) -> None:
     """
     stored, config = Stored(source), read_table(source / "config.json")
     stored.check()
-    index: dict[str, str] = {}
+    index = dict[str, str]()
     for file in stored.files:
         tensors = dict(_full(stored, file, config))
         save_file(tensors, target / file.name, metadata={"format": "pt"})

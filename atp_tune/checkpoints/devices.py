@@ -451,8 +451,8 @@ class Copier:
         self._next: int | None = None
         self._waiting: Copied | None = None
         self._last: tuple[Copied, Any] | None = None  # what was delivered, and to be used in which stream
-        self._held: dict[int, tuple[int, int]] = {}  # live and total bytes of each delivered copy
-        self._marks: list[Mark] = []
+        self._held = dict[int, tuple[int, int]]()  # live and total bytes of each delivered copy
+        self._marks = list[Mark]()
         self._copies = 0
 
     def run(self) -> None:

@@ -170,7 +170,7 @@ def read_sizes(folder: Path) -> ModelSizes:
     }
     counts = {name: prod(entry["shape"]) for name, entry in tensors.items()}
     stored = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in tensors.items()}
-    lists: dict[str, Counter[int]] = {}
+    lists = dict[str, Counter[int]]()
     for name, count in counts.items():
         if match := NUMBERED.match(name):
             lists.setdefault(match["list"], Counter())[int(match["index"])] += count

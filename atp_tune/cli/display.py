@@ -36,9 +36,9 @@ class Display:
         self.remaining = Remaining()
         self.is_study = False
         self._began = monotonic()
-        self._notes: set[str] = set()
+        self._notes = set[str]()
         self._only: Line | None = None
-        self.listeners: list[EventHandler] = []  # are told of each trial that ends, of any worker
+        self.listeners = list[EventHandler]()  # are told of each trial that ends, of any worker
 
     def __enter__(self) -> "Display":
         if console().is_terminal:
@@ -95,7 +95,7 @@ class Line:
         self._bar = display.bars.add_task("", total=None, visible=False, count="")
         self._title = self._plan = ""
         self._began = monotonic()
-        self._phases: dict[str, tuple[int, float]] = {}  # first step of each, and when it ended
+        self._phases = dict[str, tuple[int, float]]()  # first step of each, and when it ended
         self._said = self._began  # when a line was printed last
 
     def __call__(self, event: Event) -> None:

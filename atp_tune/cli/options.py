@@ -70,7 +70,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     about, rows = described(command.__doc__)
     for text in (*(kind.__doc__ for kind in groups.values()), SHARED):
         rows = described(text)[1] | rows
-    parameters: list[Parameter] = []
+    parameters = list[Parameter]()
     for own in given.values():
         fields = signature(groups[own.name], eval_str=True).parameters if own.name in groups else {own.name: own}
         for name, one in fields.items():
@@ -297,7 +297,7 @@ def rejoin(environment: Any) -> None:
     words, index = environment.get("COMP_WORDS", "").split("\n"), environment.get("COMP_CWORD", "")
     if not index.isdecimal():
         return
-    joined: list[str] = []
+    joined = list[str]()
     for before, word in zip(["", *words], words[: int(index) + 1], strict=False):
         if joined and "=" in (word, before):
             joined[-1] += word

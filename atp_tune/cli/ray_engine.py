@@ -141,7 +141,7 @@ class News:
     """The actor: holds events of all workers until the driver takes them, and whether workers are to stop."""
 
     def __init__(self) -> None:
-        self._events: list[tuple[int, Event]] = []
+        self._events = list[tuple[int, Event]]()
         self._is_stopping = False
 
     def stop(self) -> None:
@@ -174,7 +174,7 @@ def _work(job: WorkerJob, index: int, news: Any, home: str) -> str | None:
 
     if _answer(news.is_stopping.remote(), without=False):
         return None
-    sent: list[Any] = []
+    sent = list[Any]()
 
     def tell(event: Event) -> None:
         sent[:] = [news.put.remote(index, event)]

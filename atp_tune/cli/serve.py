@@ -42,7 +42,7 @@ def serve(
     from atp_tune.report.servers import serve as answer
 
     service = choose(study, storage, listen, port, grpc_port, artifacts)
-    signals: list[int] = []
+    signals = list[int]()
     before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in STOPS}
     try:
         with quiet():

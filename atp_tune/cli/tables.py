@@ -286,7 +286,7 @@ class Changes:
     def __init__(self, as_json: bool = False) -> None:
         self._as_json = as_json
         self._said: Status | str | None = ""
-        self._known: dict[int, TrialStatus] = {}
+        self._known = dict[int, TrialStatus]()
 
     def show(self, summary: Summary | None, waits: str = "") -> None:
         """Prints a state; nothing of a complete study, but in JSON, since its summary follows.

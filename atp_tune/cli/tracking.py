@@ -151,7 +151,7 @@ class Follower:
 
     def __init__(self, names: Sequence[str], load: Callable[[], Any], beside: Beside, tell: EventHandler) -> None:
         self._waiting = list(dict.fromkeys(names))  # not yet opened
-        self._open: dict[str, Tracker] = {}
+        self._open = dict[str, Tracker]()
         self._load, self._beside, self._tell = load, beside, tell
         self._study: Any = None
 

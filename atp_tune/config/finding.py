@@ -33,7 +33,7 @@ def find(name: str) -> Path:
 
 def known() -> list[Path]:
     """The files of all studies that `find` finds by name, sorted by name."""
-    paths: dict[str, Path] = {}
+    paths = dict[str, Path]()
     for folder in _folders():
         for path in folder.glob("*.toml"):
             paths.setdefault(path.stem, path)

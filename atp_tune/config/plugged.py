@@ -192,7 +192,7 @@ def plug_in(study: Study, folder: Path, trusted: bool) -> Study:
     if not trusted:
         for key, name in code_in(study):
             raise _ask(key, name)
-    by_name: dict[str, Named] = {}
+    by_name = dict[str, Named]()
     for plugin in plugins:  # facts are named after it
         other = by_name.setdefault(plugin.short, plugin)
         if (other.kind, other.written) != (plugin.kind, plugin.written):
@@ -225,8 +225,8 @@ def bring(plugin: Named, folder: Path, trusted: bool) -> Origin:
 
 
 def _with_settings(prune: PruneConfig) -> PruneConfig:
-    wrong: list[InitErrorDetails] = []
-    tables: dict[str, dict[str, JsonValue]] = {}
+    wrong = list[InitErrorDetails]()
+    tables = dict[str, dict[str, JsonValue]]()
     for name, table in prune.tables.items():
         kind: type[BaseModel] = PRUNERS[name]  # type: ignore[assignment]
         if "group" in table:  # the pattern sets it

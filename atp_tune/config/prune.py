@@ -282,7 +282,7 @@ def _has_table(name: Any, short_names: Any) -> bool:
 def check_names(names: tuple[str, ...], key: str, registry: Registry[Any]) -> None:
     """ValueError if a name occurs twice under `key`, two plug-ins have one, or one has that of a built-in object."""
     check_once(names, key)
-    by_short: dict[str, str] = {}
+    by_short = dict[str, str]()
     for name in names:
         short = short_name(name)
         if short != name and registry.is_built_in(short):

@@ -82,7 +82,7 @@ def invalid(
 
 def _by_key(error: ValidationError, table: KeyPath) -> dict[KeyPath, list[ErrorDetails]]:
     """Errors by key, unknown keys first: a misspelt key also makes the correct key missing."""
-    errors: dict[KeyPath, list[ErrorDetails]] = {}
+    errors = dict[KeyPath, list[ErrorDetails]]()
     problems = error.errors(include_url=False)
     problems.sort(key=lambda details: details["type"] != "extra_forbidden")
     for details in problems:

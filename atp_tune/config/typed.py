@@ -98,7 +98,7 @@ def parse_accuracies(given: Any) -> dict[str, float]:
 
     A task's file or folder is named by its absolute path: the study may be resumed from elsewhere.
     """
-    shares: dict[str, float] = {}
+    shares = dict[str, float]()
     texts = [f"{task}={least}" for task, least in given.items()] if isinstance(given, Mapping) else given
     for text in map(str, texts if isinstance(texts, list) else [texts]):
         task, _, value = text.rpartition("=")

@@ -30,7 +30,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._found: dict[str, list[float]] = {}
+        self._found = dict[str, list[float]]()
 
     def time(self, name: str, work: Callable[[], T]) -> T:
         """Runs and times some work, to the end of its last kernel; its result."""
@@ -153,7 +153,7 @@ def peak(device: torch.device) -> Iterator[list[int]]:
 
     As `peak_memory` says on a GPU, else of the process; an upper bound where the process's peak cannot be reset.
     """
-    taken: list[int] = []
+    taken = list[int]()
     if device.type != "cpu":
         reset_peak_memory(device)
         before, mapped = peak_memory(device), 0

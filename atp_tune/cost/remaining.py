@@ -45,9 +45,9 @@ class Remaining:
     """Hears the events of a study's processes, and estimates the seconds that the whole of it has yet to take."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, Part] = {}
-        self._at: dict[Hashable, Item] = {}  # by process
-        self._descended: set[Key] = set()
+        self._parts = dict[str, Part]()
+        self._at = dict[Hashable, Item]()  # by process
+        self._descended = set[Key]()
         self._stage = 0
 
     def hear(self, event: Event, now: float, who: Hashable = None) -> None:
@@ -134,7 +134,7 @@ def _parts(opened: Opened) -> dict[str, tuple[int, float]]:
     tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), 0)
     amounts = Amounts(study, tokens, windows["calibration"], windows["validation"], PASSES, opened.is_short)
     screened = study.search.screen.trials if study.search.screen else 0
-    sizes: dict[str, tuple[int, float]] = {}
+    sizes = dict[str, tuple[int, float]]()
     for part in parts(amounts, Done(opened.total, opened.done, screened), UNKNOWN):
         if part.name in STAGES and part.number:
             number, each = sizes.get(part.name, (0, 0.0))

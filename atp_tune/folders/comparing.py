@@ -328,9 +328,9 @@ class BothModels(Released):
         self._path, self._use = path, use
         self._place = replace(place, base=path if path.is_dir() else path.parent)
         find_device(place.device)
-        self._open: list[Released] = []
-        self._models: dict[Which, WholeModel] = {}
-        self._speakers: dict[Which, Speaker] = {}
+        self._open = list[Released]()
+        self._models = dict[Which, WholeModel]()
+        self._speakers = dict[Which, Speaker]()
         self._context: Session | None = None
         if not path.is_dir() and not path.is_file():
             raise UserError(f"{path}: is no folder and no file; give a folder that `apply` wrote, or a configuration")

@@ -141,7 +141,7 @@ def _groups(config: Config) -> list[Table]:
         blocks = [rf"re:{re.escape(names(config, 'blocks'))}\.\d+$"]
         targets = list(sparsities) if config.plan.by_linear else blocks
         return [{"sparsity": list(sparsities.values()), "mask_structure": "0:0", "targets": targets}]
-    modules: dict[int, list[str]] = {}
+    modules = dict[int, list[str]]()
     for name, sparsity in sparsities.items():
         modules.setdefault(round(sparsity * group), []).append(name)
     return [
@@ -286,7 +286,7 @@ def _pattern(linears: list[str], of_blocks: bool) -> str:
     """A regular expression of linears, short for large models too; or of all that their blocks hold, since vLLM joins
     linears under names of its own.
     """
-    numbers: dict[tuple[str, str], dict[str, None]] = {}
+    numbers = dict[tuple[str, str], dict[str, None]]()
     for name in linears:
         prefix, number, linear = re.split(r"\.(\d+)\.", name, maxsplit=1)
         numbers.setdefault((prefix, "" if of_blocks else linear), {})[number] = None
@@ -317,7 +317,7 @@ def as_llama_cpp(config: Config) -> str:
     """Lines for `llama-quantize --tensor-type-file`; UserError for what it does not read."""
     _rounding(config, "llama.cpp")
     # The blocks in which llama.cpp's tensors, a pattern, have so many bits; UserError for linears without one.
-    blocks_of: dict[tuple[str, int], list[int]] = {}
+    blocks_of = dict[tuple[str, int], list[int]]()
     for index, block in enumerate(config.plan.levels):
         if not block.linears:
             blocks_of.setdefault(("(attn|ffn)_.*", int(block.amount)), []).append(index)

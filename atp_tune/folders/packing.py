@@ -80,7 +80,7 @@ class Codes:
     quantize: QuantizeConfig
 
     def __post_init__(self) -> None:
-        self._files: dict[str, tuple[Path, Coded]] = {}  # where their parts are, and the rest
+        self._files = dict[str, tuple[Path, Coded]]()  # where their parts are, and the rest
 
     def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> Tensors:
         """Keeps the codes of a tensor of a block, and returns the weights that they give, by name on the disk: the
@@ -257,10 +257,10 @@ class _Packing:
         self._kind, self._group_size, self._codes = kind, group_size, codes
         self._fits = True  # int8 values, without loss, of all linears that have codes
         self.shards = [file.name for file in find_weights(self.source, allow_pickle=False)]
-        self.linears: dict[str, Table] = {}
-        self.stored: dict[str, Table] = {}
+        self.linears = dict[str, Table]()
+        self.stored = dict[str, Table]()
         self._original = Original()
-        self._weight_map: dict[str, str] = {}  # packed shard of each tensor
+        self._weight_map = dict[str, str]()  # packed shard of each tensor
         self.bytes = (0, 0)  # of the packed tensors before and after
         self.auto = auto_class(self.source).__name__
         model = empty_model(self.source)

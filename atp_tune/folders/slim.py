@@ -195,8 +195,8 @@ class _Cuts:
     def __init__(self, context: Session) -> None:
         self.checkpoint = context.checkpoint
         self.blocks = context.channels
-        self.linears: dict[str, Cut] = {}  # by name in the model
-        self.counts: list[list[tuple[ChannelSet, int]]] = []  # channels that stay in each set of each block
+        self.linears = dict[str, Cut]()  # by name in the model
+        self.counts = list[list[tuple[ChannelSet, int]]]()  # channels that stay in each set of each block
 
     def add(self, index: int, masks: Mapping[str, Tensor]) -> None:
         """Takes the channels that are gone, by the linear that reads them."""
@@ -221,7 +221,7 @@ class _Cuts:
         """Cuts by the names of tensors in a folder's files; of biases only rows are cut."""
         there = {name for file in folder.glob("*.safetensors") for name in read_header(file)}
         prefix = f"{self.checkpoint.model.base_model_prefix}."
-        cuts: dict[str, Cut] = {}
+        cuts = dict[str, Cut]()
         for name, cut in self.linears.items():
             module: Any = self.checkpoint.model.get_submodule(name)
             for end in ("weight", *(["bias"] if module.bias is not None else [])):
@@ -256,7 +256,7 @@ def _plain_config(folder: Path, config: Table, cuts: _Cuts) -> Table | None:
     counts = cuts.counts[0]
     if any(other != counts for other in cuts.counts) or MODEL_TYPE in config:
         return None
-    choices: list[list[dict[str, int]]] = []
+    choices = list[list[dict[str, int]]]()
     for each, kept in counts:
         if kept == each.count:
             continue

@@ -232,7 +232,7 @@ class Eager:
         """
         self.about = about
         self._models, self._batch, self._task = models, batch, task
-        self._graphs: dict[Side, tuple[Any, StaticCache]] = {}
+        self._graphs = dict[Side, tuple[Any, StaticCache]]()
         self.phases: tuple[Phase, ...] = ("prefill", "decode") if batch.dim() == 2 else ("classify",)
         if compiler is not None and launches(lambda: self._compile(compiler), f"{about.engine}: {NO_GRAPH}"):
             self.phases += (GRAPH,)

@@ -108,8 +108,8 @@ class Adapters:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._layers: dict[str, Any] = {}  # by the name of their weight in the model
-        self.parameters: dict[str, nn.Parameter] = {}  # what is trained, in float32
+        self._layers = dict[str, Any]()  # by the name of their weight in the model
+        self.parameters = dict[str, nn.Parameter]()  # what is trained, in float32
 
     @property
     def names(self) -> set[str]:
@@ -255,10 +255,10 @@ class Trainer:
         self._mixed = torch.autocast(
             self._device.type, torch.bfloat16, enabled=fast == torch.bfloat16 and checkpoint.dtype == torch.float32
         )
-        self.losses: list[float] = []
+        self.losses = list[float]()
         self.early_stop = EarlyStop(settings.patience)
-        self._best: dict[str, Tensor] = {}
-        self._kept: dict[int, Tensor] = {}  # logits of the dense model on held-out batches, by the first item
+        self._best = dict[str, Tensor]()
+        self._kept = dict[int, Tensor]()  # logits of the dense model on held-out batches, by the first item
         self._room = int(KEPT_SHARE * (self.memory.free - self.memory.needed))
 
     @property

@@ -93,8 +93,8 @@ ByRole: TypeAlias = Mapping[str, Items]  # of each role, or text
 
 def shared(items: ByRole) -> dict[str, dict[int, str]]:
     """The index of each item that an earlier role has too, with that role, by role."""
-    seen: dict[bytes, str] = {}
-    doubles: dict[str, dict[int, str]] = {}
+    seen = dict[bytes, str]()
+    doubles = dict[str, dict[int, str]]()
     for role, own in items.items():
         digests = own.digests() if len(items) > 1 else []
         doubles[role] = {index: seen[digest] for index, digest in enumerate(digests) if digest in seen}

@@ -336,7 +336,7 @@ class Packaged:
 
 def distinct(documents: Iterable[str]) -> Iterator[str]:
     """The first documents, without paragraphs that share text with one before: parts have no window in common."""
-    seen: set[str] = set()
+    seen = set[str]()
     size = 0
     for document in documents:
         kept = ""
@@ -444,7 +444,7 @@ def _fetch(packaged: Packaged) -> None:
 
 COLUMN = "text"
 
-_lent: dict[str, Sequence[str]] = {}
+_lent = dict[str, Sequence[str]]()
 
 
 class LentTexts:

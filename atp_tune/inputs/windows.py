@@ -194,7 +194,7 @@ def _random(documents: Sequence[str], encode: Encode, text: Text, first: list[in
     Each of the draws has a seed of its own. A window that shares a token with one of an earlier draw is drawn again.
     """
     encoded = lru_cache(maxsize=32)(lambda index: encode(documents[index]))
-    short: dict[int, int] = {}
+    short = dict[int, int]()
     rows, tokens, taken = [], text.seqlen - len(first), list[tuple[int, int]]()
 
     def long_document(generator: random.Random) -> tuple[int, list[int]]:
@@ -292,7 +292,7 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
     pairs = pictures(ImageSet(source=source, column=str(text.images), label=text.column, **options), base)
     require("images", "images")
     processor = load_processor(folder.path, folder.trusted, "images:", f"of {folder.id}")
-    rows: list[Tensors] = []
+    rows = list[Tensors]()
     for index in _order(len(pairs), text):
         pair = _pair(processor, pairs, index, text.seqlen)
         if pair is not None:

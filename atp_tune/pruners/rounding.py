@@ -135,7 +135,7 @@ class GPTQ(RTN):
         R = statistics.factor(self.damping, self.act_order)
         W = torch.empty_like(weight.T, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight.T)
         # The grid of each column of W [in, out], with scales and zero points [out].
-        grids: list[Grid] = []
+        grids = list[Grid]()
         for columns, size in column_groups(len(W), self.group_size):
             for group in torch.split(W[columns], size):
                 grid = Grid.of(group.T, bits, self.symmetric)

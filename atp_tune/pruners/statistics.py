@@ -173,7 +173,7 @@ class Hessian:
         )  # n/2 H; invalid below the diagonal
         self._tokens = 0
         self._factors: Tensors = {}
-        self._scaled: dict[float, Scaled] = {}
+        self._scaled = dict[float, Scaled]()
 
     def add(self, x: Tensor) -> None:
         """Adds inputs [..., in] of any float dtype."""

@@ -288,7 +288,7 @@ def _guarded(app: Any, artifacts: Store, is_local: bool) -> Any:
         if not STUDY.fullmatch(path) or environ["REQUEST_METHOD"] != "GET":
             return app(environ, start_response)
         # A study, with its figures in the order of `FIGURES`: the dashboard keeps them in a set.
-        begun: list[Any] = []
+        begun = list[Any]()
         body = b"".join(app(environ, lambda *arguments: begun.append(arguments)))
         status, headers = begun[0][:2]
         if status.startswith("200"):

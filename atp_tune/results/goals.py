@@ -108,7 +108,7 @@ class AtSparsity:
 
     def rivals(self) -> Trials:
         """The best trial of each allocation, the best first; a trial with equal sparsities counts as uniform."""
-        best: dict[str, FrozenTrial] = {}
+        best = dict[str, FrozenTrial]()
         for trial in measured(self.study):
             best.setdefault(allocation_name(trial), trial)
         return list(best.values())
@@ -272,7 +272,7 @@ class OverInterval(AtSparsity):
         done = measured(self.study)
         sparsities = {trial.params.get("sparsity") for trial in done if is_uniform(trial)}
         sparsities -= {trial.params.get("sparsity") for trial in front}
-        uniforms: dict[float, FrozenTrial] = {}
+        uniforms = dict[float, FrozenTrial]()
         for trial in sorted(done, key=order):
             if trial.params.get("sparsity") in sparsities:
                 uniforms.setdefault(trial.params["sparsity"], trial)

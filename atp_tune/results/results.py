@@ -78,7 +78,7 @@ def uniform_among(trials: Iterable[FrozenTrial], best: FrozenTrial) -> FrozenTri
 
 def uniform_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The uniform trial of each pruner, in the order of trials."""
-    uniforms: dict[str, FrozenTrial] = {}
+    uniforms = dict[str, FrozenTrial]()
     for trial in trials_in(study, TrialState.COMPLETE):
         if is_uniform(trial):
             uniforms.setdefault(method_in(trial.params), trial)
@@ -347,7 +347,7 @@ def with_attached(config: Config, study: optuna.Study, out: Path) -> Config:
 
 def attached(study: optuna.Study, trial: int | None) -> dict[Key, Any]:
     """The measurements of a trial on its study that this version can read."""
-    measurements: dict[Key, Any] = {}
+    measurements = dict[Key, Any]()
     for key, kind in KINDS.items():
         if row := study.user_attrs.get(key, {}).get(str(trial)):
             with suppress(ValidationError):

@@ -121,7 +121,7 @@ def file_as_run(study: optuna.Study, file: StudyFile, is_overridden: bool = Fals
 
 def measured_columns(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a trial's measurement, which are stored too."""
-    columns: dict[str, Any] = {}
+    columns = dict[str, Any]()
     if attrs.get("stderr"):
         columns["± stderr"] = round(attrs["stderr"], 4 if "misses" in attrs else 2)
     for by in MEASURES.values():

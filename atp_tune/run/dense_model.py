@@ -309,8 +309,8 @@ class DescentSteps:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self.prices: list[Prices] = []
-        self.ends: list[Any] = []
+        self.prices = list[Prices]()
+        self.ends = list[Any]()
         self.state: Tensors = {}
         with suppress(OSError, SafetensorError, ValueError, TypeError, KeyError), safe_open(file, "pt") as stored:
             table = json.loads(stored.metadata()["steps"])

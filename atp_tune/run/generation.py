@@ -71,7 +71,7 @@ def generate(
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     """The tokens that end a text, by the model's generation settings, its config and the tokenizer."""
     config: Any = model.config
-    tokens: list[Any] = []
+    tokens = list[Any]()
     for source in (getattr(model, "generation_config", None), config.get_text_config(), tokenizer):
         ends = getattr(source, "eos_token_id", None)
         tokens += ends if isinstance(ends, list) else [ends]
@@ -105,7 +105,7 @@ def continued(
     with replay.whole(weights_of) as model:
         rows = [encode(prompt, tokenizer, end_tokens(model, tokenizer), bos) for prompt in prompts]
         lengths = dict.fromkeys(map(len, rows))
-        texts: dict[int, str] = {}
+        texts = dict[int, str]()
         for batch, length in enumerate(lengths):
             numbers = [number for number, row in enumerate(rows) if len(row) == length]
             ids = torch.tensor([rows[number] for number in numbers], device=replay.checkpoint.device)

@@ -148,7 +148,7 @@ class Whole(Observer[T]):
     def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
         """UserError if memory is too small for the copy."""
         super().begin(session, name, plan)
-        self._blocks: list[dict[str, Tensor]] = []
+        self._blocks = list[dict[str, Tensor]]()
         if plan is not None:
             self._on_host = check_room(session.checkpoint, self.what, self.instead)
 
@@ -349,7 +349,7 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
 
     def accuracies(self, name: str) -> dict[str, list[float]]:
         """The accuracy of a model, and its standard error, by set of tasks: the mean over the tasks of the set."""
-        accuracies: dict[str, list[float]] = {}
+        accuracies = dict[str, list[float]]()
         for tasks, results in self.found[name].items():
             shares = []
             for result in results.values():

@@ -489,7 +489,7 @@ class Session(Released):
 
         `titles`: by name, for people.
         """
-        seconds: dict[str, float] = {}
+        seconds = dict[str, float]()
         for name, plan in plans.items():
             equal = [other for other in seconds if plan and (earlier := plans[other]) and earlier.does == plan.does]
             if equal:

@@ -144,7 +144,7 @@ class NextToken:
         image = None if isinstance(batch, Tensor) else batch.image
         counted = torch.ones_like(ids[:, 1:], dtype=torch.bool) if image is None else torch.ne(ids[:, 1:], image)
         nlls, kls = torch.zeros(2, len(ids), dtype=torch.float32, device=ids.device)
-        beside: list[tuple[Tensor, Tensor]] = []
+        beside = list[tuple[Tensor, Tensor]]()
         for start in range(0, counted.shape[1], POSITIONS):
             here = slice(start, min(start + POSITIONS, counted.shape[1]))
             of_text = counted[:, here]
@@ -232,7 +232,7 @@ class Passing:
         self._replay = replay
         self._batch = batch
         self._groups = groups
-        self._tower: list[dict[str, Tensor]] = []
+        self._tower = list[dict[str, Tensor]]()
 
     def block(self, index: int, weights: dict[str, Tensor]) -> None:
         """Runs all groups through a block."""

@@ -123,8 +123,8 @@ def _inside(folder: Path, manager: TaskManager) -> list[str]:
 
 
 def _load(manager: TaskManager, names: Sequence[str], multimodal: bool) -> tuple[list[Any], dict[str, str]]:
-    loaded: list[Any] = []
-    missing: dict[str, str] = {}
+    loaded = list[Any]()
+    missing = dict[str, str]()
     with _hub_or_cache():
         for name in names:
             try:

@@ -390,7 +390,7 @@ class WithinLimit(OverInterval):
 
     def _measured(self, study: optuna.Study, only_uniform: bool = False) -> dict[float, float]:
         """The lowest excess at each measured sparsity; a plan that failed is beyond any limit."""
-        excesses: dict[float, float] = {}
+        excesses = dict[float, float]()
         for trial in trials_in(study):
             sparsity = progress.target_sparsity(trial)
             if sparsity is not None and progress.counts(trial) and (is_uniform(trial) or not only_uniform):

@@ -148,10 +148,10 @@ class Record(Observer[None]):
         self._measures = [MEASURES[name] for name in objectives]
         self.main = self._measures[0]
         self.items: Scores = {}
-        self.errors: list[float] = []
-        self.seconds: dict[str, float] = {}
-        self.peak_bytes: dict[str, int] = {}
-        self.experts_without_tokens: list[str] = []
+        self.errors = list[float]()
+        self.seconds = dict[str, float]()
+        self.peak_bytes = dict[str, int]()
+        self.experts_without_tokens = list[str]()
         self._zeros = self._weights = 0
         self._packed, self._itemsize = session.stored_bytes
         self._stored_bits = 0  # of linears that are rounded

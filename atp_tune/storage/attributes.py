@@ -89,7 +89,7 @@ class ValidatedStudy(optuna.Study):
     is_stopped = False
 
     def __init__(self, study_name: str, storage: optuna.storages.BaseStorage) -> None:
-        self._checked: dict[int, tuple[FrozenTrial, FrozenTrial]] = {}
+        self._checked = dict[int, tuple[FrozenTrial, FrozenTrial]]()
         with readable(study_name, is_new=True):
             super().__init__(study_name, storage)
 

@@ -308,7 +308,7 @@ class Database(AttributeStorage):
         self._listen()
 
     def _listen(self) -> None:
-        self._seen: dict[int, tuple[datetime, float]] = {}  # trial id → heartbeat in the future, and when it was read
+        self._seen = dict[int, tuple[datetime, float]]()  # trial id → heartbeat in the future, and when it was read
         self._errors = Errors(self.url)
         event.listen(self.engine, "handle_error", self._errors.note)
         finalize(self, self.engine.dispose)

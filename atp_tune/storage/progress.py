@@ -84,7 +84,7 @@ class Trace:
 
     def __init__(self) -> None:
         self._file: FileIO | None = None
-        self._last: dict[str, tuple[int, int]] = {}  # phase → its part, and the last step done
+        self._last = dict[str, tuple[int, int]]()  # phase → its part, and the last step done
 
     def heard_by(self, watch: EventHandler) -> EventHandler:
         """The handler, with each `Step` written to the trace first."""

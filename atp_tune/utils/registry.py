@@ -81,9 +81,9 @@ class Registry(UserDict[str, T]):
         self.data = dict(rows)
         self._group = group
         self._finish = finish
-        self._added: dict[str, tuple[Any, Origin]] = {}  # by decorators
-        self._held: dict[str, tuple[Any, Origin]] = {}  # named by the present study; no names of other studies
-        self._loaded: dict[EntryPoint, tuple[Any, Origin]] = {}
+        self._added = dict[str, tuple[Any, Origin]]()  # by decorators
+        self._held = dict[str, tuple[Any, Origin]]()  # named by the present study; no names of other studies
+        self._loaded = dict[EntryPoint, tuple[Any, Origin]]()
 
     def __getitem__(self, name: str) -> T:
         """The object of that name, imported if necessary; UnknownNameError if the name is not registered."""
@@ -205,7 +205,7 @@ def resolved(row: Any) -> Any:
 @cache
 def entry_points_by_name(group: str, path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
     """The entry points of a group by name; `path`: where Python looks for packages, which may change."""
-    by_name: dict[str, list[EntryPoint]] = {}
+    by_name = dict[str, list[EntryPoint]]()
     for point in entry_points(group=group):
         if point not in by_name.setdefault(point.name, []):
             by_name[point.name].append(point)
