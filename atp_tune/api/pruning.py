@@ -205,7 +205,7 @@ def prune_study(
     """
     if out is not None:
         check_free(out)
-    texts: dict[str, Data] = {"calibration": file.study.data.calibration, "test": file.study.test_text}
+    texts = {"calibration": file.study.data.calibration, "test": file.study.test_text}
     # Whether windows begin with BOS: as the study file sets it, or as its stored study decided.
     bos = file.study.bos
     if bos is None and file.database is not None and file.path.exists():

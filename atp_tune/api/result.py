@@ -15,7 +15,7 @@ from atp_tune.errors import UserError
 from atp_tune.measures import PERPLEXITY, TEXTS
 from atp_tune.results.formatting import method_words, plan_words, spent, texts_note, trial_remark
 from atp_tune.results.goals import Choice, chosen
-from atp_tune.results.results import DENSE, TRAINED, Model, allocation_name
+from atp_tune.results.results import DENSE, TRAINED, allocation_name
 from atp_tune.results.status import best_config, file_as_run, stored_study
 from atp_tune.results.summary import Summary, made_from, overview, summarise
 from atp_tune.storage import opening
@@ -218,7 +218,7 @@ class Result:
         done = f"{summary.done} of {summary.total} trials"
         if summary.best_trial is None:
             return f"<Result {self.name}: {done}>"
-        model: Model = TRAINED if summary.results.trained else summary.best_trial
+        model = TRAINED if summary.results.trained else summary.best_trial
         pairs = ((text, summary.results.score(model, text)) for text in TEXTS)
         scores = ", ".join(f"{text} perplexity {score}" for text, score in pairs if score)
         trained = ", trained" if summary.results.trained else ""

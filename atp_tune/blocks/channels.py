@@ -144,7 +144,7 @@ class _Probe:
                     return False
         # Nothing but the reader depends on the writers.
         reader, fixed = channel_set.reader, self._plain.outputs[channel_set.reader]
-        changes: Changes = {name: self._noise(name, slice(None)) for name in rows}
+        changes = {name: self._noise(name, slice(None)) for name in rows}
         run = self._run({**changes, reader: lambda output: fixed.clone()})
         leaks = any(name != reader and name not in rows for name in self._changed(run))
         return not leaks and torch.equal(run.after, self._plain.after)

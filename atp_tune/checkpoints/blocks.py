@@ -101,8 +101,8 @@ def check_language(folder: Path, what: str) -> None:
 
 def language_model(model: nn.Module) -> nn.Module:
     """The part of a model that is searched for blocks: the decoder, or all of it without towers."""
-    config: Any = getattr(model, "config", None)
-    find: Any = getattr(model, "get_decoder", None)
+    config = getattr(model, "config", None)
+    find = getattr(model, "get_decoder", None)
     if config is None or find is None or config.get_text_config() is config:
         return model
     return find() or model
@@ -306,7 +306,7 @@ def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
     """
     if with_tower:
         # The blocks of a model's vision tower; UserError if it has none.
-        find: Any = getattr(model, "get_encoder", None)
+        find = getattr(model, "get_encoder", None)
         tower: nn.Module | None = None if find is None else find(modality="image")
         if tower is None or language_model(model) in tower.modules():
             raise UserError(

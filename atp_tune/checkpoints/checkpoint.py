@@ -143,7 +143,7 @@ class Checkpoint(Released):
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            loaded: Any = auto_class(folder).from_pretrained(
+            loaded = auto_class(folder).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
             )
         except Exception as error:  # parsers of unknown files raise many types

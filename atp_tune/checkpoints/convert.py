@@ -190,7 +190,7 @@ def _complete_model(folder: Path, whole: bool = False, **settings: Any) -> Any:
     """
     from atp_tune.checkpoints.blocks import auto_class
 
-    loaded: Any = auto_class(folder).from_pretrained(
+    loaded = auto_class(folder).from_pretrained(
         str(folder), local_files_only=True, output_loading_info=True, **settings
     )
     model, info = loaded

@@ -320,7 +320,7 @@ def pinned(size: int) -> Tensor:
     torch's own pinned memory is not used, since it rounds sizes up to a power of two.
     """
     memory = plain(size)
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     failure = int(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
     if failure:
         # Clears the error of a failed CUDA call, which the next kernel would report as its own.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import constants, errors, snapshot_download
 
@@ -201,7 +201,7 @@ def _from_hub(model: study.ModelConfig, notify: Notify, ask: Ask) -> ModelFolder
     # UserError unless what is to be downloaded has room; the hub's own library only warns, and fills the disk.
     missing, options = 0, {"allow_patterns": ["*.safetensors", *small], "ignore_patterns": UNUSED, "dry_run": True}
     with suppress(Exception), convert.quiet("huggingface_hub"):  # a hub out of reach: what there is of it is taken
-        downloads: Any = snapshot_download(model.source, revision=model.revision, **options)  # type: ignore[call-overload]
+        downloads = snapshot_download(model.source, revision=model.revision, **options)  # type: ignore[call-overload]
         missing = sum(file.file_size for file in downloads if file.will_download)
     check_writable(Path(constants.HF_HUB_CACHE) / model.source, missing, "cache ", "set HF_HOME to another folder")
     path = _snapshot(model, ["*.safetensors", *small])
@@ -224,7 +224,7 @@ def _snapshot(model: study.ModelConfig, patterns: list[str]) -> Path:
             )
     except Exception as error:  # the network stack raises many types
         url, reason = f"https://huggingface.co/{model.source}", f"cannot be downloaded: {convert.one_line(error)}"
-        reasons: dict[type[Exception], str] = {  # subclasses before their base class
+        reasons = {  # subclasses before their base class
             errors.GatedRepoError: f"is gated; ask for access at {url}, then run `hf auth login`",
             errors.RepositoryNotFoundError: "is neither a folder nor a model that the hub shows you; check the name",
             errors.RevisionNotFoundError: f'has no revision "{model.revision}"; see {url}/commits',

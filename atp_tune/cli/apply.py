@@ -387,7 +387,7 @@ def _show_tuned(done: "Finetuned", out: Path) -> None:
     """Prints perplexities and zeros before and after as a Markdown table, then time and memory."""
     from atp_tune.results.formatting import duration
 
-    columns: list[tuple[str, ...]] = [  # head, dense, before, after
+    columns = [  # head, dense, before, after
         ("model", "dense", "pruned", "fine-tuned"),
         ("zeros", "", f"{done.zeros.before:,}", f"{done.zeros.after:,}"),
         ("test perplexity", str(done.dense), str(done.before), str(done.after)),

@@ -433,7 +433,7 @@ class ChatSession:
         """Answers a message by each model that is shown; the last answer stays in the conversation."""
         if not is_text(text):
             raise UserError("the message is not UTF-8 text; write it again")
-        answer: Answer | None = None
+        answer = None
         with stoppable() as is_stopped:
             for side in SIDES[self._shown]:
                 if is_stopped():

@@ -275,7 +275,7 @@ def trials(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     """Numbers of the trials that a study has finished, from its SQLite file."""
     from atp_tune.config.finding import finished_trials
 
-    options: dict[str, Any] = ctx.params
+    options = ctx.params
     file = load_study(options["study"], options.get("storage"), None, list(options.get("set_") or []))
     name = options.get("study_name") or file.name
     return [str(number) for number in finished_trials(file.database, name)] if file.database else []

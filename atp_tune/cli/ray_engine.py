@@ -58,7 +58,7 @@ def run_on_ray(job: WorkerJob, display: Display, count: int | None, address: str
         study = job.file.study.model_copy(update={"storage": job.file.storage_url})
         # For processes with another current folder.
         job = replace(job, file=replace(job.file, path=job.file.path.absolute(), study=study))
-        workers: list[RayWorker] = [RayWorker(index, display, job, kind, news) for index in range(count)]
+        workers = [RayWorker(index, display, job, kind, news) for index in range(count)]
         supervise(workers, lambda alive: _listen_to_actors(alive, workers, news))
     finally:
         ray.shutdown()

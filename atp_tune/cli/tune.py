@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -102,11 +102,11 @@ def start(study: str, options: RunOptions, study_name: str | None = None, remark
             raise wrong("--devices", f"names {len(devices)} devices, --workers {options.workers}")
     for name in devices:
         options.load(study, name)
-    trackers: Sequence[str] = options.track or ()
+    trackers = options.track or ()
     for name in trackers:
         require(name, f"--track {name}")
     # The workers that run the trials; none if this process does.
-    workers: Callable[[WorkerJob, Display], None] | None = None
+    workers = None
     if options.engine == "ray":
         if options.devices is not None:
             raise wrong("--devices", "Ray chooses them; write --workers N")

@@ -116,7 +116,7 @@ class ModelRef(FrozenModel, use_attribute_docstrings=True):
     @model_serializer(mode="wrap")
     def _without_default(self, inner: SerializerFunctionWrapHandler) -> Table:
         """Leaves `prune` out where the language model alone is pruned, so that files stay as they were."""
-        fields: Table = inner(self)
+        fields = inner(self)
         return {key: value for key, value in fields.items() if key != "prune" or self.prune != ("language",)}
 
 

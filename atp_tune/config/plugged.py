@@ -282,7 +282,7 @@ def plugin_settings(name: str) -> Table:
     """The fields of a plug-in pruner that are keys of its table; empty for another name, or before its code has run."""
     if PRUNERS.is_built_in(name) or name not in PRUNERS.held():
         return {}
-    fields: Table = PRUNERS[name].model_fields  # type: ignore[attr-defined]
+    fields = PRUNERS[name].model_fields  # type: ignore[attr-defined]
     return {key: field for key, field in fields.items() if key != "group"}
 
 
@@ -379,11 +379,11 @@ def _entry(objects: Registry[Any], name: str) -> Entry:
 
 
 def _settings(pruner: str) -> Iterator[Setting]:
-    table: type[BaseModel] | None = SETTINGS.get(pruner)
+    table = SETTINGS.get(pruner)
     fields = table.model_fields if table else plugin_settings(pruner)
     if not fields:
         return
-    model: Any = table or registry("pruner")[pruner]
+    model = table or registry("pruner")[pruner]
     properties = model.model_json_schema()["properties"]
     for name, field in fields.items():
         default = field.get_default(call_default_factory=True)

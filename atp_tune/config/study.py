@@ -376,7 +376,7 @@ def _of_items(study: "Study") -> Iterator[Row]:
 def _of_roles(study: "Study") -> Iterator[Row]:
     """Yields the rows on what each role reads: others' documents or images, unless the paper tunes on the test text."""
     data, what = study.data.table, study.data.items
-    roles: Any = dict(study.data)
+    roles = dict(study.data)
     yield (
         f"{data}.test",
         study.is_by_paper and roles["test"],

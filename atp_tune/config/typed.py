@@ -139,7 +139,7 @@ def goal(
     if sparsity is None and (sparsity := settings.get("sparsity")) is None:
         search = settings.get("search")
         by_objective = isinstance(search, Mapping) and search.get("objective") in ("kl", ["kl"])
-        usual: Limit = {"max_kl": INCREASE} if by_objective else LIMIT
+        usual = {"max_kl": INCREASE} if by_objective else LIMIT
         return WHOLE, limit or (None if own == "none" else usual)
     sparsity = "..".join(map(str, sparsity)) if isinstance(sparsity, tuple | list) else str(sparsity)
     try:

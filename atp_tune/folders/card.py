@@ -93,7 +93,7 @@ def read_text(option: str, value: str, seqlen: int | None) -> Data:
     """
     try:
         given = tomllib.loads(f"text = {value}")["text"] if value.startswith("{") else {"source": value}
-        read: Data = ImageSet(**given) if seqlen is None else Text(**{"seqlen": seqlen, **given})
+        read = ImageSet(**given) if seqlen is None else Text(**{"seqlen": seqlen, **given})
         return rooted(read, Path())
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{option}: {value} is not a TOML table: {error}") from None
@@ -275,7 +275,7 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
     # The dense model's card says its licence. Other folders' cards name what they were tuned from, often a path.
     own = read_card(folder / CARD)
     metadata = own.data.to_dict() if own else {}
-    licence: Table = {key: metadata[key] for key in LICENCE if isinstance(metadata.get(key), str | list)}
+    licence = {key: metadata[key] for key in LICENCE if isinstance(metadata.get(key), str | list)}
     is_unknown = licence.get("license_name") == UNKNOWN
     licensed = "license" in licence and (licence["license"] != "other" or not is_unknown)
     if licensed and is_unknown:

@@ -214,7 +214,7 @@ def _scores(
 
 def _top(name: str, top: int, by_model: Mapping[Any, list[float]]) -> TaskScores:
     """An accuracy on the test images by the ranks of the right classes, as a score on a task."""
-    accuracies: Any = {model: accuracy(own, top) for model, own in by_model.items()}
+    accuracies = {model: accuracy(own, top) for model, own in by_model.items()}
     paired = gain(by_model["uniform"], by_model["best"], top) if "best" in by_model else None
     return TaskScores(
         task=f"test images, {name}",

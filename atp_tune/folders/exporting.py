@@ -250,7 +250,7 @@ def modifier(config: Config) -> Table:
     rounding, groups = _rounding(config, "llm-compressor"), Table()
     is_row = rounding.group_size == -1
     for index, (bits, linears) in enumerate(_linears(config, "llm-compressor").items()):
-        weights: Table = {"num_bits": bits, "type": "int", "symmetric": rounding.symmetric}
+        weights = {"num_bits": bits, "type": "int", "symmetric": rounding.symmetric}
         weights |= {"strategy": "channel"} if is_row else {"strategy": "group", "group_size": rounding.group_size}
         weights["observer"] = "memoryless_minmax"
         groups[f"group_{index}"] = {"targets": linears, "weights": weights}

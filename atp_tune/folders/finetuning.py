@@ -302,7 +302,7 @@ def finetune(
         raise UserError(f"{model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
     pruning = origin(model)
     if pruning:
-        own: dict[str, Data] = {"text": pruning.calibration} if text is None else {}
+        own = {"text": pruning.calibration} if text is None else {}
         own |= {"test_text": pruning.test, "validation_text": pruning.validation} if test is None else {}
         plug_in_texts(pruning.config, own, pruning.base, place.allowed.get("trust_plugins", False))
     if pruning and pruning.config.bits is not None and (codes is None or settings.train == "lora"):

@@ -99,7 +99,7 @@ class Codes:
             linear.matrix(bits).fill_(block.bits[linear.name])
         ways = (block.weights[key].cpu(), *(scales, zeros, bits))
         weights, *grids = (checkpoint.as_saved(name, tensor) for tensor in ways)
-        decoded: Tensors = {}
+        decoded = {}
         for part, weight in weights.items():
             try:
                 coded = _encoded([weight, *(grid[part] for grid in grids)], self.quantize, turned)

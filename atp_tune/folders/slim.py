@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -223,7 +222,7 @@ class _Cuts:
         prefix = f"{self.checkpoint.model.base_model_prefix}."
         cuts = dict[str, Cut]()
         for name, cut in self.linears.items():
-            module: Any = self.checkpoint.model.get_submodule(name)
+            module = self.checkpoint.model.get_submodule(name)
             for end in ("weight", *(["bias"] if module.bias is not None else [])):
                 saved = self.checkpoint.as_saved(f"{name}.{end}", getattr(module, end).to("meta"))
                 key = next(iter(saved)) if len(saved) == 1 else ""

@@ -197,7 +197,7 @@ def measured(opening: Opening, name: str, task: Workload, watch: EventHandler) -
                     taken.append(task.amount(phase) / seconds)
             watch(Step("runs", run + 1, task.runs + 1))
         length = {"tokens": task.tokens, "steps": task.steps} if "prefill" in engine.phases else {}
-        fields: Any = {
+        fields = {
             phase.replace(GRAPH, "graph"): {side: rates[phase, side] for side in SIDES} for phase in engine.phases
         }
         return Measured(**vars(engine.about), batch=task.batch, **length, **fields)
@@ -347,7 +347,7 @@ def _difference(
 
     UserError above the tolerance.
     """
-    model: Any = checkpoint.model
+    model = checkpoint.model
     before = model(**arguments).logits.float()
     change(checkpoint)
     after = model(**arguments).logits.float()

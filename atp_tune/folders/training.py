@@ -313,7 +313,7 @@ class Trainer:
 
     def _backward(self, items: Items) -> float:
         """The mean loss of a batch, whose gradients the parameters get."""
-        batch: Data = items.batch(self._device)
+        batch = items.batch(self._device)
         with torch.no_grad():
             dense = None if self._teacher is None else self._logits(self._teacher, batch)
         targets, logits = batch_targets(batch), self._logits(self._model, batch)

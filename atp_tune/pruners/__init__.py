@@ -123,7 +123,7 @@ def make_pruner(
     """
     kind, origin = PRUNERS[name], PRUNERS.origin(name)
     if origin is None:
-        pruner: Pruner = kind(**settings or {})
+        pruner = kind(**settings or {})
     else:
         from atp_tune.pruners.selection import CheckedPruner
 

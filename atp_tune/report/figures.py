@@ -379,7 +379,7 @@ def _along_blocks(
 ) -> go.Figure | None:
     """Adds lines over blocks of these plans, or of a front's; None without any."""
     summary = points.summary
-    chosen: list[Shown] = [
+    chosen = [
         (percent(point.sparsity), point.trial, CYCLE[k % len(CYCLE)], DASHES[k // len(CYCLE) % len(DASHES)])
         for k, point in enumerate(summary.choices)
     ]

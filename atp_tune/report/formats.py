@@ -40,7 +40,7 @@ from atp_tune.results.formatting import (
     study_remarks,
     texts_note,
 )
-from atp_tune.results.results import DENSE, NOTHING, Model
+from atp_tune.results.results import DENSE, NOTHING
 from atp_tune.results.status import make_status
 from atp_tune.results.summary import Summary, Table, front, kinds, overview, summarise, trials
 from atp_tune.storage.attributes import StudySnapshot
@@ -512,7 +512,7 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
     summary = contents.summary
     plots, results = figures.draw(summary), summary.results
     went = draw_history(summary) if "perplexity" in plots else None
-    models: dict[str, Model | None] = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
+    models = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
     return {
         **_tables(contents),
         "id": f"study-{index + 1}",

@@ -341,7 +341,7 @@ def with_attached(config: Config, study: optuna.Study, out: Path) -> Config:
         there = read_config(out) if out.is_file() else None
     if there is None or not is_same(there, config):
         return _with(config, attached(study, config.trial))
-    own: dict[Key, Any] = {key: getattr(there, key) for key in KINDS if getattr(there, key) is not None}
+    own = {key: getattr(there, key) for key in KINDS if getattr(there, key) is not None}
     return _with(config, {**own, **attached(study, config.trial)})
 
 

@@ -446,7 +446,7 @@ def listed(file: StudyFile, summary: Summary | None) -> Listed:
     A study whose name is not its file's was created with `--study-name`.
     """
     name = summary.name if summary else file.name
-    state: State = "not started" if file.database else "unknown"
+    state = "not started" if file.database else "unknown"
     if summary is not None:
         state = "complete" if summary.complete else "unfinished"
     best = summary.best_trial if summary else None

@@ -193,7 +193,7 @@ def summarise(study: optuna.Study) -> Summary:
 
 def _kinds(results: Results) -> dict[str, Mapping[str, Perplexity]]:
     kinds, nlls = results.attrs.get("kinds", ()), results.attrs.get("test_nlls", {})
-    rows: dict[str, Mapping[str, Perplexity]] = {name: by_kind(own, kinds) for name, own in nlls.items()}
+    rows = {name: by_kind(own, kinds) for name, own in nlls.items()}
     if results.trained:
         rows["trained"] = results.trained.kinds
     return {name: own for name, own in rows.items() if own}
@@ -349,7 +349,7 @@ def make_table(columns: Sequence[Column], models: Sequence[Model], best: Model |
 
 def overview(summary: Summary, hidden: str = "") -> Table:
     """Dense, uniform and the best of each allocation; over an interval dense and the points. `hidden`: a column."""
-    trained: list[Model] = [TRAINED] * (summary.results.trained is not None)
+    trained = [TRAINED] * (summary.results.trained is not None)
     columns = [each for each in (*_plan(summary), *_measured(summary), *_sizes(summary)) if each[0] != hidden]
     return make_table(columns, [DENSE, *summary.goal.rows(summary), *trained], summary.best_trial, "method", "limit")
 
@@ -418,7 +418,7 @@ def _sizes(summary: Summary) -> Iterator[Column]:
 def trials(summary: Summary, shown: Sequence[FrozenTrial] | None = None) -> Table:
     """Every trial, or some of them, on the validation text."""
     results, best, of = summary.results, summary.best_trial, _of_trial
-    columns: list[Column] = [
+    columns = [
         NUMBER,
         ("state", of(lambda trial: trial.state.name.lower())),
         ("plan", of(plan_words)),

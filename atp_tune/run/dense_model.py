@@ -263,7 +263,7 @@ class CalibrationGradients:
         items, draw = self.pool.batch(self.checkpoint.device), torch.Generator().manual_seed(0)
         drawn = [torch.randperm(len(items), generator=draw)[:many] for _ in range(steps)]
         met = torch.cat(drawn).unique()  # type: ignore[no-untyped-call]
-        dense: Tensor | None = None
+        dense = None
         if share < 1:
             with torch.inference_mode(False), torch.no_grad():
                 parts = [items[met.to(self.checkpoint.device)]]

@@ -90,7 +90,7 @@ class Setup:
     def of_study(cls, study: Study, base: Path, bos: bool | None, watch: EventHandler = ignore_events) -> "Setup":
         """The setup for a study's trials; relative paths start at `base`."""
         data = study.data
-        texts: dict[str, Data] = {"calibration": data.calibration, "validation": data.validation}
+        texts = {"calibration": data.calibration, "validation": data.validation}
         return cls(
             study.model,
             study.prune,
@@ -158,7 +158,7 @@ class Session(Released):
         self.bos_effect: BosEffect | None = None  # not measured
         self.watch = watch = setup.place.watch
         self.inputs, self.score = KINDS[setup.inputs].of(windows), SCORES[setup.score]
-        items: dict[str, Batch] = {role: each.batch(checkpoint.device) for role, each in windows.items()}
+        items = {role: each.batch(checkpoint.device) for role, each in windows.items()}
         if replay is None:  # compared with the model's own forward; UserError that names the first difference
             own = checkpoint, self.inputs, self.score
             replay = verified_with_tower(*own, items) if checkpoint.in_tower else verified(*own)
@@ -273,7 +273,7 @@ class Session(Released):
 
     def limited(self, role: str, most: int) -> "Session":
         """The session with the first items of one role, at most so many."""
-        items: Any = self.windows[role]
+        items = self.windows[role]
         return self._with(role, items[:most])
 
     def _with(self, role: str, items: Items, **changed: Any) -> "Session":

@@ -205,7 +205,7 @@ def score(
     log-softmax, whatever the model's number format.
     """
     with quiet(*LIBRARIES):
-        kind: Any = _Checked
+        kind = _Checked
         if tasks.about_images:
             from atp_tune.scores.classes import ImageModel
 
@@ -240,7 +240,7 @@ class _Checked(HFLM):  # type: ignore[misc]
 
 def _prefix(model: nn.Module, tokenizer: Any) -> int | None:
     """The token of an empty context; None if the tokenizer has one."""
-    config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     own = [config.bos_token_id, config.eos_token_id, 0]
     return None if any(token is not None for token in ends) else next(token for token in own if isinstance(token, int))

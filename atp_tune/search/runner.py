@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
@@ -385,7 +385,7 @@ def _drive(run: StudyRun) -> optuna.Study:
         from atp_tune.run.observers import TaskResults
 
         run = replace(run, tasks=TaskResults.of_limit(limit.min_accuracy, limit.items, run.file.folder, run.watch))
-    opened: AbstractContextManager[Session] = nullcontext(run.session) if run.session else open_context(run, before)
+    opened = nullcontext(run.session) if run.session else open_context(run, before)
     with opened as session:
         # The part of the run that needs a session; `before`: the study found in `db`.
         batches = {**session.batches, **(fingerprint.stored_batches(before) if before else {})}

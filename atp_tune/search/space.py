@@ -133,7 +133,7 @@ class Space:
         moved = {name: params.get(name, 0.0) for name in self.intervals[allocation]}
         if not all(low <= moved[name] <= high for name, (low, high) in self.intervals[allocation].items()):
             return None
-        sparsity: Params = {"sparsity": params["sparsity"]} if "sparsity" in params else {}
+        sparsity = {"sparsity": params["sparsity"]} if "sparsity" in params else {}
         return {self.method: method_in(params), **sparsity, "allocation": allocation, **moved}
 
     def grid(self, step: float) -> list[Params]:

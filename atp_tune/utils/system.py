@@ -150,7 +150,7 @@ def _of_transformers() -> tuple[Any, bool]:
 
 def _set(what: tuple[Any, bool]) -> None:
     """Sets both, if transformers is imported; a verbosity is a number or the name of one."""
-    module: Any = sys.modules.get("transformers.utils.logging")
+    module = sys.modules.get("transformers.utils.logging")
     if module is None:
         return
     verbosity, shows_bars = what
