@@ -62,7 +62,7 @@ class KeptZeros:
         if "peft" in sys.modules:
             mask_adapters(model)
         self._kept = [(weakref.ref(p), [p == 0]) for p in weights if p.requires_grad]
-        self._handles: list[Any] = [
+        self._handles = [
             p.register_hook(_masked(p))  # type: ignore[no-untyped-call]
             for p in weights
             if p.requires_grad
