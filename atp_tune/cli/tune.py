@@ -9,7 +9,7 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from time import time
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -161,7 +161,7 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-VERSION: Any = typer.Option("--version", help="Print the version.", metavar="", is_eager=True, callback=_version)
+VERSION = typer.Option("--version", help="Print the version.", metavar="", is_eager=True, callback=_version)
 
 
 def run(

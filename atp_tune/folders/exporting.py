@@ -27,7 +27,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from pprint import pformat
 from typing import Any, Literal
@@ -126,7 +126,7 @@ def _sparsegpt(config: Config) -> tuple[str, Table]:
     return "SparseGPTModifier", {"block_size": width, "dampening_frac": settings["damping"]}
 
 
-MODIFIERS: dict[str, Callable[[Config], tuple[str, Table]]] = {"wanda": _wanda, "sparsegpt": _sparsegpt}
+MODIFIERS = {"wanda": _wanda, "sparsegpt": _sparsegpt}
 
 
 def _groups(config: Config) -> list[Table]:
@@ -377,7 +377,7 @@ def _cannot(kind: str, key: str, value: str, reason: str) -> UserError:
 # --- Formats by name: the ending of the file, and what makes its text; UserError if the format cannot express it.
 
 
-FORMATS: dict[str, tuple[str, Callable[[Config], str]]] = {
+FORMATS = {
     "json": (".json", Config.to_json),
     "llm-compressor": (".recipe.yaml", as_recipe),
     "gptqmodel": (".gptqmodel.json", as_gptqmodel),

@@ -89,7 +89,7 @@ class LabelledImages(InputKind):
         return blank, one, other
 
 
-LABELLED_IMAGES: InputKind = LabelledImages()
+LABELLED_IMAGES = LabelledImages()
 
 
 def _pool_size(text: ImageSet, positions: int, folder: ModelFolder, base: Path) -> int:

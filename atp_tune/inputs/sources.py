@@ -282,7 +282,7 @@ def _strings(value: object, text: Text) -> list[str]:
     return list(strings)
 
 
-READERS: dict[str, Callable[[Path, Text], list[str]]] = {
+READERS = {
     ".txt": lambda path, text: [path.read_text(encoding="utf-8")],  # the whole file as one document
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,

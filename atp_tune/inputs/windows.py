@@ -28,7 +28,7 @@ from atp_tune.checkpoints.files import CODE
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.data import ImageSet, Text, short_source
 from atp_tune.errors import UserError, within
-from atp_tune.inputs import Batch, InputKind, cut_draws
+from atp_tune.inputs import Batch, cut_draws
 from atp_tune.inputs.items import IDS, ByRole, Items, shared
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.sources import documents, find_source
@@ -478,7 +478,7 @@ class TokenWindows:
         return torch.zeros_like(up), up, up.flip(1)
 
 
-TOKEN_WINDOWS: InputKind = TokenWindows()
+TOKEN_WINDOWS = TokenWindows()
 
 
 def read_items(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool) -> Items:

@@ -5,7 +5,7 @@ They need only the storage, neither torch nor the model, and work while a study 
 
 import asyncio
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def make_picture(studies: Sequence[Contents]) -> bytes:
     return picture(drawn, "png")
 
 
-FORMATS: dict[str, tuple[str, Callable[[Sequence[Contents]], bytes]]] = {  # ending and maker
+FORMATS = {  # ending and maker
     "html": (".html", formats.html),
     "md": (".md", formats.markdown),
     "json": (".json", formats.machine),

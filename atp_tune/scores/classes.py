@@ -24,7 +24,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.errors import UserError
 from atp_tune.inputs.items import LABELS, Items
-from atp_tune.scores import Score, Scores
+from atp_tune.scores import Scores
 from atp_tune.scores.next_token import loss_gradient, token_kls, token_nlls
 
 SHELL = 4096  # bytes per position for embeddings and head, beside the logits
@@ -73,7 +73,7 @@ class Classes:
         return torch.autograd.grad(logits, states, by_logits)[0]
 
 
-CLASSES: Score = Classes()
+CLASSES = Classes()
 
 
 def class_ranks(logits: Tensor, classes: Tensor) -> Tensor:

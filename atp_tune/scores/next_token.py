@@ -185,7 +185,7 @@ class NextToken:
         return gradient
 
 
-NEXT_TOKEN: Score = NextToken()
+NEXT_TOKEN = NextToken()
 
 
 def beside_dense(parts: Sequence[tuple[Tensor, Tensor]], counted: Tensor | None) -> dict[str, list[float]]:

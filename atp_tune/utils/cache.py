@@ -358,7 +358,7 @@ def _sync(path: Path) -> None:
 
 PACKAGES = ("torch", "transformers", "optuna")
 # Folder: its format, to be increased when the same ingredients give another entry, and the ingredients of its key.
-FOLDERS: dict[str, tuple[int, tuple[str, ...]]] = {
+FOLDERS = {
     "models/bin": (1, ("content", "files")),
     "models/quantized": (1, ("content", "files")),
     "models/packed": (1, ("content", "files")),
