@@ -102,7 +102,8 @@ def is_better(gains: Sequence[float]) -> bool:
     mean, count = statistics.fmean(gains), len(gains)
     if not math.isfinite(mean):
         return False
-    return mean >= max(LEAST, interval_factor(count) * statistics.stdev(gains) / math.sqrt(count) if count > 1 else 0.0)
+    doubt = interval_factor(count) * statistics.stdev(gains) / math.sqrt(count) if count > 1 else 0.0
+    return mean >= max(LEAST, doubt)
 
 
 # --- Greedy continuations of prompts by the dense and the pruned models, as stored in a configuration and on a study.

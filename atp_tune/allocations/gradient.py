@@ -196,7 +196,8 @@ def between(targets: Sequence[float], ends: Sequence[RowSparsities], target: flo
     if after == 0 or target >= targets[after]:
         return ends[after]
     before = after - 1
-    return ends[before].towards(ends[after], max(0.0, (target - targets[before]) / (targets[after] - targets[before])))
+    share = max(0.0, (target - targets[before]) / (targets[after] - targets[before]))
+    return ends[before].towards(ends[after], share)
 
 
 def _levelled(values: Sequence[float], sizes: Sequence[int], target: float, low: float, high: float) -> list[float]:

@@ -376,5 +376,6 @@ def distances(logs: Tensor, starts: Tensor, exponents: Tensor) -> Tensor:
     for start, exponent in zip(torch.split(starts, CHUNK), torch.split(exponents, CHUNK), strict=True):
         rank = positions - start[:, None]
         law = 1 - torch.exp((1 - exponent[:, None]) * (logs - logs[start][:, None]))
-        gaps.append((law - rank / (len(logs) - start[:, None])).abs().masked_fill(rank < 0, 0).amax(1))
+        gap = (law - rank / (len(logs) - start[:, None])).abs()
+        gaps.append(gap.masked_fill(rank < 0, 0).amax(1))
     return torch.cat(gaps)

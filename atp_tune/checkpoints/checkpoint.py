@@ -25,7 +25,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
 from atp_tune.allocations import Shape
-from atp_tune.checkpoints.blocks import Linear, auto_class, find_blocks, find_linears, hidden_width, is_image_classifier
+from atp_tune.checkpoints.blocks import (
+    Linear,
+    auto_class,
+    find_blocks,
+    find_linears,
+    hidden_width,
+    is_image_classifier,
+)
 from atp_tune.checkpoints.convert import as_user_error, one_line
 from atp_tune.checkpoints.devices import (
     DTYPES,
@@ -143,7 +150,7 @@ class Checkpoint(Released):
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            loaded = auto_class(folder).from_pretrained(
+            loaded: Any = auto_class(folder).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
             )
         except Exception as error:  # parsers of unknown files raise many types
@@ -321,7 +328,7 @@ class LentModel(ModelFolder):
         }
 
 
-_lent = dict[str, LentModel]()
+_lent: dict[str, LentModel] = {}
 
 
 def find(source: str) -> LentModel:

@@ -17,7 +17,8 @@ BARE = Path(__file__).parent / "prune.toml"  # the study file of `prune` without
 def find(name: str) -> Path:
     """The file of a study, given its path, or its name in ./studies, the repository or the package."""
     is_path = name.endswith(".toml") or "/" in name or "\\" in name
-    for path in [Path(name)] if is_path else [folder / f"{name}.toml" for folder in _folders()]:
+    paths = [Path(name)] if is_path else [folder / f"{name}.toml" for folder in _folders()]
+    for path in paths:
         with suppress(OSError):  # for example no permission; reading the file reports the reason
             if not path.exists():
                 continue

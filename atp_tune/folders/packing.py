@@ -80,7 +80,7 @@ class Codes:
     quantize: QuantizeConfig
 
     def __post_init__(self) -> None:
-        self._files = dict[str, tuple[Path, Coded]]()  # where their parts are, and the rest
+        self._files: dict[str, tuple[Path, Coded]] = {}  # where their parts are, and the rest
 
     def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> Tensors:
         """Keeps the codes of a tensor of a block, and returns the weights that they give, by name on the disk: the
@@ -99,7 +99,7 @@ class Codes:
             linear.matrix(bits).fill_(block.bits[linear.name])
         ways = (block.weights[key].cpu(), *(scales, zeros, bits))
         weights, *grids = (checkpoint.as_saved(name, tensor) for tensor in ways)
-        decoded = {}
+        decoded: Tensors = {}
         for part, weight in weights.items():
             try:
                 coded = _encoded([weight, *(grid[part] for grid in grids)], self.quantize, turned)
@@ -257,10 +257,10 @@ class _Packing:
         self._kind, self._group_size, self._codes = kind, group_size, codes
         self._fits = True  # int8 values, without loss, of all linears that have codes
         self.shards = [file.name for file in find_weights(self.source, allow_pickle=False)]
-        self.linears = dict[str, Table]()
-        self.stored = dict[str, Table]()
+        self.linears: dict[str, Table] = {}
+        self.stored: dict[str, Table] = {}
         self._original = Original()
-        self._weight_map = dict[str, str]()  # packed shard of each tensor
+        self._weight_map: dict[str, str] = {}  # packed shard of each tensor
         self.bytes = (0, 0)  # of the packed tensors before and after
         self.auto = auto_class(self.source).__name__
         model = empty_model(self.source)
@@ -339,7 +339,8 @@ class _Packing:
         shutil.copyfile(OURS, folder / OURS.name)
         original.added.append(OURS.name)
         if len(self.shards) > 1:
-            write_table(folder / PACKED_INDEX, {"metadata": {}, "weight_map": dict(sorted(self._weight_map.items()))})
+            index = {"metadata": {}, "weight_map": dict(sorted(self._weight_map.items()))}
+            write_table(folder / PACKED_INDEX, index)
             original.added.append(PACKED_INDEX)
         if (folder / INDEX).is_file():
             original.files[INDEX] = as_text(folder / INDEX)

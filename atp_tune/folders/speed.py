@@ -109,8 +109,9 @@ def find_pair(config: Config, sparse: Path | None, place: Place, passing: Path |
         cached = _cached(config, dense, place)
         sparse = cached if passing is None or cached.is_dir() else passing
         if not sparse.is_dir():
+            way = SLIM if parse(config.prune.pattern).channels else PLAIN
             with folder_atomically(sparse, shared=True) as folder:
-                write_applied(config, folder, place, SLIM if parse(config.prune.pattern).channels else PLAIN)
+                write_applied(config, folder, place, way)
     return Pair(dense.path, sparse, config.prune.pattern, dense.trusted)
 
 
@@ -126,13 +127,14 @@ def _cached(config: Config, dense: ModelFolder, place: Place) -> Path:
     setup = Setup.of_config(config, {"calibration": config.calibration}, place)
     items = KINDS[setup.inputs].read(setup.texts, dense, place.base, bool(setup.bos))
     device = find_device(place.device)
-    return cache_dir("sparse") / key(
+    own = key(
         "sparse",
         config=config.weights_id,
         batches=dict(config.batches),
         text=items["calibration"].content,
         arithmetic=arithmetic(device, find_dtype(config.model.dtype, device)),
     )
+    return cache_dir("sparse") / own
 
 
 # --- Tokens, or images, per second of two models that take turns, in any engine.
@@ -197,7 +199,7 @@ def measured(opening: Opening, name: str, task: Workload, watch: EventHandler) -
                     taken.append(task.amount(phase) / seconds)
             watch(Step("runs", run + 1, task.runs + 1))
         length = {"tokens": task.tokens, "steps": task.steps} if "prefill" in engine.phases else {}
-        fields = {
+        fields: Any = {
             phase.replace(GRAPH, "graph"): {side: rates[phase, side] for side in SIDES} for phase in engine.phases
         }
         return Measured(**vars(engine.about), batch=task.batch, **length, **fields)
@@ -232,7 +234,7 @@ class Eager:
         """
         self.about = about
         self._models, self._batch, self._task = models, batch, task
-        self._graphs = dict[Side, tuple[Any, StaticCache]]()
+        self._graphs: dict[Side, tuple[Any, StaticCache]] = {}
         self.phases: tuple[Phase, ...] = ("prefill", "decode") if batch.dim() == 2 else ("classify",)
         if compiler is not None and launches(lambda: self._compile(compiler), f"{about.engine}: {NO_GRAPH}"):
             self.phases += (GRAPH,)
@@ -276,7 +278,8 @@ class Eager:
             self._graphs[side] = torch.compile(model.__call__, fullgraph=True, **compiler), cache
             for _ in range(3):  # is compiled, recorded, replayed
                 logits = self._run(side, GRAPH)[1]
-            if not (difference := relative(logits, self._run(side, "decode")[1])) <= EXACT[model.dtype]:
+            wanted = self._run(side, "decode")[1]
+            if not (difference := relative(logits, wanted)) <= EXACT[model.dtype]:
                 raise ValueError(f"with a static cache logits differ by {difference:.1g} of the largest")
 
 
@@ -347,7 +350,7 @@ def _difference(
 
     UserError above the tolerance.
     """
-    model = checkpoint.model
+    model: Any = checkpoint.model
     before = model(**arguments).logits.float()
     change(checkpoint)
     after = model(**arguments).logits.float()
@@ -497,7 +500,8 @@ def check_positions(pair: Pair, task: Workload) -> None:
     """UserError if the prompt and the tokens after it exceed the model's positions."""
     if pair.of_images:
         return
-    positions = getattr(model_config(pair.dense, pair.trusted).get_text_config(), "max_position_embeddings", None)
+    config = model_config(pair.dense, pair.trusted).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and task.tokens + task.steps > positions:
         raise UserError(
             f"--tokens {task.tokens}: the model has {positions} positions, of which {task.steps} are for the tokens "

@@ -108,8 +108,8 @@ class Adapters:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._layers = dict[str, Any]()  # by the name of their weight in the model
-        self.parameters = dict[str, nn.Parameter]()  # what is trained, in float32
+        self._layers: dict[str, Any] = {}  # by the name of their weight in the model
+        self.parameters: dict[str, nn.Parameter] = {}  # what is trained, in float32
 
     @property
     def names(self) -> set[str]:
@@ -255,10 +255,10 @@ class Trainer:
         self._mixed = torch.autocast(
             self._device.type, torch.bfloat16, enabled=fast == torch.bfloat16 and checkpoint.dtype == torch.float32
         )
-        self.losses = list[float]()
+        self.losses: list[float] = []
         self.early_stop = EarlyStop(settings.patience)
-        self._best = dict[str, Tensor]()
-        self._kept = dict[int, Tensor]()  # logits of the dense model on held-out batches, by the first item
+        self._best: dict[str, Tensor] = {}
+        self._kept: dict[int, Tensor] = {}  # logits of the dense model on held-out batches, by the first item
         self._room = int(KEPT_SHARE * (self.memory.free - self.memory.needed))
 
     @property
@@ -313,7 +313,7 @@ class Trainer:
 
     def _backward(self, items: Items) -> float:
         """The mean loss of a batch, whose gradients the parameters get."""
-        batch = items.batch(self._device)
+        batch: Data = items.batch(self._device)
         with torch.no_grad():
             dense = None if self._teacher is None else self._logits(self._teacher, batch)
         targets, logits = batch_targets(batch), self._logits(self._model, batch)
@@ -370,7 +370,8 @@ def order(windows: int, settings: Training) -> Tensor:
     """Indices of windows [steps × batch]: all windows in a random order, then in another, and so on."""
     generator = torch.Generator().manual_seed(settings.seed)
     needed = settings.steps * settings.batch
-    return torch.cat([torch.randperm(windows, generator=generator) for _ in range(-(-needed // windows))])[:needed]
+    rounds = [torch.randperm(windows, generator=generator) for _ in range(-(-needed // windows))]
+    return torch.cat(rounds)[:needed]
 
 
 def rate(done: int, settings: Training) -> float:

@@ -57,7 +57,8 @@ def column_groups(columns: int, group_size: int) -> list[tuple[slice, int]]:
     """
     size = columns if group_size == -1 else min(group_size, columns)
     whole = columns - columns % size
-    return [(part, size) for part, size in [(slice(0, whole), size), (slice(whole, columns), columns - whole)] if size]
+    parts = [(slice(0, whole), size), (slice(whole, columns), columns - whole)]
+    return [(part, size) for part, size in parts if size]
 
 
 # --- RTN: rounds each weight to the nearest value of its group; needs no inputs.

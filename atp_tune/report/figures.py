@@ -304,7 +304,8 @@ def draw_points(points: Points) -> go.Figure | None:
     for key, value in (summary.limit or {}).items():
         if not isinstance(value, Mapping) and key in ("max_increase", f"max_{main.name}"):
             limit = value if key != "max_increase" else (1 + value) * dense if dense else None
-    drawn = [line for line in [(dense, "dense", DENSE, "dot"), (limit, "limit", WORST, "dash")] if line[0] is not None]
+    lines = [(dense, "dense", DENSE, "dot"), (limit, "limit", WORST, "dash")]
+    drawn = [line for line in lines if line[0] is not None]
     for y, name, colour, dash in drawn:
         level(figure, y, f"{name} {main.written(y)}", colour, dash)  # type: ignore[arg-type]
     # The axes take in all of it.

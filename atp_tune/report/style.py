@@ -72,7 +72,8 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 def log_axis(low: float, high: float) -> dict[str, Any]:
     """A log axis from `low` to `high`, with ticks of its own where Plotly's would be hard to read."""
     pad = 0.04 * log10(high / low) or 0.1
-    ticks = {"tickmode": "array", "tickvals": TICKS if high / low > 30 else FINE} if high / low > 2 else {}
+    wide = {"tickmode": "array", "tickvals": TICKS if high / low > 30 else FINE}
+    ticks = wide if high / low > 2 else {}
     return {"type": "log", "range": [log10(low) - pad, log10(high) + pad], "tickformat": "~g", **ticks}
 
 

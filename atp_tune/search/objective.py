@@ -97,7 +97,8 @@ class Objective:
         if session.batches != batches and best_trial(trial.study) is None:
             # The first trial ran out of memory and took smaller batches: later trials begin with those.
             trial.study.set_user_attr("batches", session.batches)
-        return (*(result.value for result in results), *(() if plan.target is None else (round(1 - plan.target, 6),)))
+        density = () if plan.target is None else (round(1 - plan.target, 6),)
+        return (*(result.value for result in results), *density)
 
     def _store(self, trial: Trial, record: "Record", **more: object) -> None:
         measured = {**record.close(), "batches": self.session.batches, **more}
