@@ -39,6 +39,11 @@ SCORES = Registry[Any](  # objects of type `scores.Score`
 )
 
 
+def are_steps(*ends: float) -> bool:
+    """Whether all are multiples of `STEP`."""
+    return all(abs(end / STEP - round(end / STEP)) <= 1e-6 for end in ends)
+
+
 def or_none(table: Any) -> BeforeValidator:
     """Accepts "none" in the place of a table, by which an override takes it away."""
     return BeforeValidator(lambda value: None if value == "none" else value, table | Literal["none"])

@@ -28,7 +28,7 @@ from atp_tune.config.prune import (
     check_names,
     parse,
 )
-from atp_tune.config.search import ACCURACY, DENSITY, NEXT_TOKEN, STEP, LimitConfig, SearchConfig, or_none
+from atp_tune.config.search import ACCURACY, DENSITY, NEXT_TOKEN, STEP, LimitConfig, SearchConfig, are_steps, or_none
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.utils.registry import OneOf, SettingsTable
 
@@ -545,7 +545,7 @@ def _of_search(study: "Study") -> Iterator[Row]:
     yield "sparsity", low >= high, f"the interval [{low}, {high}] must run from the lower to the higher"
     yield (
         "sparsity",
-        any(abs(end / STEP - round(end / STEP)) > 1e-6 for end in (low, high)),
+        not are_steps(low, high),
         f"the ends of [{low}, {high}] must be multiples of {STEP}",
     )
     yield from _where(

@@ -8,7 +8,7 @@ from typing import Any
 
 from atp_tune.config.plugged import is_task_path
 from atp_tune.config.prune import bits_of_size
-from atp_tune.config.search import STEP
+from atp_tune.config.search import STEP, are_steps
 from atp_tune.errors import UserError
 from atp_tune.measures import Limit
 
@@ -33,7 +33,7 @@ def parse_sparsity(text: str) -> float | Interval:
     low, high = _between(first, text), _between(last, text)
     if not low < high:
         raise ValueError(f"{text} must run from the lower sparsity to the higher")
-    if any(abs(end / STEP - round(end / STEP)) > 1e-6 for end in (low, high)):
+    if not are_steps(low, high):
         raise ValueError(f"the ends of {text} must be multiples of {STEP}")
     return low, high
 

@@ -63,6 +63,10 @@ class Observer(ABC, Generic[T]):
     def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
         """Begins with a model, before its first block is pruned; `plan`: None is the dense model."""
         self.session, self.name, self.plan = session, name, plan
+        self.start()
+
+    def start(self) -> None:
+        """What is to be done before the first block."""
 
     def block(self, block: PrunedBlock) -> None:
         """Sees the next block."""
@@ -86,9 +90,9 @@ class RoleScores(Observer[Scores]):
     one_by_one: bool = False
 
     @torch.inference_mode()
-    def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
+    def start(self) -> None:
         """Embeds the items."""
-        super().begin(session, name, plan)
+        session = self.session
         self._parts = equal_parts(session.items(self.role), session.batch(self.role).windows)
         self._dense = session.dense_states(self.role, self._parts) if self.beside_dense else []
         self._kept: list[PrunedBlock] | None = [] if self.one_by_one and can_keep(session.checkpoint) else None
@@ -145,12 +149,11 @@ class Whole(Observer[T]):
     what: str
     instead: str
 
-    def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
+    def start(self) -> None:
         """UserError if memory is too small for the copy."""
-        super().begin(session, name, plan)
         self._blocks = list[dict[str, Tensor]]()
-        if plan is not None:
-            self._on_host = check_room(session.checkpoint, self.what, self.instead)
+        if self.plan is not None:
+            self._on_host = check_room(self.session.checkpoint, self.what, self.instead)
 
     def block(self, block: PrunedBlock) -> None:
         """Keeps the linears of a pruned block."""
@@ -218,11 +221,12 @@ class Prompts(Whole[tuple[str, ...]]):
     what: str = "generate"
     instead = "chat DIR"
 
-    def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
+    def start(self) -> None:
         """UserError if the tokenizer cannot be loaded too."""
-        super().begin(session, name, plan)
+        super().start()
         if not self.found:
-            self._tokenizer = load_tokenizer(session.folder.path, session.folder.trusted)
+            folder = self.session.folder
+            self._tokenizer = load_tokenizer(folder.path, folder.trusted)
 
     def run(self, weights_of: WeightsOf) -> tuple[str, ...]:
         """The continuation of each prompt."""
@@ -247,9 +251,9 @@ class ImageAnswers(Observer[tuple[ImageAnswer, ...]]):
     role: str
 
     @torch.inference_mode()
-    def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
+    def start(self) -> None:
         """Embeds the images."""
-        super().begin(session, name, plan)
+        session = self.session
         self._images = session.items(self.role)[:COUNT]
         config = model_config(session.folder.path, session.folder.trusted)
         self.names = {index: str(name)[:100] for index, name in config.id2label.items()}

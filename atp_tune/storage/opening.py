@@ -1,5 +1,6 @@
 """Opening a storage by its URL, and the checks of its file and file system."""
 
+import re
 import warnings
 from itertools import count
 from pathlib import Path
@@ -47,12 +48,10 @@ def new_storage() -> tuple[str, BaseStorage]:
 
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to create the tables of a new database
 # Types of network file systems, on which SQLite's locks do not work.
-NETWORK = {
-    "9p", "acfs", "afp", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "davfs2", "gcsfuse", "gfs",
-    "gfs2", "glusterfs", "goofys", "gpfs", "juicefs", "lustre", "mfs", "moosefs", "ncpfs", "nfs", "nfs3",
-    "nfs4", "ocfs2", "orangefs", "panfs", "pvfs2", "rclone", "s3fs", "smb", "smb2", "smb3", "smbfs", "sshfs",
-    "webdav", "wekafs",
-}  # fmt: skip
+NETWORK = re.compile(
+    "9p|acfs|afp|afpfs|afs|beegfs|ceph|cifs|coda|davfs2?|gcsfuse|gfs2?|glusterfs|goofys|gpfs|juicefs|lustre|mfs|moosefs|"
+    "ncpfs|nfs[34]?|ocfs2|orangefs|panfs|pvfs2|rclone|s3fs|smb[23]?|smbfs|sshfs|webdav|wekafs"
+)
 Kind = TypeVar("Kind", bound=Database)
 
 
@@ -186,7 +185,7 @@ def file_system(file: Path) -> str:
 
 def is_network(kind: str) -> bool:
     """Whether a type is that of a network file system, also behind FUSE."""
-    return kind.lower().removeprefix("fuse.") in NETWORK
+    return bool(NETWORK.fullmatch(kind.lower().removeprefix("fuse.")))
 
 
 def network_warning(address: str) -> str | None:
