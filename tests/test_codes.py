@@ -340,11 +340,36 @@ def test_codes_stay_codes_in_memory(
     expected = embedded.detach().clone().requires_grad_()
     load(packed, dequantize=True)(inputs_embeds=expected).logits.square().sum().backward()
     assert_close(embedded.grad, expected.grad, rtol=1e-3, atol=1e-4)
-    monkeypatch.setenv("ATP_TUNE_ISA", "avx2")
-    expanded = load(packed)
-    assert not [module for module in expanded.modules() if isinstance(module, CodedLinear)]
+    for isa, count in {"avx2": len(coded), "portable": 0}.items():
+        monkeypatch.setenv("ATP_TUNE_ISA", isa)
+        other = load(packed)
+        assert len([module for module in other.modules() if isinstance(module, CodedLinear)]) == count
+        with torch.inference_mode():
+            assert_close(other(many[:, :3]).logits, few, rtol=1e-3, atol=1e-4)
+
+
+@with_codes
+@parametrize("tied", [False, True])
+def test_a_head_is_rounded_to_8_bits_in_memory(tied: bool, tmp_path: Path) -> None:
+    """To the nearest of 255 numbers by groups of 64; embeddings stay as they are, and what is saved has it."""
+    in_groups(tmp_path, 64, False, 4, wide=128, tie_word_embeddings=tied)
+    packed, load = tmp_path / "packed", AutoModelForCausalLM.from_pretrained
+    plain, rounded = load(packed), load(packed, int8_head=True)
+    dense = plain.lm_head.weight.detach()
+    assert torch.equal(rounded.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+    scale = (dense.abs().amax(1, keepdim=True) / 127).half().float()  # one group of 64 columns
+    assert_close(rounded.lm_head.weight, (dense / scale).round().clamp(-127, 127) * scale, rtol=2e-3, atol=1e-6)
+    assert 0 < (rounded.lm_head.weight - dense).abs().max() < 0.51 * scale.max()
+    rounded.save_pretrained(tmp_path / "again")
+    again, ids = load(tmp_path / "again"), torch.randint(0, 90, (1, 5))
+    exact = load(tmp_path / "again", dequantize=True)
+    assert torch.equal(exact.lm_head.weight, rounded.lm_head.weight) and not again.config.tie_word_embeddings
     with torch.inference_mode():
-        assert_close(expanded(many[:, :3]).logits, few, rtol=1e-3, atol=1e-4)
+        assert torch.equal(again(ids).logits, rounded(ids).logits)
+        assert_close(exact(ids).logits, rounded(ids).logits, rtol=1e-3, atol=1e-4)
+    assert torch.equal(load(tmp_path / "again", int8_head=True).lm_head.weight, rounded.lm_head.weight)
+    with pytest.raises(ValueError, match="int8_head: needs a packed language model"):
+        load(packed, int8_head=True, dequantize=True)
 
 
 @with_codes

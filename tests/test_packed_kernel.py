@@ -404,7 +404,17 @@ def build(library: Path, *options: str) -> None:
 
 # --- codes of rounded weights
 
-with_codes = pytest.mark.skipif(not kernel.multiplies_codes(64, 64), reason="needs AVX-512 with VBMI, VBMI2 and VNNI")
+
+@pytest.fixture(params=["avx512-vbmi2", "avx2"])
+def isa_of_codes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param not in kernel.variants():
+        pytest.skip("another CPU")
+    monkeypatch.setenv("ATP_TUNE_ISA", request.param)
+    if not kernel.multiplies_codes(64, 64):
+        pytest.skip("needs AVX-512 with VBMI, VBMI2 and VNNI, or AVX2 that deposits bits fast")
+
+
+with_codes = pytest.mark.usefixtures("isa_of_codes")
 
 
 @with_codes

@@ -229,7 +229,7 @@ def test_another_result_is_no_graph(caplog: pytest.LogCaptureFixture, monkeypatc
     assert decoders(random_model())[0].phases == ("prefill", "decode", GRAPH)
     monkeypatch.setitem(speed.EXACT, torch.float32, -1.0)
     assert decoders(random_model())[0].phases == ("prefill", "decode")
-    assert "ValueError: with a static cache logits differ by " in caplog.messages[0]
+    assert any("ValueError: with a static cache logits differ by " in message for message in caplog.messages)
 
 
 # --- 2:4

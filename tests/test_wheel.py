@@ -65,7 +65,7 @@ def test_everything_is_inside(wheel: Path, dist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "tune.py", "CHANGELOG.md", "LICENSE", "studies/smol.toml", "tests/test_wheel.py"} < names
-    sources = {f"atp_tune/packed/{name}" for name in ("kernel.c", "kernel_amx.h", "kernel_codes.h")}
+    sources = {f"atp_tune/packed/{name}" for name in ("kernel.c", "kernel_amx.h", "kernel_codes.h", "kernel_decoder.h")}
     assert {"hatch_build.py", *sources} < names and KERNEL not in names
 
 

@@ -18,7 +18,8 @@
    threads, nor on how many tokens go together. */
 
 #if defined(__linux__)
-#define _GNU_SOURCE /* syscall */
+#define _GNU_SOURCE /* syscall, sched_yield */
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -1169,15 +1170,24 @@ static void write_tail(struct job *job, uint8_t *tail) {
   memset(tail + filled, 0, tail_size(matrix) - filled);
 }
 
-/* y [tokens, R] = x [tokens, C] times the weight's transpose, plus the bias; up to 8 tokens. `type` of x and y: BF16,
-   HALF or FLOAT. */
-int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type, int32_t tokens, uint8_t *y,
-                    int32_t threads) {
-  if (wrong(matrix) || type < BF16 || type > FLOAT || tokens < 0 || tokens > MOST_TOKENS) return WRONG_ARGUMENT;
-  if (matrix->type >= DENSE_BF16 && matrix->columns % BLOCK) return WRONG_ARGUMENT; /* rows have no zeros after them */
-  if (tokens == 0 || matrix->rows == 0) return FINE;
-  int64_t columns = matrix->columns, width = (columns + BLOCK - 1) / BLOCK * BLOCK, work_to_do = matrix->rows * columns;
-  int which = tokens > 4 ? 3 : tokens > 2 ? 2 : tokens - 1, padded = 1 << which;
+static int wrong_product(const struct matrix *matrix, int32_t type, int32_t tokens) {
+  if (wrong(matrix) || type < BF16 || type > FLOAT || tokens < 0 || tokens > MOST_TOKENS) return 1;
+  return matrix->type >= DENSE_BF16 && matrix->columns % BLOCK; /* rows have no zeros after them */
+}
+
+INLINE int which_loop(int32_t tokens) { return tokens > 4 ? 3 : tokens > 2 ? 2 : tokens - 1; } /* of 1, 2, 4, 8 */
+
+/* Bytes that `prepare` takes for as many tokens, which may be fewer than the loop has. */
+static size_t prepared_size(const struct matrix *matrix, int32_t tokens) {
+  const size_t width = (size_t)(matrix->columns + BLOCK - 1) / BLOCK * BLOCK;
+  return (width * sizeof(float) << which_loop(tokens)) + tail_size(matrix) + 64;
+}
+
+/* Makes x [tokens, C] of `type` ready for the loop of a product, of which `first`, `last` and `y` are left. */
+static struct job prepare(const struct matrix *matrix, const uint8_t *x, int32_t type, int32_t tokens,
+                          uint8_t *memory) {
+  const int64_t columns = matrix->columns, width = (columns + BLOCK - 1) / BLOCK * BLOCK;
+  const int which = which_loop(tokens), padded = 1 << which;
   int32_t isa = matrix->isa, dot = 0;
   const int vbmi2 = isa == AVX512_VBMI2 || isa == AVX512_BF16 || isa == AMX;
   if (vbmi2 && matrix->type == GROUPED_INT8 && columns / matrix->groups % BLOCK) isa = AVX512;
@@ -1186,9 +1196,7 @@ int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type,
   dot = matrix->isa == AVX512_BF16 && type == BF16 && (matrix->type == BF16 || matrix->type == DENSE_BF16);
   if (dot) chosen = dots[matrix->type == DENSE_BF16][which];
 #endif
-  const size_t size = dot ? 2 : 4, line = (size_t)width * size, of_inputs = line * (size_t)padded;
-  uint8_t *memory = malloc(of_inputs + 64 + tail_size(matrix));
-  if (memory == NULL) return NO_MEMORY;
+  const size_t size = dot ? 2 : 4, line = (size_t)width * size;
   uint8_t *inputs = memory + (64 - (uintptr_t)memory % 64) % 64;
   for (int t = 0; t < padded; t++) {
     uint8_t *to = inputs + (size_t)t * line;
@@ -1201,10 +1209,30 @@ int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type,
     memset(to + filled, 0, line - filled);
     if (!dot && variants[isa].sort[matrix->type]) variants[isa].sort[matrix->type]((float *)(void *)to, width);
   }
-  struct job job = {.matrix = matrix, .x = inputs, .width = width, .tokens = tokens, .y = y, .y_type = type,
-                    .loop = chosen, .first = 0, .last = matrix->rows};
-  write_tail(&job, inputs + of_inputs);
-  run(&job, 4, INT64_MAX, work_to_do * padded, threads);
+  struct job job = {.matrix = matrix, .x = inputs, .width = width, .tokens = tokens, .y_type = type, .loop = chosen};
+  write_tail(&job, inputs + (size_t)padded * line);
+  return job;
+}
+
+/* Multiplies, if x is finite, by all rows of the weight. */
+static int32_t multiply(struct job *job, uint8_t *y, int32_t threads) {
+  const struct matrix *matrix = job->matrix;
+  if (atomic_load(&job->not_finite)) return NOT_FINITE;
+  job->y = y, job->first = 0, job->last = matrix->rows;
+  run(job, 4, INT64_MAX, matrix->rows * matrix->columns << which_loop((int32_t)job->tokens), threads);
+  return FINE;
+}
+
+/* y [tokens, R] = x [tokens, C] times the weight's transpose, plus the bias; up to 8 tokens. `type` of x and y: BF16,
+   HALF or FLOAT. */
+int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type, int32_t tokens, uint8_t *y,
+                    int32_t threads) {
+  if (wrong_product(matrix, type, tokens)) return WRONG_ARGUMENT;
+  if (tokens == 0 || matrix->rows == 0) return FINE;
+  uint8_t *memory = malloc(prepared_size(matrix, tokens));
+  if (memory == NULL) return NO_MEMORY;
+  struct job job = prepare(matrix, x, type, tokens, memory);
+  multiply(&job, y, threads);
   free(memory);
   return FINE;
 }
@@ -1263,59 +1291,76 @@ int32_t atp_unpack(const struct matrix *matrix, int64_t first, int64_t last, uin
 }
 
 #if defined(__x86_64__)
-/* The tail of codes: as many bytes as a row and a vector after it take, then as many zeros; before it so many bytes.
-   Returns what to free, or NULL. */
-static uint8_t *with_codes_tail(struct job *job, size_t before) {
-  const struct matrix *matrix = job->matrix;
-  const int64_t most = matrix->columns * matrix->bits / 8 + 2 * BLOCK;
-  const int64_t length = matrix->count < most ? matrix->count : most;
-  uint8_t *memory = malloc(before + 2 * (size_t)most + 64);
-  if (memory == NULL) return NULL;
-  uint8_t *tail = memory + 64 - (uintptr_t)memory % 64 + before;
-  job->tail = tail, job->tail_at = (uint64_t)(matrix->count - length);
-  if (length > 0) memcpy(tail, matrix->values + job->tail_at, (size_t)length);
-  memset(tail + length, 0, (size_t)(2 * most - length));
-  return memory;
+static size_t codes_tail_size(const struct matrix *matrix) { /* of a row and a vector after it, then as many zeros */
+  return 2 * (size_t)(matrix->columns * matrix->bits / 8 + 2 * BLOCK);
 }
 
-static int wrong_codes(const struct matrix *matrix) {
-  return matrix->rows < 0 || matrix->columns < 0 || matrix->columns % BLOCK || matrix->count < 0 || matrix->bits < 2 ||
-         matrix->bits > 8;
+static void codes_write_tail(struct job *job, uint8_t *tail) {
+  const struct matrix *matrix = job->matrix;
+  const int64_t size = (int64_t)codes_tail_size(matrix), length = matrix->count < size / 2 ? matrix->count : size / 2;
+  job->tail = tail, job->tail_at = (uint64_t)(matrix->count - length);
+  if (length > 0) memcpy(tail, matrix->values + job->tail_at, (size_t)length);
+  memset(tail + length, 0, (size_t)(size - length));
+}
+
+static int wrong_codes(const struct matrix *matrix, int32_t type) {
+  return type < BF16 || type > FLOAT || matrix->rows < 0 || matrix->columns < 0 || matrix->columns % BLOCK ||
+         matrix->count < 0 || matrix->bits < 2 || matrix->bits > 8 ||
+         (matrix->isa != AVX512_VBMI2 && matrix->isa != AVX2);
+}
+
+/* `prepared_size` and `prepare` for a weight of codes: x is rounded to 16 bits. */
+static size_t codes_prepared_size(const struct matrix *matrix, int32_t tokens) {
+  const size_t columns = (size_t)matrix->columns, padded = (size_t)1 << which_loop(tokens);
+  const size_t of_tokens = padded * (2 * columns + 2 * columns / BLOCK * sizeof(float));
+  return 64 + sizeof(struct rounded) + columns * sizeof(float) + of_tokens + codes_tail_size(matrix);
+}
+
+static struct job codes_prepare(const struct matrix *matrix, const uint8_t *x, int32_t type, int32_t tokens,
+                                uint8_t *memory) {
+  const int64_t columns = matrix->columns, blocks = columns / BLOCK;
+  const int which = which_loop(tokens), padded = 1 << which;
+  float *floats = (float *)(void *)(memory + (64 - (uintptr_t)memory % 64) % 64);
+  int8_t *high = (int8_t *)(floats + columns), *low = high + padded * columns;
+  float *scales = (float *)(void *)(low + padded * columns), *sums = scales + padded * blocks;
+  struct rounded *rounded = (struct rounded *)(void *)(sums + padded * blocks);
+  int16_t *whole = (int16_t *)(void *)high;
+  *rounded = (struct rounded){.whole = whole, .high = high, .low = low, .scales = scales, .sums = sums};
+  const int narrow = matrix->isa == AVX2;
+  struct job job = {.matrix = matrix, .x = rounded, .tokens = tokens, .y_type = type,
+                    .loop = code_products[narrow][which]};
+  int finite = 1;
+  for (int t = 0; t < padded; t++) {
+    if (t < tokens)
+      variants[narrow ? AVX2 : AVX512].widen(x + t * columns * size_of(type), type, columns, floats);
+    else
+      memset(floats, 0, (size_t)columns * sizeof(float));
+    const int64_t to = t * columns, of_block = t * blocks;
+    if (narrow)
+      finite &= avx2_codes_round(floats, columns, whole + to, scales + of_block, sums + of_block);
+    else
+      finite &= codes_round(floats, columns, high + to, low + to, scales + of_block, sums + of_block);
+  }
+  atomic_init(&job.not_finite, !finite);
+  codes_write_tail(&job, (uint8_t *)(rounded + 1));
+  return job;
 }
 #endif
 
 /* y [tokens, R] = x [tokens, C], rounded to 16 bits, times the transpose of a weight of codes, plus the bias; up to 8
-   tokens. NOT_FINITE, with y undefined, if an x is infinite or no number. Needs AVX-512 with VBMI, VBMI2 and VNNI. */
+   tokens. NOT_FINITE, with y undefined, if an x is infinite or no number. The instruction set is AVX512_VBMI2, here with
+   VBMI and VNNI, or AVX2. */
 int32_t atp_codes_product(const struct matrix *matrix, const uint8_t *x, int32_t type, int32_t tokens, uint8_t *y,
                           int32_t threads) {
 #if defined(__x86_64__)
-  if (wrong_codes(matrix) || type < BF16 || type > FLOAT || tokens < 0 || tokens > MOST_TOKENS) return WRONG_ARGUMENT;
+  if (wrong_codes(matrix, type) || tokens < 0 || tokens > MOST_TOKENS) return WRONG_ARGUMENT;
   if (tokens == 0 || matrix->rows == 0) return FINE;
-  const int64_t columns = matrix->columns, blocks = columns / BLOCK;
-  const int which = tokens > 4 ? 3 : tokens > 2 ? 2 : tokens - 1, padded = 1 << which;
-  const size_t of_floats = (size_t)columns * sizeof(float), of_blocks = (size_t)(padded * blocks) * sizeof(float);
-  const size_t of_values = (size_t)(padded * columns); /* of the high bytes, and of the low ones */
-  struct job job = {.matrix = matrix, .tokens = tokens, .y = y, .y_type = type, .loop = code_products[which],
-                    .first = 0, .last = matrix->rows};
-  uint8_t *memory = with_codes_tail(&job, (of_floats + 2 * of_values + 2 * of_blocks + 63) / 64 * 64);
+  uint8_t *memory = malloc(codes_prepared_size(matrix, tokens));
   if (memory == NULL) return NO_MEMORY;
-  float *floats = (float *)(void *)(memory + 64 - (uintptr_t)memory % 64);
-  float *scales = floats + columns, *sums = scales + padded * blocks;
-  int8_t *high = (int8_t *)(sums + padded * blocks), *low = high + of_values;
-  int finite = 1;
-  for (int t = 0; t < padded; t++) {
-    if (t < tokens)
-      variants[AVX512].widen(x + t * columns * size_of(type), type, columns, floats);
-    else
-      memset(floats, 0, of_floats);
-    const int64_t to = t * columns, of_block = t * blocks;
-    finite &= codes_round(floats, columns, high + to, low + to, scales + of_block, sums + of_block);
-  }
-  const struct rounded rounded = {.high = high, .low = low, .scales = scales, .sums = sums};
-  job.x = &rounded;
-  if (finite) run(&job, 4, INT64_MAX, matrix->rows * columns * padded, threads);
+  struct job job = codes_prepare(matrix, x, type, tokens, memory);
+  const int32_t error = multiply(&job, y, threads);
   free(memory);
-  return finite ? FINE : NOT_FINITE;
+  return error;
 #else
   (void)matrix, (void)x, (void)type, (void)tokens, (void)y, (void)threads;
   return WRONG_ARGUMENT;
@@ -1326,19 +1371,22 @@ int32_t atp_codes_product(const struct matrix *matrix, const uint8_t *x, int32_t
 int32_t atp_codes_unpack(const struct matrix *matrix, int64_t first, int64_t last, uint8_t *out, int32_t type,
                          int32_t threads) {
 #if defined(__x86_64__)
-  if (wrong_codes(matrix) || type < BF16 || type > FLOAT || first < 0 || last > matrix->rows || first > last)
-    return WRONG_ARGUMENT;
-  struct job job = {.matrix = matrix, .y = out, .y_type = type, .loop = codes_unpack, .first = first, .last = last};
-  uint8_t *memory = with_codes_tail(&job, 0);
-  if (memory == NULL) return NO_MEMORY;
+  if (wrong_codes(matrix, type) || first < 0 || last > matrix->rows || first > last) return WRONG_ARGUMENT;
+  struct job job = {.matrix = matrix, .y = out, .y_type = type, .loop = code_unpacks[matrix->isa == AVX2],
+                    .first = first, .last = last};
+  uint8_t *tail = malloc(codes_tail_size(matrix));
+  if (tail == NULL) return NO_MEMORY;
+  codes_write_tail(&job, tail);
   run(&job, 4, INT64_MAX, (last - first) * matrix->columns, threads);
-  free(memory);
+  free(tail);
   return FINE;
 #else
   (void)matrix, (void)first, (void)last, (void)out, (void)type, (void)threads;
   return WRONG_ARGUMENT;
 #endif
 }
+
+#include "kernel_decoder.h"
 
 /* Fills offsets [R + 1] with the sums of the bits of the rows before; the first row with a bit after its last column,
    or -1. */

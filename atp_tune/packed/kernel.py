@@ -94,7 +94,7 @@ def library() -> ctypes.CDLL | None:
     """The library beside this file, or None: it was not compiled, or for another machine, or from an earlier source."""
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
-        product_of_many, unpack_codes = loaded.atp_product_of_many, loaded.atp_codes_unpack
+        product_of_many, unpack_codes, decode = loaded.atp_product_of_many, loaded.atp_codes_unpack, loaded.atp_decode
     except (OSError, AttributeError):
         return None
     pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -102,6 +102,7 @@ def library() -> ctypes.CDLL | None:
     for unpack, multiply in ((loaded.atp_unpack, loaded.atp_product), (unpack_codes, loaded.atp_codes_product)):
         unpack.argtypes = (pointer, number, number, pointer, small, small)
         multiply.argtypes = (pointer, pointer, small, small, pointer, small)
+    decode.argtypes = (*(pointer,) * 5, number, small, pointer, small)
     loaded.atp_offsets.argtypes = (pointer, number, number, pointer)
     loaded.atp_offsets.restype = number
     loaded.atp_setup()
@@ -109,13 +110,13 @@ def library() -> ctypes.CDLL | None:
 
 
 @cache
-def parallel() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime that torch uses; None if it has none, as on macOS."""
+def parallel(name: str = "GOMP_parallel") -> int | None:
+    """The address of a function of the OpenMP runtime that torch uses; None if it has none, as on macOS."""
     if sys.platform != "linux":
         return None
     try:
         # A symbol is looked for in the library and in those that it was linked to.
-        function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+        function = getattr(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), name)
     except (OSError, AttributeError):
         return None
     return ctypes.cast(function, ctypes.c_void_p).value
@@ -177,23 +178,21 @@ def _flags() -> frozenset[str]:
     return {"AVX2": _AVX2, "AVX512": _AVX512}.get(torch.backends.cpu.get_cpu_capability(), frozenset())
 
 
-INTERFACE = 7  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
+INTERFACE = 8  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
 BATCH = 8  # tokens up to which each weight is expanded to a vector
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
 # Tokens up to which they go BATCH by BATCH, as in kernel.c.
-FEW = dict.fromkeys(("amx", "avx512-vbmi2", "avx512-bf16", "avx512"), 32)
-FOR_MANY = (*FEW, "avx2", "neon")  # variants with a loop for more tokens
+FEW = dict.fromkeys((*_WITH_CODES, "avx512"), 32)
+FASTER = (*FEW, "avx2")  # variants whose loops for dense weights were measured to be faster than torch's
+FOR_MANY = (*FASTER, "neon")  # variants with a loop for more tokens
 INT8, GROUPED_INT8 = 3, 4
 
-# The operator's: what it was called with, by addresses and sizes, which are all that a `Weight` holds.
-_WEIGHTS: dict[object, Weight] = {}
-MOST_WEIGHTS = 8192
 Parts = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # values, bitmask, offsets, scales, bias
 
 
 def check_interface(version: int) -> None:
     """ImportError unless the file of a packed folder, perhaps of another version of atp_tune, fits this one."""
-    if version not in (6, INTERFACE):  # 7 adds codes
+    if version not in (6, 7, INTERFACE):  # 7 adds codes, 8 decoders
         difference = f"the file of the packed folder wants interface {version} of the kernel, this is {INTERFACE}"
         raise ImportError(f"{difference}; pack the folder again")
 
@@ -222,8 +221,8 @@ class PackedMatrix:
         self._name = name = variant or kernel_name()
         self._library = None if name is None else library()
         if name is not None:
-            self._weight = _weight(name, columns, values, bitmask, self.offsets, scales, bias)
-            self._at = ctypes.addressof(self._weight)
+            self.weight = _weight(name, columns, values, bitmask, self.offsets, scales, bias)
+            self._at = ctypes.addressof(self.weight)
 
     def product(self, x: Tensor) -> Tensor | None:
         """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
@@ -310,13 +309,8 @@ def linear(x: Tensor, *parts: *Parts) -> Tensor:
     flat, name, loaded = x.reshape(-1, columns), kernel_name(), library()
     if name is None or loaded is None or not multiplies(name, x.dtype, len(flat), values.dtype):
         return _slow_linear(x, *parts)
-    key = (name, columns, *((part.data_ptr(), part.dtype, part.shape) for part in parts if part is not None))
-    weight = _WEIGHTS.get(key)
-    if weight is None:
-        check_parts(values, bitmask, columns, scales, bias, offsets)
-        if len(_WEIGHTS) >= MOST_WEIGHTS:
-            _WEIGHTS.clear()
-        weight = _WEIGHTS[key] = _weight(name, columns, *parts)
+    check_parts(values, bitmask, columns, scales, bias, offsets)
+    weight = _weight(name, columns, *parts)
     if x.dtype not in FLOATS:
         raise ValueError(f"packed weight: x is {_words(x)}; needed: a float type")
     y = product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows)
@@ -451,13 +445,16 @@ CodedParts = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]
 def multiplies_codes(columns: int, group_size: int) -> bool:
     """Whether this CPU multiplies by codes of so many columns, in groups of so many (-1: all)."""
     size = columns if group_size == -1 else group_size
-    return columns % BLOCK == 0 and size % BLOCK == 0 and columns % size == 0 and _has_codes(kernel_name())
+    return columns % BLOCK == 0 and size % BLOCK == 0 and columns % size == 0 and _of_codes(kernel_name()) is not None
 
 
 @cache
-def _has_codes(name: str | None) -> bool:
-    """Whether a variant has products with codes, on this CPU."""
-    return name in _WITH_CODES and _flags() >= _CODES
+def _of_codes(name: str | None) -> int | None:
+    """The number of the variant that has products with codes where another has the rest; None if none has."""
+    if name in _WITH_CODES and _flags() >= _CODES:
+        return VARIANTS["avx512-vbmi2"]
+    # AMD's CPUs before Zen 3, which have no VAES either, take hundreds of clocks to deposit bits.
+    return VARIANTS["avx2"] if name in FASTER and ("vaes" in _flags() or not system.is_amd()) else None
 
 
 class CodedMatrix:
@@ -493,24 +490,24 @@ class CodedMatrix:
             scales, zeros = (part.repeat_interleave(many, 1) for part in (scales, zeros))
         self.shape, self.offsets, self.bits, self.unit = (rows, columns), offsets, bits, torch.tensor(2.0**exponent)
         self.parts: CodedParts = codes, bitmask, offsets, scales, zeros, bias
-        self._weight = _coded_weight(columns, 2.0**exponent, bits, *self.parts)
+        self.weight = _coded_weight(columns, 2.0**exponent, bits, *self.parts)
 
     def product(self, x: Tensor) -> Tensor | None:
         """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
 
         None for more than FEW_CODED tokens, or if one is not finite.
         """
-        return _coded_product(x, self._weight)
+        return _coded_product(x, self.weight)
 
     def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows `first` to `last` with their zeros, [last - first, C]."""
-        return _coded_rows(first, last, dtype, self._weight)
+        return _coded_rows(first, last, dtype, self.weight)
 
     def constant(self) -> Tensor:
         """The weight [R, C], float32, as a constant of a graph that is traced."""
         out = bytearray(4 * self.shape[0] * self.shape[1])
         place = ctypes.addressof(ctypes.c_char.from_buffer(out))
-        _unpack_codes(self._weight, 0, self.shape[0], place, torch.float32)
+        _unpack_codes(self.weight, 0, self.shape[0], place, torch.float32)
         return torch.frombuffer(out, dtype=torch.float32).view(self.shape)
 
     def nonzeros(self) -> int:
@@ -525,7 +522,7 @@ def _coded_weight(columns: int, unit: float, bits: int, *parts: *CodedParts) -> 
     held = (codes, bitmask, offsets, scales, bias)
     places = (None if part is None else part.data_ptr() for part in held)
     kind = 0 if bias is None else FLOATS[bias.dtype]
-    sizes = (len(scales), columns, len(codes), scales.shape[1], 0, kind, 0, ALONE)
+    sizes = (len(scales), columns, len(codes), scales.shape[1], 0, kind, _of_codes(kernel_name()) or 0, ALONE)
     return Weight(*places, parallel(), *sizes, zeros.data_ptr(), unit, bits)
 
 
@@ -591,7 +588,6 @@ torch.library.register_fake(
 # Up to BATCH tokens read each weight once, so that bytes are time, and these loops read them faster than torch's.
 
 DENSE = {torch.bfloat16: 5, torch.float32: 6}  # the numbers are those of kernel.c
-FASTER = ("amx", "avx512-vbmi2", "avx512-bf16", "avx512", "avx2")  # variants that were measured to be so
 BLOCK = 64  # columns that it reads at once; a row of another length would be multiplied with what follows it
 
 
@@ -605,16 +601,22 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     learns = torch.is_grad_enabled() and x.requires_grad
     if watched(x, weight, bias) or learns or torch.is_autocast_enabled("cpu"):
         return None
-    (rows, columns), tensors = weight.shape, (x, weight) if bias is None else (x, weight, bias)
-    fits = all(tensor.is_cpu and tensor.dtype == x.dtype for tensor in tensors) and x.dtype in DENSE
-    if not fits or x.shape[-1] != columns or columns % BLOCK or not all(part.is_contiguous() for part in tensors[1:]):
+    rows, columns = weight.shape
+    if x.shape[-1] != columns or not 1 <= x.numel() // columns <= BATCH or not x.is_cpu:
         return None
-    flat, name, loaded = x.reshape(-1, columns), kernel_name(), library()
-    if not 1 <= len(flat) <= BATCH or name not in FASTER or loaded is None:
+    fields, loaded = dense_weight(weight, bias, x.dtype), library()
+    if fields is None or loaded is None:
         return None
-    places = (weight.data_ptr(), None, None, None, None if bias is None else bias.data_ptr(), parallel())
-    kinds = (DENSE[x.dtype], FLOATS[x.dtype], VARIANTS[name], ALONE)
-    fields = Weight(*places, rows, columns, weight.numel(), 1, *kinds)
-    y = product(loaded, ctypes.addressof(fields), flat, FLOATS[x.dtype], rows)
+    y = product(loaded, ctypes.addressof(fields), x.reshape(-1, columns), FLOATS[x.dtype], rows)
     assert y is not None  # few tokens have no other way
     return y.view(*x.shape[:-1], rows)
+
+
+def dense_weight(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Weight | None:
+    """The arguments of the library for a weight [R, C] that is not packed; None where the loops are not for it."""
+    parts, name = [weight] if bias is None else [weight, bias], kernel_name()
+    fits = all(part.is_cpu and part.dtype == dtype and part.is_contiguous() for part in parts) and dtype in DENSE
+    if not fits or weight.shape[1] % BLOCK or name not in FASTER:
+        return None
+    places = (weight.data_ptr(), None, None, None, None if bias is None else bias.data_ptr(), parallel())
+    return Weight(*places, *weight.shape, weight.numel(), 1, DENSE[dtype], FLOATS[dtype], VARIANTS[name], ALONE)

@@ -10,9 +10,8 @@ weights have a variant of their own, `model.packed*.safetensors`.
 A slim model is a model of its family whose blocks have lost channels: some of its linears are narrower, and each block
 has widths of its own. All linears are dense, so every device and library multiplies by them fast.
 
-Both configs have a model type of their own, so that nothing loads the folder without this file: a quantizer of
-transformers would keep the family's name, but is skipped with a warning, and random weights, where it is not
-registered. Format: docs/formats.md of atp_tune.
+Both configs have a model type of their own, so that nothing loads the folder without this file; a quantizer of
+transformers is skipped with a warning where it is not registered. Format: docs/formats.md of atp_tune.
 """
 
 import shutil
@@ -37,8 +36,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 try:
     from atp_tune.packed import kernel
 
-    kernel.check_interface(7)
-    from atp_tune.packed import gpu
+    kernel.check_interface(8)
+    from atp_tune.packed import decoder, gpu
 except ImportError as error:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
     kernel, MISSING = None, str(error)  # type: ignore[assignment]
 else:
@@ -141,8 +140,7 @@ def unpack_codes(packed: Tensor, code_bits: int, count: int) -> Tensor:
 
 
 def read_codes(get: Get, name: str, about: Table) -> tuple[Tensor, Tensor]:
-    """A tensor of codes q, as integers k = q - z, int16 [..., rows, columns], 0 where no code is kept, and scales,
-    float32 of the same shape: a weight is k times its scale.
+    """Integers k = q - z of codes q, int16 [..., rows, columns], 0 where none is kept, and a scale of each, float32.
 
     get: gives its parts by name; about: its entry in the table of a config. Errors: ValueError if a part is missing, or
     if they disagree, but not in a graph, which cannot look.
@@ -261,9 +259,8 @@ def _is_entry(about: Any) -> bool:
 
 def _is_form(form: Any) -> bool:
     """Whether it says how codes lie in a file."""
-    if not isinstance(form, dict) or any(type(form.get(key)) is not bool for key in ("symmetric", "mask")):
-        return False
-    if any(type(form.get(key)) is not int for key in ("bits", "group_size", "exponent")):
+    kinds = {"symmetric": bool, "mask": bool, "bits": int, "group_size": int, "exponent": int}
+    if not isinstance(form, dict) or any(type(form.get(key)) is not kind for key, kind in kinds.items()):
         return False
     size = form["group_size"]
     return form["bits"] in range(2, 9) and (size == -1 or size > 0) and form["exponent"] in range(-149, 128)
@@ -476,10 +473,12 @@ class DenseLinear(nn.Linear):
 
 
 def speed_dense_linears(model: nn.Module) -> None:
-    """Makes a `DenseLinear` of each `nn.Linear`, in place."""
+    """Makes a `DenseLinear` of each `nn.Linear`, in place, and has the kernel compute next tokens where it can."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = DenseLinear
+    if kernel is not None:
+        decoder.attach(model)
 
 
 def _has_kernel(device: torch.device) -> bool:
@@ -626,12 +625,17 @@ def _own_model(config_class: Any, family: Any, model_type: str, auto_class: str)
     ) -> Any:
         """The model; with `dequantize` one of the family's class, all weights dense.
 
+        int8_head: the head's weights are rounded to 8 bits in memory, 64 to a scale.
         Errors: ValueError if a weight is not in the files, or if bits and values of one disagree.
         """
-        wanted = options.pop("output_loading_info", False)
+        wanted, rounded = options.pop("output_loading_info", False), options.pop("int8_head", False)
         load = family.from_pretrained if dequantize else super(subclass, cls).from_pretrained
         model, info = _load(load, path, args, config or model_type, dequantize, options)
         _check(model, info, form.said)
+        if rounded:
+            if kernel is None:
+                raise ValueError(f"int8_head: {SLOW}")
+            decoder.round_head(model, CodedLinear, model_type)
         return (model, info) if wanted else model
 
     def get_dtype_plan(self: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -735,10 +739,7 @@ def _narrow(model: nn.Module, table: Table) -> None:
 
 
 def _check(model: nn.Module, info: Table, prefix: str) -> None:
-    """ValueError for a weight that transformers did not find, and for packed linears whose bits and values disagree.
-
-    Linears that are not in memory are checked when they are used.
-    """
+    """ValueError for a weight that transformers did not find, and for packed linears whose bits and values disagree."""
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if wrong:
         raise ValueError(f"{prefix}: its files have no {min(wrong)} of the shape that its config says")
@@ -762,10 +763,7 @@ def tensors_in(files: Iterable[str | Path]) -> Iterator[tuple[set[str], Get]]:
 
 
 def _unpacked(path: Any, hub: Table, table: Table, linears: Table) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a folder; all are unpacked but those of `linears`, which stay packed, perhaps otherwise.
-
-    Files are downloaded if they are on the hub.
-    """
+    """Names and tensors of a folder; all are unpacked but those of `linears`, which stay packed, perhaps otherwise."""
     single = cached_file(path, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
     if single is None:
         index = cached_file(path, INDEX, **hub)
