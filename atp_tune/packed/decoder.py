@@ -112,7 +112,7 @@ class Blocks:
         return weight if weight is None else int(weight.data_ptr())
 
     def now(self) -> tuple[list[Any], ...]:
-        """What the addresses hold for: modules and what computes them, the kernel's matrices, tensors and versions."""
+        """State that the addresses hold for: modules and their code, the kernel's matrices, tensors and versions."""
         parts = [part for own in self._own for part in own["_parameters"].values()]
         changing = [part for module in self._packed for part in module._parameters.values()]
         return (
@@ -197,7 +197,7 @@ class Decoder:
     __setstate__ = __init__
 
     def __call__(self, *args: Any, **words: Any) -> Any:
-        """What the model's forward returns."""
+        """Returns what the model's forward returns."""
         states = None if args or not self.may_take(words) else self._next(words)
         if states is None:
             return type(self.model).forward(self.model, *args, **words)

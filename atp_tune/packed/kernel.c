@@ -1125,25 +1125,33 @@ static const struct {
 static const loop dots[2][4] = {FOR_TOKENS(bf16dot, bf16), FOR_TOKENS(bf16dot, dense16)};
 #endif
 
+/* Rows that a thread takes at a time, a multiple of `unit`: several times, so that a slow thread takes fewer. */
+INLINE int64_t chunk_of(int64_t rows, int64_t unit, int64_t threads) {
+  enum { SHARES = 4 }; /* chunks per thread */
+  return (rows / (SHARES * threads) + unit) / unit * unit;
+}
+
+/* The next chunk of the rows up to `end`; 0 if there are none left. */
+INLINE int take(_Atomic int64_t *next, int64_t end, int64_t chunk, int64_t *first, int64_t *last) {
+  *first = atomic_fetch_add(next, chunk);
+  *last = *first + chunk < end ? *first + chunk : end;
+  return *first < end;
+}
+
 static void work(void *data) { /* takes chunks of rows until there are none */
   struct job *job = data;
-  for (;;) {
-    int64_t first = atomic_fetch_add(&job->next, job->chunk);
-    if (first >= job->last) return;
-    job->loop(job, first, job->last - first < job->chunk ? job->last : first + job->chunk);
-  }
+  for (int64_t first, last; take(&job->next, job->last, job->chunk, &first, &last);) job->loop(job, first, last);
 }
 
 /* Runs the job's loop over all rows: in chunks of a multiple of `unit` rows, at most `most`. */
 static void run(struct job *job, int64_t unit, int64_t most, int64_t work_to_do, int32_t threads) {
-  enum { SHARES = 4 }; /* chunks per thread, so that a slow thread takes fewer */
   const struct matrix *matrix = job->matrix;
   int64_t rows = job->last - job->first;
   if (threads <= 1 || matrix->parallel == NULL || rows <= unit || work_to_do <= matrix->alone) {
     job->loop(job, job->first, job->last);
     return;
   }
-  job->chunk = (rows / (SHARES * (int64_t)threads) + unit) / unit * unit;
+  job->chunk = chunk_of(rows, unit, threads);
   if (job->chunk > most) job->chunk = most;
   atomic_init(&job->next, job->first);
   void (*parallel)(void (*)(void *), void *, unsigned, unsigned);

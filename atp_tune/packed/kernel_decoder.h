@@ -210,15 +210,6 @@ static struct job prepare_floats(struct token *token, const struct matrix *matri
   return job;
 }
 
-INLINE int64_t chunk_of(int64_t rows, int64_t team) { return (rows / (4 * team) + 4) / 4 * 4; }
-
-/* The next rows of a step for this thread, as `job` has them; 0 if there are none. */
-INLINE int take(_Atomic int64_t *next, int64_t rows, int64_t chunk, int64_t *first, int64_t *last) {
-  *first = atomic_fetch_add(next, chunk);
-  *last = *first + chunk < rows ? *first + chunk : rows;
-  return *first < rows;
-}
-
 INLINE void wait_for_all(struct token *token, int64_t team, int64_t *round) {
   if (team == 1) return;
   const int64_t all = team * ++*round;
@@ -237,7 +228,7 @@ INLINE void wait_for_all(struct token *token, int64_t team, int64_t *round) {
 INLINE void multiply_rows(struct token *token, const struct matrix *matrix, const float *x, float *y, float *h,
                           _Atomic int64_t *next, int64_t team, uint8_t *memory) {
   struct job job = prepare_floats(token, matrix, x, memory);
-  const int64_t rows = matrix->rows, chunk = chunk_of(rows, team);
+  const int64_t rows = matrix->rows, chunk = chunk_of(rows, 4, team);
   job.y = (uint8_t *)y;
   for (int64_t first, last; take(next, rows, chunk, &first, &last);) {
     job.loop(&job, first, last);
@@ -274,7 +265,7 @@ INLINE void decode(struct token *token, int64_t team) {
     struct job gate = prepare_floats(token, layer->gate, normed, memory);
     struct job up = prepare_floats(token, layer->up, normed, memory + size_to_prepare(layer->gate, token->texts));
     gate.y = (uint8_t *)token->gate, up.y = (uint8_t *)token->up;
-    for (int64_t first, last; take(next + 5, inner, chunk_of(inner, team), &first, &last);) {
+    for (int64_t first, last; take(next + 5, inner, chunk_of(inner, 4, team), &first, &last);) {
       gate.loop(&gate, first, last);
       up.loop(&up, first, last);
       for (int64_t t = 0; t < texts; t++)

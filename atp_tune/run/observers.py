@@ -66,7 +66,7 @@ class Observer(ABC, Generic[T]):
         self.start()
 
     def start(self) -> None:
-        """What is to be done before the first block."""
+        """Prepares for a model, before its first block."""
 
     def block(self, block: PrunedBlock) -> None:
         """Sees the next block."""
