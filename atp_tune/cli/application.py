@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from atp_tune.cli import apply, evaluate, serve, studies, tune
+from atp_tune.cli import apply, evaluate, studies, tune
 from atp_tune.cli.options import UsageError, expanded, rejoin
 from atp_tune.config.finding import known
 from atp_tune.errors import UserError
@@ -62,7 +62,7 @@ app = typer.Typer(
 app.callback(invoke_without_command=True)(expanded(tune.run))
 app.command(MODEL, cls=ModelCommand)(expanded(tune.model))
 for command in (  # in the order of `--help`
-    studies.status, studies.plan, serve.serve, serve.merge, serve.export, studies.report, apply.apply, apply.pack,
+    studies.status, studies.plan, studies.serve, studies.merge, studies.export, studies.report, apply.apply, apply.pack,
     apply.unpack, apply.push, evaluate.evaluate, evaluate.generate, evaluate.chat, evaluate.classify, tune.prune,
     apply.finetune, evaluate.speedup, studies.studies, studies.plugins, studies.schema, studies.env,
 ):  # fmt: skip
