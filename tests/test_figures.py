@@ -8,8 +8,7 @@ from synthetic import BLOCKS, BOUND, made_up, new_study
 
 from atp_tune import report
 from atp_tune.report import figures
-from atp_tune.report.figures import draw_history
-from atp_tune.report.style import CYCLE
+from atp_tune.report.figures import CYCLE, draw_history
 from atp_tune.results.summary import summarise
 from atp_tune.utils.system import EXTRAS, install
 

@@ -1,13 +1,17 @@
 """Plotly figures of a study, from its summary alone: they need neither torch nor the model.
 
-Each is a function of the summary, or of its `Points`; it returns None while there are no data for it.
+Each is a function of the summary, or of its `Points`; it returns None while there are no data for it. All are readable
+on light and dark pages, and small without a template. The axis of scores leaves out trials far above the median; labels
+name them instead.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import statistics
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate, groupby
-from math import inf, isfinite
+from math import inf, isfinite, log10
 from typing import Any
 
 import plotly.graph_objects as go
@@ -15,32 +19,224 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
 from atp_tune.allocations.formulas import atp
-from atp_tune.measures import KL, PERPLEXITY
+from atp_tune.measures import KL, PERPLEXITY, Estimate, Measure
 from atp_tune.plan import method_in, percent
-from atp_tune.report.style import (
-    BEST,
-    CYCLE,
-    DASHES,
-    DENSE,
-    INK,
-    SECOND,
-    SYMBOLS,
-    UNIFORM,
-    WORST,
-    Points,
-    axis,
-    bars,
-    faint,
-    level,
-    log_axis,
-    new_figure,
-    pruner_colour,
-    role,
-    rounded,
-)
-from atp_tune.results.formatting import spent
-from atp_tune.results.results import block_levels, is_uniform
+from atp_tune.results.formatting import plan_words, spent
+from atp_tune.results.results import DENSE, block_levels, is_uniform, uniform_among
 from atp_tune.results.summary import Summary
+from atp_tune.storage.progress import objective_values, ranked, target_sparsity
+from atp_tune.utils.registry import Table
+
+# --- The style of all figures, and a study's points in it.
+
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+# Contrast at least 3:1 against white and #14171c; distinguishable by colour-blind readers.
+INK, BLUE, ORANGE, GREEN, PURPLE, GOLD, PINK = (
+    "#76808c", "#2f7fd9", "#d1580f", "#14946c", "#a566c4", "#a97800", "#d6498a",
+)  # fmt: skip
+GRID, LINE = "rgba(128,136,148,0.22)", "rgba(128,136,148,0.55)"
+BEST, UNIFORM, SECOND, WORST = BLUE, ORANGE, GREEN, PURPLE
+CYCLE = (BLUE, GREEN, GOLD, PURPLE, PINK, ORANGE, INK)
+DASHES = ("solid", "dash", "dot", "dashdot")  # after all colours: the same with another dash
+PLUGINS = ("#0f8fa8", "#7a8f1f", "#8a6d5a")  # with the same contrast, and unlike those of the pruners that come along
+PRUNERS = {"wanda": BLUE, "sparsegpt": GREEN, "magnitude": GOLD, "dsnot": PURPLE, "alps": PINK}
+SYMBOLS = {"atp": "circle", "curve": "diamond", "uniform": "square"}
+RING = {"symbol": "circle-open", "size": 17, "color": INK, "line": {"width": 2}}
+SMALL = 11  # px, of text within a figure
+EXPLODES = 3  # times the median score: trials above are hidden
+NAMED = 2  # hidden trials that are named individually
+FAR = 2  # factor between lowest trial and dense model beyond which the axis does not reach to dense
+TICKS = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
+FINE = [float(f"{digit}e{power}") for power in range(-6, 7) for digit in (1, 1.5, 2, 3, 4, 5, 6, 8)]
+
+
+def new_figure(title: str, x: str, y: str) -> go.Figure:
+    """An empty figure with the common layout; the legend is below the plot."""
+    return go.Figure(
+        layout={
+            "template": "none",
+            "title": {"text": title, "x": 0, "xref": "paper", "y": 1, "yanchor": "top", "pad": {"t": 10}},
+            "title_font_size": 15,
+            "font": {"family": FONT, "size": 12, "color": INK},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": LINE, "activecolor": INK},  # else a dark box over the data
+            "height": 400,
+            "margin": {"l": 60, "r": 14, "t": 44, "b": 44},
+            "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+            "hoverlabel": {"font": {"family": FONT}, "align": "left"},
+            "xaxis": axis(x),
+            "yaxis": axis(y),
+        }
+    )
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """An axis with its title, a faint grid and no line at zero."""
+    look = {"gridcolor": GRID, "linecolor": LINE, "tickcolor": LINE, "zeroline": False, "automargin": True}
+    return {"title": {"text": title, "standoff": 8}, **look, **more}
+
+
+def log_axis(low: float, high: float) -> dict[str, Any]:
+    """A log axis from `low` to `high`, with ticks of its own where Plotly's would be hard to read."""
+    pad = 0.04 * log10(high / low) or 0.1
+    wide = {"tickmode": "array", "tickvals": TICKS if high / low > 30 else FINE}
+    ticks = wide if high / low > 2 else {}
+    return {"type": "log", "range": [log10(low) - pad, log10(high) + pad], "tickformat": "~g", **ticks}
+
+
+def level(figure: go.Figure, y: float, name: str, colour: str, dash: str = "dash") -> None:
+    """A horizontal line over the whole width, with its name in the legend."""
+    figure.add_shape(
+        type="line", x0=0, x1=1, y0=y, y1=y, xref="paper", yref="y", layer="below", name=name, showlegend=True,
+        line={"color": colour, "width": 1.5, "dash": dash},
+    )  # fmt: skip
+
+
+def pruner_colour(pruner: str) -> str:
+    """The colour of a pruner, the same in all figures; of a plug-in, one of three by its name."""
+    return PRUNERS.get(pruner) or PLUGINS[zlib.crc32(pruner.encode()) % len(PLUGINS)]
+
+
+def bars(errors: Iterable[float], colour: str) -> dict[str, Any]:
+    """Standard errors as fine bars."""
+    return {"array": rounded(errors, 4), "color": faint(colour, 0.6), "thickness": 1.2, "width": 0}
+
+
+def faint(colour: str, opacity: float) -> str:
+    """The colour `#rrggbb` with an opacity."""
+    red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity:g})"
+
+
+def rounded(values: Iterable[Any], digits: int = 5) -> list[float]:
+    """Numbers rounded to the digits that a figure can show, to keep its file small."""
+    return [float(f"{value:.{digits}g}") for value in values]
+
+
+def role(name: str, trial: FrozenTrial) -> str:
+    """The name of a trial in a legend."""
+    return f"{name} (trial {trial.number})"
+
+
+@dataclass(frozen=True)
+class AxisRange:
+    """The scores that an axis shows, and the `top` above which trials are hidden."""
+
+    low: float
+    high: float
+    top: float
+
+    def arrow(self, value: float) -> str:
+        """` ↓` or ` ↑` for a value below or above the axis, else nothing."""
+        return " ↓" if value < self.low else " ↑" if value > self.high else ""
+
+
+class Points:
+    """The trials of a study that figures can show, the best first, by the score that it minimises, or its error.
+
+    main      the measure that the search minimises; of two, the first
+    on        the text or images that trials are measured on
+    axis      title of the axis of scores
+    dense     score of the dense model
+    best      the best trial, or the first that can be shown
+    uniform   the first uniform trial of the best trial's pruner and sparsity, as the summary has it
+    second    the best trial that is not uniform and has other sparsities than the best, with the same mean
+    worst     the trial with the worst score, if there are several with the target of the best
+    """
+
+    def __init__(self, summary: Summary) -> None:
+        self.summary, self.results, self.main = summary, summary.results, summary.results.main
+        measured = ((trial, objective_values(trial)[:1]) for trial in ranked(summary.trials))
+        self.trials = [trial for trial, values in measured if values and isfinite(values[0]) and values[0] > 0]
+        self.on = f"validation {self.results.data}"
+        self.axis = f"{self.main.title}, {self.on}"
+        self.dense = self.results.score(DENSE, "validation", self.main)
+        shown = (trial for trial in self.trials if trial == summary.best_trial)
+        self.best = best = next(shown, next(iter(self.trials), None))
+        self.uniform = uniform_among(sorted(self.trials, key=lambda trial: trial.number), best) if best else None
+        beside = [trial for trial in self.trials if best and target_sparsity(trial) == target_sparsity(best)]
+        own = (None, block_levels(best))
+        others = (trial for trial in beside if trial != best and not is_uniform(trial))
+        self.second = next((trial for trial in others if block_levels(trial) not in own), None)
+        self.worst = beside[-1] if len(beside) > 1 else None
+
+    def score(self, trial: FrozenTrial, measure: Measure | None = None) -> Estimate:
+        """The score of a trial; NaN where that is not known."""
+        return self.results.score(trial, "validation", measure or self.main) or Estimate(value=float("nan"), stderr=0.0)
+
+    def value(self, trial: FrozenTrial) -> float:
+        """The score of a trial, without its error."""
+        return self.score(trial).value
+
+    def said(self, trial: FrozenTrial) -> str:
+        """The score in a label: perplexities above the axis are large, and need no digits."""
+        return f"{self.value(trial):.0f}" if self.main is PERPLEXITY else self.score(trial).alone
+
+    def told(self, trial: FrozenTrial) -> str:
+        """Number, plan and scores of a trial in two lines, for its hover text."""
+        scores = ((by, self.results.score(trial, "validation", by)) for by in self.results.measures)
+        text = ", ".join(f"{by.column} {score}" for by, score in scores if score or by is PERPLEXITY)
+        return f"trial {trial.number}: {escape(plan_words(trial))}<br>{text}"
+
+    def view(self, reach: Estimate | None = None) -> AxisRange:
+        """The range of all trials with their errors, and of a score that it is to reach if that is near.
+
+        Perplexities above `EXPLODES` times the median are left out.
+        """
+        scores = [self.score(trial) for trial in self.trials]
+        is_bounded = self.main.is_higher_better
+        top = inf if is_bounded else EXPLODES * statistics.median(score.value for score in scores)
+        shown = [(score.value, min(score.stderr, score.value / 3)) for score in scores if score.value <= top]
+        low, high = min(value - error for value, error in shown), max(value + error for value, error in shown)
+        if reach is not None and is_bounded and high < reach.value <= high + FAR * (high - low):
+            high = reach.value
+        elif reach is not None and low / FAR <= reach.value < low:
+            low = reach.value
+        return AxisRange(low, high, top)
+
+    def add(
+        self, figure: go.Figure, trials: Sequence[FrozenTrial], x: Sequence[Any], name: str, colour: str,
+        by: Measure | None = None, **look: Any,
+    ) -> None:  # fmt: skip
+        """Adds trials at these places, with errors and hover texts.
+
+        `by`: another measure than the main one; `look`: what else a trace has, or has instead.
+        """
+        scores = [self.score(trial, by) for trial in trials]
+        marker = {"color": colour, "size": 8, **look.pop("marker", {})}
+        usual = {
+            "y": rounded(score.value for score in scores), "error_y": bars((score.stderr for score in scores), colour),
+            "mode": "markers", "text": list(map(self.told, trials)), "hovertemplate": "%{text}<extra></extra>",
+        }  # fmt: skip
+        figure.add_scatter(x=x, name=name, marker=marker, **{**usual, **look})
+
+    def ring(self, figure: go.Figure, trial: FrozenTrial, x: float | str, **look: Any) -> None:
+        """Adds a ring around the best trial."""
+        y = rounded([self.value(trial)])
+        figure.add_scatter(x=[x], y=y, mode="markers", marker=RING, name=role("best", trial), hoverinfo="skip", **look)
+
+    def compare(self, figure: go.Figure, seen: AxisRange, label: str = "uniform") -> None:
+        """Adds a line at uniform."""
+        if self.uniform is not None:
+            score = self.score(self.uniform)
+            level(figure, score.value, f"{label} {score.alone}{seen.arrow(score.value)}", UNIFORM)
+
+    def set_axis(self, figure: go.Figure, low: float, high: float, hidden: Sequence[str] = ()) -> None:
+        """Sets the axis of scores, and writes labels of hidden trials above the plot."""
+        if self.main.is_higher_better:
+            pad = 0.04 * (high - low) or 0.01
+            figure.update_yaxes(range=[low - pad, min(high + pad, 1.01)], tickformat="~%")
+        else:
+            figure.update_yaxes(log_axis(low, high))
+        if hidden:
+            lines = [*hidden[:NAMED], *([f"and {len(hidden) - NAMED} more ↑"] if len(hidden) > NAMED else [])]
+            figure.update_layout(margin_t=44 + 14 * len(lines))
+            figure.add_annotation(
+                text="<br>".join(lines), x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+                align="left", showarrow=False, font={"size": SMALL},
+            )  # fmt: skip
+
 
 # --- Figures over trials: scores against β, or of each allocation, in their order, against sparsity; times; the front.
 
@@ -78,12 +274,11 @@ def draw_perplexity(points: Points) -> go.Figure | None:
     panels = [Panel("x", over), Panel("x2", [trial for trial in points.trials if trial not in over])]
     name = main.title[0].upper() + main.title[1:]
     figure = new_figure(f"{name} against β" if over else f"{name} of each allocation", "", points.axis)
-    _set_axes(figure, panels[0], panels[1], beta_bounds(summary))
+    _set_axes(figure, panels[0], panels[1], summary)
     if over:
         add_gp_posterior(figure, summary.gp_posterior, points)
     # A trace for each pruner (and allocation, if several have β) in each panel; trials above the axis are arrows.
     several, pruners = len({_allocation(trial) for trial in over if not is_uniform(trial)}) > 1, set()
-    hidden = []
     for panel in panels:
         for (pruner, allocation), group in _grouped(panel.trials, several and panel.axis == "x"):
             shown = [trial for trial in group if points.value(trial) <= seen.top]
@@ -99,34 +294,25 @@ def draw_perplexity(points: Points) -> go.Figure | None:
                     figure, above, list(map(panel.at, above)), "off the scale", colour, y=[seen.high] * len(above),
                     error_y=None, showlegend=False, xaxis=panel.axis, marker={"size": 11, "symbol": "triangle-up"},
                 )  # fmt: skip
-        hidden += [(t, f"{panel.label(t)}: {points.said(t)} ↑") for t in panel.trials if points.value(t) > seen.top]
     # Lines at uniform and dense, and a ring around the best.
     methods = {method_in(trial.params) for trial in summary.trials}
     best = summary.best_trial
     if best:
         points.compare(figure, seen, f"uniform, {method_in(best.params)}" if len(methods) > 1 else "uniform")
     if points.dense is not None:
-        level(figure, points.dense.value, f"dense {points.dense.alone}{seen.arrow(points.dense.value)}", DENSE, "dot")
+        level(figure, points.dense.value, f"dense {points.dense.alone}{seen.arrow(points.dense.value)}", INK, "dot")
     first = points.trials[0]
     panel = panels[first not in over]
     points.ring(figure, first, panel.at(first), xaxis=panel.axis)
     entries = sum(item.showlegend is not False for item in (*figure.data, *figure.layout.shapes))
     figure.update_layout(height=PLAIN + LEGEND * -(-entries // 3) + LABELS * all(panel.trials for panel in panels))
-    hidden.sort(key=lambda pair: points.trials.index(pair[0]))
-    points.set_axis(figure, seen.low, seen.high, [text for _, text in hidden])
+    above = [trial for trial in points.trials if points.value(trial) > seen.top]
+    hidden = [f"{panels[trial not in over].label(trial)}: {points.said(trial)} ↑" for trial in above]
+    points.set_axis(figure, seen.low, seen.high, hidden)
     return figure
 
 
-def beta_bounds(summary: Summary) -> tuple[float, float] | None:
-    """The admissible interval of β, if the study stores what it depends on."""
-    study = summary.made_from.study if summary.made_from else None
-    if study is None or not summary.sizes:
-        return None
-    bounds = atp.bounds(Budget(study.highest, summary.sizes))["beta"]
-    return bounds if bounds[1] > 0 else None
-
-
-def _set_axes(figure: go.Figure, over: Panel, others: Panel, bounds: tuple[float, float] | None) -> None:
+def _set_axes(figure: go.Figure, over: Panel, others: Panel, summary: Summary) -> None:
     """Sets the axes of β and of allocations, and draws admissible bounds that are near the data."""
     names = sorted({_allocation(trial) for trial in others.trials})
     strip = min(0.4, 0.06 + 0.07 * len(names)) if names and over.trials else float(bool(names))
@@ -142,14 +328,17 @@ def _set_axes(figure: go.Figure, over: Panel, others: Panel, bounds: tuple[float
     low, high = min(betas), max(betas)
     span, title = high - low, "β, difference per block" if names else "β, common difference per block"
     near = (low - NEAR * span, high + NEAR * span) if span else (-inf, inf)
-    drawn = [bound for bound in bounds or () if (bound > 0 or low < 0) and near[0] <= bound <= near[1]]
+    # The admissible interval of β, if the study stores what it depends on.
+    file, sizes = summary.made_from, summary.sizes
+    bounds = atp.bounds(Budget(file.study.highest, sizes))["beta"] if file and sizes else (0.0, 0.0)
+    drawn = [bound for bound in bounds if bound and (bound > 0 or low < 0) and near[0] <= bound <= near[1]]
     for k, bound in enumerate(sorted(drawn, reverse=True)):
         figure.add_shape(
             type="line", x0=bound, x1=bound, y0=0, y1=1, xref="x", yref="paper", layer="below",
             name=f"admissible bound{' ±' if len(drawn) > 1 else ' '}{abs(bound):.4f}",
             showlegend=not k, line={"color": INK, "width": 1.5, "dash": "longdashdot"},
         )  # fmt: skip
-    if bounds and not drawn:
+    if bounds[1] and not drawn:
         title += f" (admissible up to {bounds[1]:.4f})"
     low, high = min([low, *drawn]), max([high, *drawn])
     pad = 0.04 * (high - low) or span or 0.01
@@ -252,15 +441,13 @@ def draw_front(points: Points) -> go.Figure | None:
 
     def add(trials: list[FrozenTrial], name: str, colour: str, **look: Any) -> None:
         """Trials with both scores, as points with both errors."""
-        scores = [(points.score(trial, PERPLEXITY), points.score(trial, KL), trial) for trial in trials]
-        both = [(score, kl, trial) for score, kl, trial in scores if isfinite(score.value) and isfinite(kl.value)]
+        scores = [
+            (points.score(trial, PERPLEXITY), trial) for trial in trials if isfinite(points.score(trial, KL).value)
+        ]
+        both = [(score, trial) for score, trial in scores if isfinite(score.value)]
         if both:
-            own = {
-                "y": rounded(kl.value for _, kl, _ in both), "error_y": bars((kl.stderr for _, kl, _ in both), colour),
-                "error_x": bars((score.stderr for score, _, _ in both), colour),
-            }  # fmt: skip
-            x = rounded(score.value for score, _, _ in both)
-            points.add(figure, [trial for _, _, trial in both], x, name, colour, **{**own, **look})
+            x, errors = rounded(score.value for score, _ in both), bars((score.stderr for score, _ in both), colour)
+            points.add(figure, [trial for _, trial in both], x, name, colour, KL, **{"error_x": errors, **look})
 
     add([trial for trial in points.trials if trial.number not in best], "other trials", INK)
     optimal = [trial for trial in points.trials if trial.number in best]
@@ -304,7 +491,7 @@ def draw_points(points: Points) -> go.Figure | None:
     for key, value in (summary.limit or {}).items():
         if not isinstance(value, Mapping) and key in ("max_increase", f"max_{main.name}"):
             limit = value if key != "max_increase" else (1 + value) * dense if dense else None
-    lines = [(dense, "dense", DENSE, "dot"), (limit, "limit", WORST, "dash")]
+    lines = [(dense, "dense", INK, "dot"), (limit, "limit", WORST, "dash")]
     drawn = [line for line in lines if line[0] is not None]
     for y, name, colour, dash in drawn:
         level(figure, y, f"{name} {main.written(y)}", colour, dash)  # type: ignore[arg-type]
@@ -332,8 +519,8 @@ def draw_sparsity(points: Points) -> go.Figure | None:
     def levels(trial: FrozenTrial) -> list[float]:
         return rounded(block_levels(trial) or [], 4)
 
-    plans = [("best", points.best, BEST, "solid"), ("second best", points.second, SECOND, "dot"), _uniform(points)]
-    figure = _along_blocks(points, new_figure(amount.title, "", amount.axis), levels, plans, {"shape": "hvh"})
+    empty = new_figure(amount.title, "", amount.axis)
+    figure = _along_blocks(points, empty, levels, {"shape": "hvh"}, second=points.second)
     if figure is None:
         return None
     target = summary.sparsity or summary.bits
@@ -354,32 +541,24 @@ def draw_error(points: Points) -> go.Figure | None:
         return shown if any(shown) else []
 
     worst = None if points.worst == points.uniform else points.worst
-    plans = [("best", points.best, BEST, "solid"), _uniform(points), ("worst", worst, WORST, "dot")]
     empty = new_figure("Error of the hidden states after each block", "", "error, relative to the dense model")
-    figure = _along_blocks(points, empty, errors, plans, {}, mode="lines+markers", marker={"size": 5})
+    figure = _along_blocks(points, empty, errors, {}, worst=worst, mode="lines+markers", marker={"size": 5})
     if figure is not None:
         values = [error for trace in figure.data for error in trace.y if error is not None]
         figure.update_yaxes(log_axis(min(values), max(values)))
     return figure
 
 
-Shown = tuple[str, FrozenTrial | None, str, str]  # name, trial, colour and dash of a line
-
-
-def _uniform(points: Points) -> Shown:
-    return "uniform", None if points.uniform == points.best else points.uniform, UNIFORM, "solid"
-
-
 def _along_blocks(
-    points: Points,
-    figure: go.Figure,
-    values: Callable[[FrozenTrial], Sequence[Any]],
-    plans: list[Shown],
-    line: dict[str, Any],
-    **look: Any,
-) -> go.Figure | None:
-    """Adds lines over blocks of these plans, or of a front's; None without any."""
-    summary = points.summary
+    points: Points, figure: go.Figure, values: Callable[[FrozenTrial], Sequence[Any]], line: Table,
+    second: FrozenTrial | None = None, worst: FrozenTrial | None = None, **look: Any,
+) -> go.Figure | None:  # fmt: skip
+    """Adds lines over blocks of the best plan, uniform and these, or of a front's plans; None without any."""
+    summary, uniform = points.summary, None if points.uniform == points.best else points.uniform
+    plans = (
+        ("best", points.best, BEST, "solid"), ("second best", second, SECOND, "dot"),
+        ("uniform", uniform, UNIFORM, "solid"), ("worst", worst, WORST, "dot"),
+    )  # fmt: skip
     chosen = [
         (percent(point.sparsity), point.trial, CYCLE[k % len(CYCLE)], DASHES[k // len(CYCLE) % len(DASHES)])
         for k, point in enumerate(summary.choices)
@@ -387,14 +566,18 @@ def _along_blocks(
     for name, trial, colour, dash in chosen or plans:
         if trial is not None and (heights := values(trial)):
             own = {"color": colour, "width": 2.5 if trial == points.best else 1.75, "dash": dash, **line}
-            figure.add_scatter(
-                y=heights, name=role(name, trial), line=own, **{"mode": "lines", **look},
-                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{points.told(trial)}<extra></extra>",
-            )  # fmt: skip
+            _add_line(figure, points, trial, heights, role(name, trial), own, **look)
     blocks = max((len(trace.y) for trace in figure.data), default=0)
     title = f"block (0 to {summary.in_tower - 1}: vision tower)" if summary.in_tower else "block"
     layout = {"xaxis_title_text": title, "xaxis_range": [-0.5, blocks - 0.5], "legend_traceorder": "normal"}
     return figure.update_layout(layout) if blocks else None
+
+
+def _add_line(
+    figure: go.Figure, points: Points, trial: FrozenTrial, heights: Sequence[Any], name: str, line: Table, **look: Any
+) -> None:
+    text = f"block %{{x}}: %{{y:.4f}}<br>{points.told(trial)}<extra></extra>"
+    figure.add_scatter(y=heights, name=name, line=line, hovertemplate=text, **{"mode": "lines", **look})
 
 
 # --- Several studies in one figure.
@@ -410,11 +593,8 @@ def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
     figure = new_figure("Sparsity of each block, best plans", "block", "sparsity (share of zeros)")
     for k, points in enumerate(map(Points, summaries)):
         if points.best is not None and points.summary.bits is None and (levels := block_levels(points.best)):
-            figure.add_scatter(
-                y=rounded(levels, 4), name=label(points.summary.name), mode="lines",
-                line={"color": CYCLE[k % len(CYCLE)], "dash": DASHES[k // len(CYCLE) % 4], "width": 2, "shape": "hvh"},
-                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{points.told(points.best)}<extra></extra>",
-            )  # fmt: skip
+            line = {"color": CYCLE[k % len(CYCLE)], "dash": DASHES[k // len(CYCLE) % 4], "width": 2, "shape": "hvh"}
+            _add_line(figure, points, points.best, rounded(levels, 4), label(points.summary.name), line)
     return figure if len(figure.data) > 1 else None
 
 
