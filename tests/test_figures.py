@@ -133,6 +133,6 @@ def test_a_browser_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(EXTRAS, "png", {"plotly": "plotly"})  # is here, where kaleido need not be
     monkeypatch.setattr(report, "_draw", fails)
-    assert refusal(report.svg, [go.Figure()]) == (
+    assert refusal(report.picture, [go.Figure()], "svg") == (
         f"a picture could not be drawn (no browser); it needs: {install('png')} and {report.BROWSER}"
     )

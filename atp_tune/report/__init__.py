@@ -8,7 +8,6 @@ from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 
@@ -25,11 +24,6 @@ COLUMNS = 2
 SCALE = 2  # px of a PNG per px of the layout
 PAGE, TEXT = "#ffffff", "#24292f"
 BROWSER = "a Chrome or Chromium, found in PATH or named by BROWSER_PATH"
-
-
-def svg(figures: Sequence[go.Figure]) -> str:
-    """All figures on white, two in a row, as SVG."""
-    return picture(figures, "svg").decode()
 
 
 def check_installed() -> None:
@@ -51,40 +45,29 @@ def picture(figures: Sequence[go.Figure], kind: str) -> bytes:
 async def _draw(figures: Sequence[go.Figure], kind: str) -> bytes:
     import kaleido
 
-    look = {"font_color": TEXT, "width": WIDTH, "height": HEIGHT}
+    page, (width, height) = "", (min(len(figures), COLUMNS) * WIDTH, -(-len(figures) // COLUMNS) * HEIGHT)
     async with kaleido.Kaleido() as browser:
-        cells = [await _draw_one(browser, go.Figure(figure).update_layout(look), "svg") for figure in figures]
-        picture = _sheet([cell.decode() for cell in cells])
-        return picture.encode() if kind == "svg" else await _draw_one(browser, _frame(picture, len(cells)), "png")
-
-
-async def _draw_one(browser: Any, figure: go.Figure, kind: str) -> bytes:
-    size = {"width": figure.layout.width, "height": figure.layout.height, "scale": SCALE if kind == "png" else 1}
-    return bytes(await browser.calc_fig(figure.to_dict(), opts={"format": kind, **size}))
-
-
-def _size(count: int) -> tuple[int, int]:
-    return min(count, COLUMNS) * WIDTH, -(-count // COLUMNS) * HEIGHT
-
-
-def _sheet(cells: list[str]) -> str:
-    """Joins SVGs of one size into one, two in a row."""
-    width, height = _size(len(cells))
-    page = f'<rect width="100%" height="100%" fill="{PAGE}"/>'
-    box = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    corners = [(index % COLUMNS * WIDTH, index // COLUMNS * HEIGHT) for index in range(len(cells))]
-    moved = [f'<g transform="translate({x},{y})">{cell}</g>' for (x, y), cell in zip(corners, cells, strict=True)]
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{page}{"".join(moved)}</svg>'
-
-
-def _frame(picture: str, count: int) -> go.Figure:
-    """A figure that holds only an SVG, which the browser renders as PNG."""
-    width, height = _size(count)
-    source = f"data:image/svg+xml;base64,{b64encode(picture.encode()).decode()}"
-    position = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "sizex": 1, "sizey": 1, "sizing": "stretch"}
-    bare = {"template": "none", "margin": dict.fromkeys("lrtb", 0), "images": [{"source": source, **position}]}
-    hidden = {"xaxis": {"visible": False}, "yaxis": {"visible": False}}
-    return go.Figure(layout={**bare, **hidden, "width": width, "height": height})
+        # SVGs of one size in one, two in a row.
+        for index, figure in enumerate(figures):
+            shown = go.Figure(figure).update_layout({"font_color": TEXT, "width": WIDTH, "height": HEIGHT})
+            cell: bytes = await browser.calc_fig(
+                shown.to_dict(), opts={"format": "svg", "width": WIDTH, "height": HEIGHT}
+            )
+            x, y = index % COLUMNS * WIDTH, index // COLUMNS * HEIGHT
+            page += f'<g transform="translate({x},{y})">{cell.decode()}</g>'
+        box = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+        ground = f'<rect width="100%" height="100%" fill="{PAGE}"/>'
+        picture = f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{ground}{page}</svg>'.encode()
+        if kind == "svg":
+            return picture
+        # A figure that holds only this, which the browser renders as PNG.
+        source = f"data:image/svg+xml;base64,{b64encode(picture).decode()}"
+        position = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "sizex": 1, "sizey": 1, "sizing": "stretch"}
+        bare = {"template": "none", "margin": dict.fromkeys("lrtb", 0), "images": [{"source": source, **position}]}
+        hidden = {"xaxis": {"visible": False}, "yaxis": {"visible": False}}
+        whole = go.Figure(layout={**bare, **hidden, "width": width, "height": height})
+        size = {"width": width, "height": height, "scale": SCALE}
+        return bytes(await browser.calc_fig(whole.to_dict(), opts={"format": "png", **size}))
 
 
 def check(kind: str, out: Path) -> None:

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from optuna.trial import FrozenTrial, TrialState
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
+from pydantic_core import to_jsonable_python
 
 import atp_tune
 from atp_tune.allocations.budget import SYMBOLS
@@ -157,20 +158,16 @@ def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, flo
 
 
 def toml(table: dict[str, Any]) -> str:
-    """TOML with each list in one line."""
-    text = tomli_w.dumps(_without_none(table), indent=1)
+    """TOML with each list in one line, and without the keys that have no value: it has no null."""
+    whole = json.loads(
+        json.dumps(table), object_hook=lambda own: {key: own[key] for key in own if own[key] is not None}
+    )
+    text = tomli_w.dumps(whole, indent=1)
     return re.sub(r"\[\n((?: .*,\n)+)\]", lambda lines: f"[{' '.join(lines[1].split(chr(10) + ' '))[1:-2]}]", text)
 
 
 def _several(values: Iterable[Any]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values if value))
-
-
-def _without_none(value: Any) -> Any:
-    """TOML has no null: a key without a value is left out."""
-    if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return value
 
 
 # --- The tables of a report that are not of models by measure, as text; all formats show the same.
@@ -423,7 +420,8 @@ def machine(studies: Sequence[Contents]) -> bytes:
         "made": max(contents.made for contents in studies).isoformat(timespec="seconds"),
         "studies": [_document(contents) for contents in studies],
     }
-    return (json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    finite = to_jsonable_python(document, inf_nan_mode="null")
+    return (json.dumps(finite, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _document(contents: Contents) -> dict[str, Any]:
@@ -448,15 +446,6 @@ def _document(contents: Contents) -> dict[str, Any]:
         "fingerprint": contents.facts,
         "versions": contents.versions,
     }
-
-
-def finite(value: Any) -> Any:
-    """The value with None for infinite numbers and NaN, which JSON cannot hold."""
-    if isinstance(value, float):
-        return value if isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 # --- The report as one HTML file with figures, tables and commands, which needs no network.
@@ -540,16 +529,16 @@ def _answers(summary: Summary) -> list[tuple[str, str, list[tuple[str, ImageAnsw
 
 
 def _drawn(plots: Mapping[str, go.Figure]) -> dict[str, tuple[str, Markup]]:
-    """Titles and data of figures; the page sets the titles itself."""
-    return {name: (figure.layout.title.text, _data(figure)) for name, figure in plots.items()}
+    """Titles and data of figures; the page sets the titles itself.
 
-
-def _data(figure: go.Figure) -> Markup:
-    """A figure's JSON without `<`, so that no name of a study ends the script element around it."""
-    plain = figure.to_dict()
-    del plain["layout"]["title"]
-    plain["layout"]["margin"]["t"] -= TITLE
-    return Markup(to_json_plotly(plain).replace("<", "\\u003c"))
+    The data are JSON without `<`, so that no name of a study ends the script element around it.
+    """
+    drawn = {}
+    for name, plain in ((name, figure.to_dict()) for name, figure in plots.items()):
+        title = plain["layout"].pop("title")["text"]
+        plain["layout"]["margin"]["t"] -= TITLE
+        drawn[name] = title, Markup(to_json_plotly(plain).replace("<", "\\u003c"))
+    return drawn
 
 
 def _own(name: str) -> Markup:
