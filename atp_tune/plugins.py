@@ -35,8 +35,8 @@ from atp_tune.utils.system import is_special, written
 __all__ = ["allocation", "pruner", "sampler", "score", "text_source"]
 
 T = TypeVar("T")
-PLACE = re.compile(r"(?P<where>.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_][\w-]*)", re.ASCII)
-IN_SCHEMA = r"^(.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):[A-Za-z_][\w-]*$"  # the same, for editors too
+IN_SCHEMA = r"^(.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):[A-Za-z_][\w-]*$"  # of a place, for editors too
+PLACE = re.compile(IN_SCHEMA, re.ASCII)
 NAME = re.compile(r"[a-z_][a-z0-9_-]*")
 ASK = "--trust-plugins"
 REGISTRIES = {  # kind → the place of its registry
@@ -211,15 +211,13 @@ def is_place(written_name: str) -> bool:
 
 def short_name(written_name: str) -> str:
     """The name by which tables, databases and figures call an object of a study file."""
-    match = PLACE.fullmatch(written_name)
-    return match["name"].lower() if match else written_name
+    return written_name.rpartition(":")[2].lower() if is_place(written_name) else written_name
 
 
 def plugin_file(address: str, folder: Path, key: str) -> Path | None:
     """The file of an address; None for one in a package. Relative paths start at `folder`."""
-    match = PLACE.fullmatch(address)
-    assert match is not None
-    return written(match["where"], folder, key) if match["where"].endswith(".py") else None
+    where = address.rpartition(":")[0]
+    return written(where, folder, key) if where.endswith(".py") else None
 
 
 def file_digest(address: str, folder: Path, key: str) -> str | None:
@@ -233,15 +231,12 @@ def file_digest(address: str, folder: Path, key: str) -> str | None:
 
 def load(kind: str, address: str, folder: Path, key: str) -> None:
     """Runs the code of an address and holds its object for this study; UserError, with the key, if that fails."""
-    match = PLACE.fullmatch(address)
-    assert match is not None
-    file = plugin_file(address, folder, key)
-    module = _run(file, address, key) if file is not None else _import(match["where"], address, key)
+    (where, _, name), file = address.rpartition(":"), plugin_file(address, folder, key)
+    module = _run(file, address, key) if file is not None else _import(where, address, key)
     source = Path(str(module.code.__file__)).resolve()
     if registry(kind).is_added_by(short_name(address), source):  # its decorator ran in this process before
         return
-    objects = {name: each for of, name, each in module.registered if of == kind}
-    name = match["name"]
+    objects = {own: each for of, own, each in module.registered if of == kind}
     if name not in objects and not hasattr(module.code, name):
         names = [*objects, *[each for each in vars(module.code) if each.lower() == name.lower()]]
         has = f"; it has {', '.join(names)}" if names else ""
