@@ -254,7 +254,7 @@ class OneOf:
     """
 
     names: Collection[str]
-    other: str | None = None
+    other: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Checks the name before the type."""
@@ -262,12 +262,11 @@ class OneOf:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """Adds the names to the type."""
-        of_names = {**handler(schema), "enum": list(self.names)}
-        return of_names if self.other is None else {"anyOf": [of_names, {**handler(schema), "pattern": self.other}]}
+        return {"anyOf": [{**handler(schema), "enum": list(self.names)}, {**handler(schema), "pattern": self.other}]}
 
     def _check(self, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str):
-            is_other = self.other is not None and re.fullmatch(self.other, value, re.ASCII)
+            is_other = re.fullmatch(self.other, value, re.ASCII)
             is_stored = info.context == STORED and _STORED_NAME.fullmatch(value)
             if is_other or is_stored or value in self.names:
                 return value
