@@ -79,12 +79,11 @@ EventHandler = Callable[[Event], None]
 Notify = Callable[[str], None]  # takes one line about a slow step
 
 
-def ignore_events(event: Event) -> None:
-    """The handler for callers that need no events."""
+def ignore_events(event: Event | str) -> None:
+    """The handler for callers that need no events, or no messages."""
 
 
-def silent(message: str) -> None:
-    """Ignores the message."""
+silent: Notify = ignore_events
 
 
 @dataclass(frozen=True)

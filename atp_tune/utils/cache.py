@@ -286,13 +286,10 @@ def folder_atomically(path: Path, shared: bool = False) -> Iterator[Path]:
                 return
             if shared or not os.path.lexists(path):
                 raise
-            raise TakenError(f"{path}: was filled meanwhile, and is left as it is; {_saved(temporary, path)}") from None
-
-
-def _saved(temporary: Path, path: Path) -> str:
-    """Gives a folder the next free name beside `path`; says where it is."""
-    names = (path.with_name(f"{path.name}-{number}") for number in count(2))
-    return f"the result is in {temporary.rename(next(name for name in names if not os.path.lexists(name)))}"
+            names = (path.with_name(f"{path.name}-{number}") for number in count(2))
+            there = temporary.rename(next(name for name in names if not os.path.lexists(name)))
+            left = f"{path}: was filled meanwhile, and is left as it is"
+            raise TakenError(f"{left}; the result is in {there}") from None
 
 
 def _prefix(path: Path) -> str:
