@@ -101,13 +101,15 @@ class Replay:
     @contextmanager
     def whole(self, weights_of: Callable[[int], Tensors]) -> Iterator[nn.Module]:
         """Yields the model for code that runs it as a whole; its blocks use the weights of `weights_of`."""
-        own = [block.forward for block in self.checkpoint.blocks]
-
-        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
-            return self.within(index, weights_of(index), partial(own[index], *args, **kwargs))
-
-        with bypassed(self.checkpoint.blocks, stand_in):
+        with bypassed(self.checkpoint.blocks, self.with_weights(weights_of)):
             yield self.checkpoint.model
+
+    def with_weights(self, weights_of: Callable[[int], Tensors]) -> StandIn:
+        """Computes what a block's own forward does, with the weights of `weights_of`."""
+        own = [block.forward for block in self.checkpoint.blocks]
+        return lambda index, *args, **kwargs: self.within(
+            index, weights_of(index), partial(own[index], *args, **kwargs)
+        )
 
     def step(self, index: int, hidden: Tensor) -> Tensor:
         """Hidden states after block `index` with its current weights."""
@@ -184,11 +186,11 @@ class Replay:
 
         Of language models those of the block that runs first, for all blocks.
         """
-        outputs = dict[int, Any]()
-        own, each = [block.forward for block in self.checkpoint.blocks], self.inputs.has_steps
+        outputs, each, count = dict[int, Any](), self.inputs.has_steps, len(self.checkpoint.blocks)
+        run = self.with_weights(self.checkpoint.weights)
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
-            output = self.within(index, self.checkpoint.weights(index), partial(own[index], *args, **kwargs))
+            output = run(index, *args, **kwargs)
             outputs[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
             if not each:
                 raise Reached
@@ -197,9 +199,9 @@ class Replay:
         blank, *_ = self.inputs.examples(self.checkpoint, 1, 1 if each else 2)
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
             self.forward(blank)
-        if len(outputs) < (len(own) if each else 1):
+        if len(outputs) < (count if each else 1):
             self._refuse_skipped(len(outputs))
-        return [outputs[index] for index in range(len(own))] if each else [*outputs.values()] * len(own)
+        return [outputs[index] for index in range(count)] if each else [*outputs.values()] * count
 
     def _refuse_skipped(self, ran: int) -> NoReturn:
         kind, blocks = type(self.checkpoint.model).__name__, len(self.checkpoint.blocks)

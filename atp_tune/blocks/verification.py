@@ -58,7 +58,7 @@ class Head(Protocol):
 
 
 @contextmanager
-def as_user_error(what: str, remedy: str, failed: str) -> Iterator[None]:
+def as_user_error(what: str, failed: str, remedy: str = "") -> Iterator[None]:
     """Turns a Difference into a UserError of `what` and `remedy`, and other errors but a lack of memory into `failed`.
 
     `failed`: follows `what`; the error, in one line, stands in the place of {}.
@@ -80,7 +80,7 @@ def verified(checkpoint: Checkpoint, inputs: InputKind, head: Head) -> Replay:
     """The verified replay of a model; UserError that names the first difference."""
     what = f"model {type(checkpoint.model).__name__}: "
     failed = f"cannot be run block by block on {inputs.called} alone: {{}}"
-    with as_user_error(what, "such a model cannot be pruned block by block", failed):
+    with as_user_error(what, failed, "such a model cannot be pruned block by block"):
         check_own_weights(checkpoint)
         replay = Replay(checkpoint, inputs)
         probes = head.probes(replay.checkpoint) or replay.inputs.examples(replay.checkpoint, 2, 1)[1:2]
@@ -102,7 +102,7 @@ def check_batch(replay: Replay, batch: Batch, where: str, remedy: str = TEXTS_AL
     Of the whole batch the arguments of the blocks are compared, which may depend on images; of its first two items also
     the hidden states between the blocks, into which a model may write again what it saw.
     """
-    with as_user_error(f"{where}: {type(replay.checkpoint.model).__name__} ", remedy, "cannot be run on its pairs: {}"):
+    with as_user_error(f"{where}: {type(replay.checkpoint.model).__name__} ", "cannot be run on its pairs: {}", remedy):
         for index in range(len(batch)):
             if not replay.is_as_examples(batch[index : index + 1]):
                 raise Difference("passes its blocks values that depend on the image")
@@ -281,7 +281,7 @@ def verified_with_tower(checkpoint: Checkpoint, inputs: InputKind, head: Head, i
     """
     language = verified(checkpoint.part(checkpoint.in_tower, len(checkpoint.blocks)), inputs, head)
     kind, failed = type(checkpoint.model).__name__, f"cannot be run block by block on its pairs: {{}}; {ONLY}"
-    with as_user_error(f"model {kind}: ", ONLY, failed):
+    with as_user_error(f"model {kind}: ", failed, ONLY):
         # The replay of the tower; Difference if it has not one image for each pair, or does not call its linears.
         pairs = next(iter(items.values()))
         tower = Replay(checkpoint.part(0, checkpoint.in_tower), OfPairs(inputs, pairs))  # type: ignore[arg-type]
@@ -300,7 +300,7 @@ def verified_with_tower(checkpoint: Checkpoint, inputs: InputKind, head: Head, i
         dense = checkpoint.tower_weights()
     for role, batch in items.items():
         where = f"texts.{role}.images"
-        with as_user_error(f"{where}: {kind}: ", ONLY, failed):
+        with as_user_error(f"{where}: {kind}: ", failed, ONLY):
             _check_tower(replay._tower, batch)
             check_batch(language, batch, where, ONLY)
             if not is_equal(replay.embed(batch[:2], dense), language.embed(batch[:2])):
@@ -313,12 +313,11 @@ def _check_tower(tower: Replay, batch: Batch) -> None:
 
     They are replayed after the model has run: while it runs, transformers collects what its blocks return.
     """
-    ran = list[tuple[int, Tensor, Tensor]]()
-    own = [block.forward for block in tower.checkpoint.blocks]
-    weights = tower.checkpoint.weights
+    ran, weights = list[tuple[int, Tensor, Tensor]](), tower.checkpoint.weights
+    run = tower.with_weights(weights)
 
     def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
-        output = tower.within(index, weights(index), partial(own[index], *args, **kwargs))
+        output = run(index, *args, **kwargs)
         ran.append((index, split(args, kwargs)[0].clone(), hidden_states(output).clone()))
         return output
 
@@ -326,7 +325,7 @@ def _check_tower(tower: Replay, batch: Batch) -> None:
         raise Difference("passes the blocks of its tower values that depend on the image")
     with bypassed(tower.checkpoint.blocks, stand_in):
         tower.forward(batch[:2])
-    if [index for index, *_ in ran] != list(range(len(own))):
+    if [index for index, *_ in ran] != list(range(len(tower.checkpoint.blocks))):
         raise Difference("does not run each block of its vision tower once, in their order")
     hidden = tower.embed(batch[:2])
     for index, given, output in ran:
