@@ -59,17 +59,18 @@ def find_teacher(
 
     UserError if there is none, if it is not what the folder's configuration says, or if it has another vocabulary.
     """
+    pruning = pruning if source is None else None
     if source is None and pruning is None:
         raise UserError(f"loss: {model.path} has no {ABOUT}, so its dense model is not known; name it by --teacher")
     try:
-        if source is None and pruning is not None:
+        if pruning:
             teacher = resolve(pruning.config.model.model(allowed), pruning.base, notify)
         else:
             teacher = resolve(ModelConfig(source=str(source)), Path(), notify)
     except UserError as error:
-        where = "loss: the dense model: {}, or name it by --teacher" if source is None else "--teacher: {}"
+        where = "loss: the dense model: {}, or name it by --teacher" if pruning else "--teacher: {}"
         raise UserError(where.format(error)) from None
-    if source is None and pruning is not None:
+    if pruning:
         check_model(pruning.config, teacher)
         return teacher
     # Unless both models predict the same tokens, or classes.
