@@ -19,10 +19,10 @@ from torch import nn
 
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.verification import as_user_error
 from atp_tune.checkpoints.blocks import classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
-from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, is_out_of_memory, oom_as_user_error
+from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, oom_as_user_error
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.best import SHARES, Config, TaskScores, ZeroShot, read_config
 from atp_tune.config.data import CLASSES, ImageSet
@@ -222,8 +222,8 @@ def _top(name: str, top: int, by_model: Mapping[Any, list[float]]) -> TaskScores
         num_fewshot=0,
         version="",
         metric=METRIC,
-        scores={model: {METRIC: TaskScore(value=one.value, stderr=one.stderr)} for model, one in accuracies.items()},
-        best_minus_uniform=paired and TaskScore(value=paired.value, stderr=paired.stderr),
+        scores={model: {METRIC: TaskScore(**dict(one))} for model, one in accuracies.items()},
+        best_minus_uniform=paired and TaskScore(**dict(paired)),
     )
 
 
@@ -242,8 +242,7 @@ def pack_linears(checkpoint: Checkpoint, kind: Kind = "same") -> int:
         for linear in linears:
             module: Any = None if linear.expert is not None else block.get_submodule(linear.name)
             if is_packable(module) and zero_share(module.weight.detach()) >= LEAST:
-                parent, _, last = linear.name.rpartition(".")
-                setattr(block.get_submodule(parent), last, packed_linear(module, kind))
+                block.set_submodule(linear.name, packed_linear(module, kind))
                 packed += 1
     speed_dense_linears(checkpoint.model)
     return packed
@@ -400,14 +399,9 @@ class BothModels(Released):
         self._open.append(checkpoint)
         if side == "sparse" and self._packs(checkpoint):
             pack_linears(checkpoint)
-        try:
+        # A model's own code may raise anything, as for images of its processor's size.
+        with as_user_error(f"model {folder.id}: ", f"cannot be run on {inputs.called}: {{}}"):
             replay = Replay(checkpoint, inputs)
-        except UserError:
-            raise
-        except Exception as error:  # a model's own code may raise anything, as for images of its processor's size
-            if is_out_of_memory(error):
-                raise
-            raise UserError(f"model {folder.id}: cannot be run on {inputs.called}: {one_line(error)}") from error
         bos = bool(self._about and self._about.bos)
         return WholeModel(partial(replay.whole, checkpoint.weights), folder, device, bos)
 

@@ -43,8 +43,7 @@ from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, Step, TrialStarted, ignore_events
 from atp_tune.folders.applying import CONFIG, OURS, Way, folder_scores, rewrite, sparse_folder, write_sparse
-from atp_tune.folders.card import ABOUT as PROVENANCE
-from atp_tune.folders.card import CARD, DESCRIPTIONS, FINETUNED, Packed, describe, origin, stored_manifest
+from atp_tune.folders.card import ABOUT, CARD, DESCRIPTIONS, FINETUNED, Packed, describe, origin, stored_manifest
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed.layout import Coded, Kind, encode, fits_kernel, pack, spread, zero_share
 from atp_tune.packed.modeling_atp_sparse import (
@@ -251,7 +250,7 @@ class _Packing:
         check_packable(source, source)
         self.source = resolve(ModelConfig(source=str(source.absolute())), Path(), ask=ask).path
         check_class(self.source, "pack")
-        self._records = [name for name in (PROVENANCE, FINETUNED) if (self.source / name).is_file()]
+        self._records = [name for name in (ABOUT, FINETUNED) if (self.source / name).is_file()]
         if self._records:
             stored_manifest(self.source)  # UserError if they are not what atp_tune writes
         self._kind, self._group_size, self._codes = kind, group_size, codes
