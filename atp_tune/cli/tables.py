@@ -52,10 +52,9 @@ WIDE_ENOUGH = 33  # columns for each of the texts side by side
 def show_summary(summary: Summary, file: StudyFile) -> None:
     """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
     spec = (summary.made_from or file).study
-    target = wanted(spec)
-    if summary.sparsity and spec.bits is None:  # as stored: the file may have changed since
-        target = f"{percent(summary.sparsity)} sparsity"
-    echo(f"{printable(summary.name)}: {target}\n")
+    if summary.sparsity:  # as stored: the file may have changed since
+        spec = spec.model_copy(update={"sparsity": summary.sparsity})
+    echo(f"{printable(summary.name)}: {wanted(spec)}\n")
     echo(drawn(tables.overview(summary, summary.goal.hidden)))
     if kinds := tables.kinds(summary):
         echo(f"\n{drawn(kinds)}")

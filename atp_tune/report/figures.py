@@ -592,7 +592,7 @@ def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
     """Sparsities of each study's best plan; None if fewer than two studies have one."""
     figure = new_figure("Sparsity of each block, best plans", "block", "sparsity (share of zeros)")
     for k, points in enumerate(map(Points, summaries)):
-        if points.best is not None and points.summary.bits is None and (levels := block_levels(points.best)):
+        if points.best is not None and points.summary.amount.top == 1 and (levels := block_levels(points.best)):
             line = {"color": CYCLE[k % len(CYCLE)], "dash": DASHES[k // len(CYCLE) % 4], "width": 2, "shape": "hvh"}
             _add_line(figure, points, points.best, rounded(levels, 4), label(points.summary.name), line)
     return figure if len(figure.data) > 1 else None

@@ -102,7 +102,8 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
     target = None if isinstance(sparsity, tuple) else sparsity
     if best is not None and "sparsity" in best.params:
         target = float(best.params["sparsity"])
-    parts = [] if target is None else [f"{target:g}"]
+    shared = summary.bits or target  # of which a study has one
+    parts = [] if shared is None else [f"{shared:g}{' bits' * bool(summary.bits)}"]
     parts += [f"{sparsity[0]:g} to {sparsity[1]:g}"] if isinstance(sparsity, tuple) else []
     # Numbers of trials by state.
     running, failed = (sum(t.state == state for t in trials) for state in (TrialState.RUNNING, TrialState.FAIL))
@@ -121,7 +122,7 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
         importance=_importance(study, trials) if summary.goal.compares else {},  # the sparsity would have nearly all
         made=now,
         target=target,
-        sparsity=f"{summary.bits:g} bits" if summary.bits else " of ".join(parts) or facts_in(study).get("size", ""),
+        sparsity=" of ".join(parts) or facts_in(study).get("size", ""),
         realised=best.user_attrs.get("realised") if best else None,
         description=file.study.description if file else "",
         seconds=sum(sum(spent(trial).values()) for trial in trials),
