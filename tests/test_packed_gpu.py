@@ -180,7 +180,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(
 ) -> None:
     pytest.importorskip("triton", reason=WHY)
     gpu.has_kernel.cache_clear()
-    monkeypatch.setattr(gpu, "_product", lambda forced, x, *_: x.new_zeros(len(x), 2))
+    monkeypatch.setattr(GpuMatrix, "product", lambda matrix, x, forced=False: x.new_zeros(len(x), 2))
     monkeypatch.setattr(GpuMatrix, "rows", lambda matrix, *_: matrix.values.new_zeros(2, 128))
     assert not gpu.has_kernel(CPU)
     gpu.has_kernel.cache_clear()

@@ -4,7 +4,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from atp_tune.packed import kernel
 from atp_tune.utils.system import launches
@@ -20,12 +19,14 @@ class GpuMatrix:
     """
 
     def __init__(
-        self, values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None = None, bias: Tensor | None = None
-    ) -> None:
-        """`bias` [R] of a float type; all lie on one device."""
-        kernel.check_parts(values, bitmask, columns, scales, bias, device=bitmask.device.type)
-        _check_count(values)
-        self.offsets = kernel.row_offsets(bitmask, columns, len(values))
+        self, values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None = None, bias: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """`bias` [R] of a float type; `offsets`, if they are known; all lie on one device."""
+        kernel.check_parts(values, bitmask, columns, scales, bias, offsets, bitmask.device.type)
+        if len(values) >= MOST_VALUES:
+            raise ValueError(f"packed weight: has {len(values)} values, a GPU's kernel takes fewer than {MOST_VALUES}")
+        self.offsets = kernel.row_offsets(bitmask, columns, len(values)) if offsets is None else offsets
         self.shape = (len(bitmask), columns)
         self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
 
@@ -37,7 +38,16 @@ class GpuMatrix:
         """
         if x.dim() != 2 or x.shape[1] != self.shape[1] or x.device != self.bitmask.device:
             raise ValueError(f"packed weight: x is {list(x.shape)} on {x.device}; needed: [tokens, {self.shape[1]}]")
-        return _product(forced, x, self.values, self.bitmask, self.offsets, self.scales, self.bias)
+        from atp_tune.packed import kernel_triton
+
+        if not 1 <= len(x) <= kernel_triton.BATCH or x.dtype not in FLOATS:
+            return None
+        if not forced:
+            is_nvidia = x.is_cuda and torch.version.hip is None
+            processors = torch.cuda.get_device_properties(x.device).multi_processor_count if is_nvidia else None
+            if not is_faster(len(x), self.shape[0], processors):
+                return None
+        return kernel_triton.product(x, self.values, self.bitmask, self.offsets, self.scales, self.bias)
 
     def rows(self, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows `first` to `last` with their zeros, [last - first, C]; as of `kernel.PackedMatrix`."""
@@ -67,11 +77,6 @@ def has_kernel(device: torch.device) -> bool:
     return launches(launch, "packed weights without their Triton kernel, unpacked for each product")
 
 
-def _check_count(values: Tensor) -> None:
-    if len(values) >= MOST_VALUES:
-        raise ValueError(f"packed weight: has {len(values)} values, a GPU's kernel takes fewer than {MOST_VALUES}")
-
-
 def is_faster(tokens: int, rows: int, processors: int | None) -> bool:
     """Whether the product of so many tokens is expected to take less time than unpacking and cuBLAS.
 
@@ -84,32 +89,10 @@ def is_faster(tokens: int, rows: int, processors: int | None) -> bool:
     return tokens == 1 or (processors is not None and rows >= 2 * 32 * processors)
 
 
-def _product(forced: bool, x: Tensor, *parts: *kernel.Parts) -> Tensor | None:
-    from atp_tune.packed import kernel_triton
-
-    if not 1 <= len(x) <= kernel_triton.BATCH or x.dtype not in FLOATS:
-        return None
-    if not forced:
-        is_nvidia = x.is_cuda and torch.version.hip is None
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if is_nvidia else None
-        if not is_faster(len(x), len(parts[1]), processors):
-            return None
-    return kernel_triton.product(x, *parts)
-
-
 def linear(x: Tensor, *parts: *kernel.Parts) -> Tensor:
     """The operator atp_sparse::product on a GPU: x [..., C] to [..., R]; `offsets` as from `kernel.row_offsets`."""
-    from atp_tune.packed import kernel_triton
-
-    columns, (values, bitmask, offsets, scales, bias) = x.shape[-1], parts
-    kernel.check_parts(values, bitmask, columns, scales, bias, offsets, device=x.device.type)
-    _check_count(values)
-    flat = x.reshape(-1, columns)
-    y = _product(False, flat, *parts)
-    if y is None:
-        weight = kernel_triton.unpacked(values, bitmask, offsets, scales, columns, x.dtype)
-        y = functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:-1], len(bitmask))
+    values, bitmask, offsets, scales, bias = parts
+    return kernel.multiplied(GpuMatrix(values, bitmask, x.shape[-1], scales, bias, offsets), x, bias)
 
 
 kernel.OPERATORS.impl("product", linear, "CUDA")  # type: ignore[no-untyped-call]

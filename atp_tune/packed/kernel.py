@@ -20,7 +20,7 @@ import platform
 import sys
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -212,13 +212,17 @@ class PackedMatrix:
         scales: Tensor | None = None,
         bias: Tensor | None = None,
         variant: str | None = None,
+        offsets: Tensor | None = None,
     ) -> None:
-        """`bias` [R] of a float type; `variant` is for tests: another than `kernel_name()`."""
-        check_parts(values, bitmask, columns, scales, bias)
-        self.offsets = row_offsets(bitmask, columns, len(values))
+        """`bias` [R] of a float type; `variant` is for tests: another than `kernel_name()`.
+
+        `offsets`, as from `row_offsets`, if they are known: then a variant does not compare bitmask and values.
+        """
+        check_parts(values, bitmask, columns, scales, bias, offsets)
+        self._name = name = variant or kernel_name()
+        self.offsets = row_offsets(bitmask, columns, len(values)) if offsets is None or name is None else offsets
         self.shape = (len(bitmask), columns)
         self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
-        self._name = name = variant or kernel_name()
         self._library = None if name is None else library()
         if name is not None:
             self.weight = _weight(name, columns, values, bitmask, self.offsets, scales, bias)
@@ -305,17 +309,15 @@ def linear(x: Tensor, *parts: *Parts) -> Tensor:
     Where `PackedMatrix.product` has none, x is multiplied by the unpacked weight, in its own type.
     """
     values, bitmask, offsets, scales, bias = parts
-    columns, rows = x.shape[-1], len(bitmask)
-    flat, name, loaded = x.reshape(-1, columns), kernel_name(), library()
-    if name is None or loaded is None or not multiplies(name, x.dtype, len(flat), values.dtype):
-        return _slow_linear(x, *parts)
-    check_parts(values, bitmask, columns, scales, bias, offsets)
-    weight = _weight(name, columns, *parts)
-    if x.dtype not in FLOATS:
-        raise ValueError(f"packed weight: x is {_words(x)}; needed: a float type")
-    y = product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows)
+    return multiplied(PackedMatrix(values, bitmask, x.shape[-1], scales, bias, offsets=offsets), x, bias)
+
+
+def multiplied(matrix: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiplies x [..., C] to [..., R] by a matrix, or by its unpacked weight where it has no product."""
+    flat, (rows, _) = x.reshape(-1, x.shape[-1]), matrix.shape
+    y: Tensor | None = matrix.product(flat)
     if y is None:
-        return _slow_linear(x, *parts)
+        y = functional.linear(flat, matrix.rows(0, rows, x.dtype), None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], rows)
 
 
@@ -336,16 +338,6 @@ def by_tiles(name: str | None, dtype: torch.dtype, values: torch.dtype) -> bool:
 
 
 torch_multiplies_bf16_fast = cache(system.multiplies_bf16_fast)
-
-
-def _slow_linear(x: Tensor, *parts: *Parts) -> Tensor:
-    """Multiplies as `linear`; many tokens by the unpacked weight."""
-    (values, bitmask, _, scales, bias), rows, columns = parts, len(parts[1]), x.shape[-1]
-    matrix, flat = PackedMatrix(values, bitmask, columns, scales, bias), x.reshape(-1, columns)
-    y = matrix.product(flat) if len(flat) <= BATCH else None
-    if y is not None:
-        return y.view(*x.shape[:-1], rows)
-    return functional.linear(x, matrix.rows(0, rows, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def product(loaded: ctypes.CDLL, weight: int, x: Tensor, kind: int, rows: int) -> Tensor | None:
@@ -439,7 +431,8 @@ def _unpacked(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | No
 # More are multiplied in their own format by the weights, which are unpacked some rows at a time.
 
 FEW_CODED = 3 * BATCH
-CodedParts = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]  # as of `_coded_weight`
+# Codes, bitmask, offsets of rows, scales and zero points of blocks, bias.
+CodedParts = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]
 
 
 def multiplies_codes(columns: int, group_size: int) -> bool:
@@ -457,8 +450,60 @@ def _of_codes(name: str | None) -> int | None:
     return VARIANTS["avx2"] if name in FASTER and ("vaes" in _flags() or not system.is_amd()) else None
 
 
-class CodedMatrix:
-    """A weight [R, C] of codes (q - z) s, and the product with it; for sizes that `multiplies_codes`.
+class CheckedCodes:
+    """A weight [R, C] of codes (q - z) s, whose parts were checked, and the product with it."""
+
+    def __init__(self, columns: int, unit: Tensor, bits: int, *parts: *CodedParts) -> None:
+        codes, bitmask, self.offsets, scales, zeros, bias = self.parts = parts
+        self.shape, self.unit = (len(scales), columns), unit
+        held = (codes, bitmask, self.offsets, scales, bias)
+        places = (None if part is None else part.data_ptr() for part in held)
+        kind = 0 if bias is None else FLOATS[bias.dtype]
+        sizes = (*self.shape, len(codes), scales.shape[1], 0, kind, _of_codes(kernel_name()) or 0, ALONE)
+        self.weight = Weight(*places, parallel(), *sizes, zeros.data_ptr(), float(unit), bits)
+        self._at = ctypes.addressof(self.weight)
+
+    def product(self, x: Tensor) -> Tensor | None:
+        """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
+
+        None for more than FEW_CODED tokens, or if one is not finite.
+        """
+        loaded, (rows, columns) = library(), self.shape
+        if loaded is None or x.dtype not in FLOATS or x.dim() != 2 or x.shape[1] != columns or not x.is_cpu:
+            raise ValueError(f"packed weight: x is {_words(x)}; needed: [tokens, {columns}] of a float type")
+        if len(x) > FEW_CODED:
+            return None
+        x, y, done = x.contiguous(), x.new_empty((len(x), rows)), True
+        for few, into in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True):
+            words = few.data_ptr(), FLOATS[x.dtype], len(few), into.data_ptr(), torch.get_num_threads()
+            done &= succeed(loaded.atp_codes_product(self._at, *words))
+        return y if done else None
+
+    def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows `first` to `last` with their zeros, [last - first, C]."""
+        out = torch.empty(last - first, self.shape[1], dtype=dtype)
+        self._unpack(first, last, out.data_ptr(), dtype)
+        return out
+
+    def constant(self) -> Tensor:
+        """The weight [R, C], float32, as a constant of a graph that is traced."""
+        out = bytearray(4 * self.shape[0] * self.shape[1])
+        self._unpack(0, self.shape[0], ctypes.addressof(ctypes.c_char.from_buffer(out)), torch.float32)
+        return torch.frombuffer(out, dtype=torch.float32).view(self.shape)
+
+    def _unpack(self, first: int, last: int, place: int, dtype: torch.dtype) -> None:
+        loaded, threads = library(), torch.get_num_threads()
+        assert loaded is not None
+        succeed(loaded.atp_codes_unpack(self._at, first, last, place, FLOATS[dtype], threads))
+
+    def nonzeros(self) -> int:
+        """The number of weights that are not 0."""
+        rows, step = self.shape[0], max(1, (1 << 20) // self.shape[1])
+        return sum(int(self.rows(a, min(a + step, rows)).count_nonzero()) for a in range(0, rows, step))
+
+
+class CodedMatrix(CheckedCodes):
+    """A weight of codes, for sizes that `multiplies_codes`.
 
     Raises ValueError if the tensors are none.
     """
@@ -488,79 +533,12 @@ class CodedMatrix:
         # What each block of columns has; of groups of one block the scales themselves.
         if (many := columns // BLOCK // groups) > 1:
             scales, zeros = (part.repeat_interleave(many, 1) for part in (scales, zeros))
-        self.shape, self.offsets, self.bits, self.unit = (rows, columns), offsets, bits, torch.tensor(2.0**exponent)
-        self.parts: CodedParts = codes, bitmask, offsets, scales, zeros, bias
-        self.weight = _coded_weight(columns, 2.0**exponent, bits, *self.parts)
-
-    def product(self, x: Tensor) -> Tensor | None:
-        """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
-
-        None for more than FEW_CODED tokens, or if one is not finite.
-        """
-        return _coded_product(x, self.weight)
-
-    def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows `first` to `last` with their zeros, [last - first, C]."""
-        return _coded_rows(first, last, dtype, self.weight)
-
-    def constant(self) -> Tensor:
-        """The weight [R, C], float32, as a constant of a graph that is traced."""
-        out = bytearray(4 * self.shape[0] * self.shape[1])
-        place = ctypes.addressof(ctypes.c_char.from_buffer(out))
-        _unpack_codes(self.weight, 0, self.shape[0], place, torch.float32)
-        return torch.frombuffer(out, dtype=torch.float32).view(self.shape)
-
-    def nonzeros(self) -> int:
-        """The number of weights that are not 0."""
-        rows, step = self.shape[0], max(1, (1 << 20) // self.shape[1])
-        return sum(int(self.rows(a, min(a + step, rows)).count_nonzero()) for a in range(0, rows, step))
-
-
-def _coded_weight(columns: int, unit: float, bits: int, *parts: *CodedParts) -> Weight:
-    """The arguments of the library: codes, bitmask, offsets of rows, scales and zero points of blocks, bias."""
-    codes, bitmask, offsets, scales, zeros, bias = parts
-    held = (codes, bitmask, offsets, scales, bias)
-    places = (None if part is None else part.data_ptr() for part in held)
-    kind = 0 if bias is None else FLOATS[bias.dtype]
-    sizes = (len(scales), columns, len(codes), scales.shape[1], 0, kind, _of_codes(kernel_name()) or 0, ALONE)
-    return Weight(*places, parallel(), *sizes, zeros.data_ptr(), unit, bits)
-
-
-def _coded_product(x: Tensor, weight: Weight) -> Tensor | None:
-    """`CodedMatrix.product`."""
-    loaded = library()
-    if loaded is None or x.dtype not in FLOATS or x.dim() != 2 or x.shape[1] != weight.columns or not x.is_cpu:
-        raise ValueError(f"packed weight: x is {_words(x)}; needed: [tokens, {weight.columns}] of a float type")
-    if len(x) > FEW_CODED:
-        return None
-    x, y, done = x.contiguous(), x.new_empty((len(x), weight.rows)), True
-    for few, into in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True):
-        words = few.data_ptr(), FLOATS[x.dtype], len(few), into.data_ptr(), torch.get_num_threads()
-        done &= succeed(loaded.atp_codes_product(ctypes.addressof(weight), *words))
-    return y if done else None
-
-
-def _coded_rows(first: int, last: int, dtype: torch.dtype, weight: Weight) -> Tensor:
-    """`CodedMatrix.rows`."""
-    out = torch.empty(last - first, weight.columns, dtype=dtype)
-    _unpack_codes(weight, first, last, out.data_ptr(), dtype)
-    return out
-
-
-def _unpack_codes(weight: Weight, first: int, last: int, place: int, dtype: torch.dtype) -> None:
-    loaded, threads = library(), torch.get_num_threads()
-    assert loaded is not None
-    succeed(loaded.atp_codes_unpack(ctypes.addressof(weight), first, last, place, FLOATS[dtype], threads))
+        super().__init__(columns, torch.tensor(2.0**exponent), bits, codes, bitmask, offsets, scales, zeros, bias)
 
 
 def coded_linear(x: Tensor, unit: Tensor, bits: int, *parts: *CodedParts) -> Tensor:
     """The operator atp_sparse::coded: x [..., C] to [..., R]; `unit` and parts as of a `CodedMatrix`."""
-    flat, columns, bias = x.reshape(-1, x.shape[-1]), BLOCK * parts[3].shape[1], parts[-1]
-    weight = _coded_weight(columns, float(unit), bits, *parts)
-    y = _coded_product(flat, weight)
-    if y is None:
-        y = functional.linear(flat, _coded_rows(0, weight.rows, x.dtype, weight), bias if bias is None else bias.to(x))
-    return y.view(*x.shape[:-1], weight.rows)
+    return multiplied(CheckedCodes(BLOCK * parts[3].shape[1], unit, bits, *parts), x, parts[-1])
 
 
 OPERATORS = torch.library.Library("atp_sparse", "DEF")  # type: ignore[no-untyped-call]
