@@ -95,9 +95,9 @@ def _multiply(
     first = tl.load(offsets_at + row, mask=inside, other=0).to(tl.uint32)
     sums = tl.zeros((ROWS, BYTES if TOKENS == 1 else TOKENS), tl.float32)
     for step in range(0, length, BYTES):
-        byte = step + tl.arange(0, BYTES)
-        there = byte < length if UNIT % (8 * BYTES) else tl.full((BYTES,), True, tl.int1)  # then without masks
-        bits, start, low, high, first = _bits(values_at, bitmask_at, row, inside, byte, there, length, first)
+        byte, there, bits, start, low, high, first = _bits(
+            values_at, bitmask_at, row, inside, step, length, first, UNIT, BYTES
+        )
         for bit in tl.static_range(8):
             # Addresses grow along a row: the hint keeps lanes along it too. Without it Triton 3.6 puts rows first,
             # converts a tile of pointers for each bit, and touches twice as many lines of the cache.
@@ -133,9 +133,9 @@ def _unpack(
     inside = row < rows
     first = tl.load(offsets_at + row, mask=inside, other=0).to(tl.uint32)
     for step in range(0, length, BYTES):
-        byte = step + tl.arange(0, BYTES)
-        there = byte < length if UNIT % (8 * BYTES) else tl.full((BYTES,), True, tl.int1)  # then without masks
-        bits, start, low, high, first = _bits(values_at, bitmask_at, row, inside, byte, there, length, first)
+        byte, there, bits, start, low, high, first = _bits(
+            values_at, bitmask_at, row, inside, step, length, first, UNIT, BYTES
+        )
         # All bits at once: a store for each of them would write 2 bytes of each 16, and a sector of the cache 8 times.
         bit = tl.arange(0, 8)[None, None, :]
         before = (tl.where(bit < 4, low[:, :, None], high[:, :, None]) >> (8 * (bit % 4))) & 0xFF
@@ -150,16 +150,18 @@ def _unpack(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _bits(
-    values_at: tl.tensor, bitmask_at: tl.tensor, row: tl.tensor, inside: tl.tensor, byte: tl.tensor,
-    there: tl.tensor, length: tl.tensor, first: tl.tensor,
+    values_at: tl.tensor, bitmask_at: tl.tensor, row: tl.tensor, inside: tl.tensor, step: tl.tensor,
+    length: tl.tensor, first: tl.tensor, UNIT: tl.constexpr, BYTES: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Reads bytes [ROWS, BYTES] of the bitmask.
 
-    Returns the bytes, where the values of each start, how many values each bit of a half has before it in its byte,
-    and where the values after all of them start, [ROWS].
+    Returns their places in a row, which of these are there, the bytes, where the values of each start, how many values
+    each bit of a half has before it in its byte, and where the values after all of them start, [ROWS].
 
     A factor puts the four bits of a half into the four bytes of a word; another adds to each byte those below it.
     """
+    byte = step + tl.arange(0, BYTES)
+    there = byte < length if UNIT % (8 * BYTES) else tl.full((BYTES,), True, tl.int1)  # then without masks
     at = row.to(tl.int64)[:, None] * length + byte[None, :]
     bits = tl.load(bitmask_at + at, mask=inside[:, None] & there[None, :], other=0).to(tl.uint32)
     low = ((bits & 0xF) * 0x204081) & 0x1010101
@@ -168,7 +170,7 @@ def _bits(
     up_to_high = (high + (up_to_low >> 24)) * 0x1010101
     ones = up_to_high >> 24
     start = values_at + (first[:, None] + (tl.cumsum(ones, axis=1) - ones))
-    return bits, start, up_to_low - low, up_to_high - high, first + tl.sum(ones, axis=1)
+    return byte, there, bits, start, up_to_low - low, up_to_high - high, first + tl.sum(ones, axis=1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

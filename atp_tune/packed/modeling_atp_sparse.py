@@ -145,26 +145,24 @@ def read_codes(get: Get, name: str, about: Table) -> tuple[Tensor, Tensor]:
     get: gives its parts by name; about: its entry in the table of a config. Errors: ValueError if a part is missing, or
     if they disagree, but not in a graph, which cannot look.
     """
-    form = about["codes"]
-    bits, columns = form["bits"], _packed_shape(about)[-1]
-    rows, count = _packed_shape(about)[:-1], about["nonzeros"] if form["mask"] else prod(about["shape"])
+    form, (*rows, columns) = about["codes"], _packed_shape(about)
+    count = about["nonzeros"] if form["mask"] else prod(about["shape"])
     size = columns if form["group_size"] == -1 else form["group_size"]
-    codes = unpack_codes(_part(get, name + CODES), bits, count)
-    scales = _part(get, name + SCALES)
-    if not _is_graph() and (scales.dtype != torch.float16 or [*scales.shape] != [*rows, -(-columns // size)]):
+    codes, scales = unpack_codes(_part(get, name + CODES), form["bits"], count), _part(get, name + SCALES)
+    groups = [*rows, -(-columns // size)]
+    if not _is_graph() and (scales.dtype != torch.float16 or [*scales.shape] != groups):
         raise ValueError(f"packed weight: scales {list(scales.shape)} are not of {about['shape']} weights")
-    zeros = zero_points(
-        None if form["symmetric"] else _part(get, name + ZEROS), form["bits"], *rows, -(-columns // size)
-    )
-    of_weights = [part.repeat_interleave(size, -1)[..., :columns] for part in (zeros, scales)]
-    integers = codes.view(of_weights[0].shape) if not form["mask"] else of_weights[0].clone()
+    zeros = zero_points(None if form["symmetric"] else _part(get, name + ZEROS), form["bits"], *groups)
+    zeros, scales = (part.repeat_interleave(size, -1)[..., :columns] for part in (zeros, scales))
     if form["mask"]:
-        mask = _part(get, name + BITMASK)
+        mask, integers = _part(get, name + BITMASK), zeros.clone()
         integers.masked_scatter_(_bits(mask)[..., :columns] if _is_graph() else kept_by(mask, columns, count), codes)
-    integers = integers - of_weights[0]
+    else:
+        integers = codes.view(zeros.shape)
+    integers = integers - zeros
     if not _is_graph() and int(integers.count_nonzero()) != about["nonzeros"]:
         raise ValueError(f"packed weight: {int(integers.count_nonzero())} codes are not 0, not {about['nonzeros']}")
-    return integers, of_weights[1].float() * 2.0 ** form["exponent"]
+    return integers, scales.float() * 2.0 ** form["exponent"]
 
 
 def zero_points(zeros: Tensor | None, bits: int, *shape: int) -> Tensor:
