@@ -11,18 +11,13 @@ The head of a classifier pools over positions, so that an image goes through it 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from lm_eval.models.hf_vlms import HFMultimodalLM
 from torch import Tensor
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import Difference, ProbeRun, is_equal
-from atp_tune.checkpoints.blocks import check_known
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.convert import one_line
-from atp_tune.errors import UserError
 from atp_tune.inputs.items import LABELS, Items
 from atp_tune.scores import Scores
 from atp_tune.scores.next_token import loss_gradient, token_kls, token_nlls
@@ -81,45 +76,3 @@ def class_ranks(logits: Tensor, classes: Tensor) -> Tensor:
     own = logits.gather(1, classes[:, None])
     is_before = torch.arange(logits.shape[1], device=logits.device)[None, :] < classes[:, None]
     return ((logits > own) | ((logits == own) & is_before)).sum(1)
-
-
-# --- lm-eval's model for questions about images: one that reads images beside text, with the processor of its folder.
-#
-# lm-eval writes the model's image token into a question where the task has `<image>`; the processor turns it into as
-# many positions as an image takes. Whatever would let a model answer without its images is an error here.
-
-
-class ImageModel(HFMultimodalLM):  # type: ignore[misc]
-    """lm-eval's model; UserError for a question whose images would not reach the model."""
-
-    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *arguments: Any, **options: Any) -> None:
-        """Takes the processor that is given as the tokenizer."""
-        self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer
-
-    def tok_batch_multimodal_encode(
-        self, strings: list[str], images: list[list[Any]], *arguments: Any, **options: Any
-    ) -> Any:
-        """Tokens and pixels of a batch of questions."""
-        longest = options.pop("left_truncate_len", None)
-        try:
-            batch = super().tok_batch_multimodal_encode(strings, images, *arguments, **options)
-        except (ValueError, TypeError, IndexError, KeyError) as error:
-            raise UserError(f"--tasks: the model's processor does not take a question: {one_line(error)}") from error
-        ids = batch["input_ids"]
-        if longest is not None and ids.shape[1] > longest:
-            raise UserError(
-                f"--tasks: a question has {ids.shape[1]} tokens with its images, and {longest} fit beside the answer"
-            )
-        check_known(self.model, int(ids.max()), "evaluate")
-        seen = (ids == self.image_token_id).any(1).tolist()
-        lost = [own for own, there in zip(images, seen, strict=True) if own and not there]
-        if lost:
-            raise UserError(
-                f"--tasks: a question has an image, and the processor makes no image token ({self.image_token}) of it"
-            )
-        return batch
-
-    def _model_multimodal_generate(self, inputs: Any, *arguments: Any, **options: Any) -> torch.Tensor:
-        with torch.inference_mode():
-            tokens: torch.Tensor = super()._model_multimodal_generate(inputs, *arguments, **options)
-        return tokens

@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import constants
 from lm_eval import evaluate
 from lm_eval.api.group import Group
+from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
@@ -205,12 +206,7 @@ def score(
     log-softmax, whatever the model's number format.
     """
     with quiet(*LIBRARIES):
-        kind = _Checked
-        if tasks.about_images:
-            from atp_tune.scores.classes import ImageModel
-
-            kind = ImageModel
-        lm = kind(
+        lm = (ImageModel if tasks.about_images else _Checked)(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype=torch.float32,
             prefix_token_id=_prefix(model, getattr(tokenizer, "tokenizer", tokenizer)),
         )  # fmt: skip
@@ -303,3 +299,45 @@ def _each(samples: Iterable[Mapping[str, Any]], metric: str, name: str) -> list[
     """The metric by item; empty if it is defined only over all items."""
     own: list[Any] = [sample.get(metric) for sample in samples if sample["filter"] == name]
     return [float(value) for value in own] if all(_is_number(value) for value in own) else []
+
+
+# --- lm-eval's model for questions about images: one that reads images beside text, with the processor of its folder.
+#
+# lm-eval writes the model's image token into a question where the task has `<image>`; the processor turns it into as
+# many positions as an image takes. Whatever would let a model answer without its images is an error here.
+
+
+class ImageModel(HFMultimodalLM):  # type: ignore[misc]
+    """lm-eval's model; UserError for a question whose images would not reach the model."""
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *arguments: Any, **options: Any) -> None:
+        """Takes the processor that is given as the tokenizer."""
+        self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer
+
+    def tok_batch_multimodal_encode(
+        self, strings: list[str], images: list[list[Any]], *arguments: Any, **options: Any
+    ) -> Any:
+        """Tokens and pixels of a batch of questions."""
+        longest = options.pop("left_truncate_len", None)
+        try:
+            batch = super().tok_batch_multimodal_encode(strings, images, *arguments, **options)
+        except (ValueError, TypeError, IndexError, KeyError) as error:
+            raise UserError(f"--tasks: the model's processor does not take a question: {one_line(error)}") from error
+        ids = batch["input_ids"]
+        if longest is not None and ids.shape[1] > longest:
+            raise UserError(
+                f"--tasks: a question has {ids.shape[1]} tokens with its images, and {longest} fit beside the answer"
+            )
+        check_known(self.model, int(ids.max()), "evaluate")
+        seen = (ids == self.image_token_id).any(1).tolist()
+        lost = [own for own, there in zip(images, seen, strict=True) if own and not there]
+        if lost:
+            raise UserError(
+                f"--tasks: a question has an image, and the processor makes no image token ({self.image_token}) of it"
+            )
+        return batch
+
+    def _model_multimodal_generate(self, inputs: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            tokens: torch.Tensor = super()._model_multimodal_generate(inputs, *arguments, **options)
+        return tokens
