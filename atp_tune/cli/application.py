@@ -22,29 +22,25 @@ class ModelGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parses the options before the command, as the base class does."""
-        return super().parse_args(ctx, self._with_command(args))
-
-    def _with_command(self, args: list[str]) -> list[str]:
         ours, theirs = self.params, self.commands[MODEL].params
         options = {name: option for option in (*ours, *theirs) for name in option.opts if name.startswith("-")}
         names = [word.partition("=")[0] for word in args]
-        if "--study" in names:
-            return args
         position = 0
         while position < len(args) and args[position].startswith("-"):
             option: Any = options.get(names[position])
             takes_next = option is not None and not option.is_flag and "=" not in args[position]
             position += 1 + takes_next
-        if position >= len(args):  # a study's options need no model
-            only_theirs = {name for option in theirs for name in option.opts} - {
-                name for option in ours for name in option.opts
-            }
-            return [MODEL, *args] if only_theirs & {*names} else args
-        word = args[position]
-        # A hub id, a file or a wheel; or a study, to say how it is run.
-        is_plain = word.isalpha() and not Path(word).is_dir() and word not in [path.stem for path in known()]
-        is_model = word not in self.commands and not is_plain
-        return [MODEL, word, *args[:position], *args[position + 1 :]] if is_model else args
+        if "--study" not in names and position >= len(args):  # a study's options need no model
+            of_study = {name for option in ours for name in option.opts}
+            if ({name for option in theirs for name in option.opts} - of_study) & {*names}:
+                args = [MODEL, *args]
+        elif "--study" not in names:
+            word = args[position]
+            # A hub id, a file or a wheel; or a study, to say how it is run.
+            is_plain = word.isalpha() and not Path(word).is_dir() and word not in [path.stem for path in known()]
+            if word not in self.commands and not is_plain:
+                args = [MODEL, word, *args[:position], *args[position + 1 :]]
+        return super().parse_args(ctx, args)
 
 
 class ModelCommand(TyperCommand):
