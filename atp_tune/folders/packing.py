@@ -8,7 +8,7 @@ weights codes are stored where they are known: of all tensors that have any, and
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,7 @@ class Codes:
 
     folder: Path
     quantize: QuantizeConfig
-
-    def __post_init__(self) -> None:
-        self._files: dict[str, tuple[Path, Coded]] = {}  # where their parts are, and the rest
+    _files: dict[str, tuple[Path, Coded]] = field(default_factory=dict)  # where their parts are, and the rest
 
     def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> Tensors:
         """Keeps the codes of a tensor of a block, and returns the weights that they give, by name on the disk: the

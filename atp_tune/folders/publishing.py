@@ -16,8 +16,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, utils
 
-from atp_tune.checkpoints.convert import ABOUT as BEFORE_PACKING
-from atp_tune.checkpoints.convert import one_line
+from atp_tune import plugins
+from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.files import WEIGHTS
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.data import is_local_text, text_name
@@ -25,8 +25,6 @@ from atp_tune.config.manifest import Environment, Manifest, digest, environment
 from atp_tune.config.plugged import split_source
 from atp_tune.errors import UserError
 from atp_tune.folders.card import ABOUT, CARD, DESCRIPTIONS, FINETUNED, stored_manifest
-from atp_tune.plugins import digest as digest_of
-from atp_tune.plugins import is_place
 from atp_tune.storage.fingerprint import is_local
 from atp_tune.utils.cache import temporary_folder
 from atp_tune.utils.system import errors_alone
@@ -155,8 +153,8 @@ def _message(error: BaseException) -> str:
     if status == 403:
         return f"the hub does not let this login write there; choose another name, or {LOGIN}"
     if status is None and "http" in type(error).__module__:
-        return f"{constants.ENDPOINT} cannot be reached ({one_line(error)}); {again}"  # type: ignore[arg-type]
-    return f"the hub refused it ({one_line(error)}); {again}"  # type: ignore[arg-type]
+        return f"{constants.ENDPOINT} cannot be reached ({convert.one_line(error)}); {again}"  # type: ignore[arg-type]
+    return f"the hub refused it ({convert.one_line(error)}); {again}"  # type: ignore[arg-type]
 
 
 OURS = (ABOUT, FINETUNED)
@@ -198,7 +196,7 @@ def published(texts: Mapping[str, str], base: Path) -> dict[str, str]:
     public = dict(texts)
     for name in sorted(filter(_has_paths, texts), key=lambda name: name in OURS):  # ours have the others' hashes
         before = json.loads(texts[name])
-        if name == BEFORE_PACKING:
+        if name == convert.ABOUT:
             after = before | {"files": published(before["files"], base)}
         elif name in OURS:
             after = _with_names(before, lambda key, value: _public(key, value, base))
@@ -208,7 +206,7 @@ def published(texts: Mapping[str, str], base: Path) -> dict[str, str]:
             hashes = {file: sha for file, sha in after["manifest"]["files"].items() if not _is_free(PurePath(file))}
             after["manifest"]["files"] = hashes
             changed = {other for other in hashes.keys() & texts.keys() if public[other] != texts[other]}
-            hashes |= {other: digest_of(public[other].encode()) for other in changed}
+            hashes |= {other: plugins.digest(public[other].encode()) for other in changed}
         if after != before:
             public[name] = json.dumps(after, indent=2) + "\n"
     return public
@@ -222,7 +220,7 @@ def _is_free(name: PurePath) -> bool:
 
 
 def _has_paths(name: str) -> bool:
-    return name in (*OURS, BEFORE_PACKING, TRAINER) or PurePath(name).match(CONFIGS)
+    return name in (*OURS, convert.ABOUT, TRAINER) or PurePath(name).match(CONFIGS)
 
 
 def _public(key: str, value: str, base: Path) -> str:
@@ -232,7 +230,7 @@ def _public(key: str, value: str, base: Path) -> str:
     if key == "source" and is_local_text(value):
         return text_name(value)
     name, rest = split_source(value) if key in ("source", "place") else (value, "")
-    if is_place(name):
+    if plugins.is_place(name):
         return _last(name) + f":{_last(rest)}" * bool(rest)
     return _last(value) if key == "id" and is_local(value, base) else value
 

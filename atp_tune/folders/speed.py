@@ -25,10 +25,9 @@ from transformers import StaticCache
 from transformers.utils import logging as hf_logging
 
 from atp_tune.blocks.prune_pass import wait_for
+from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.blocks import classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.convert import dtypes as formats
-from atp_tune.checkpoints.convert import is_packed
 from atp_tune.checkpoints.devices import arithmetic, device_name, find_device, find_dtype, oom_as_user_error
 from atp_tune.checkpoints.files import check_claims, read_header
 from atp_tune.checkpoints.models import ModelFolder, check_files, resolve
@@ -100,7 +99,7 @@ def find_pair(config: Config, sparse: Path | None, place: Place, passing: Path |
         )
     dense = resolve(config.model.model(place.allowed), place.base, place.note)
     check_model(config, dense)
-    if sparse is not None and is_packed(sparse):
+    if sparse is not None and convert.is_packed(sparse):
         sparse = resolve(ModelConfig(source=str(sparse.absolute())), place.base, place.note).path
     elif sparse is not None:
         check_files(sparse)
@@ -551,7 +550,7 @@ def in_format_of(sparse: Path, dense: Path) -> Iterator[Path]:
     if wanted == there or len(wanted) != 1:
         yield dense
         return
-    files, dtype = list(dense.glob("*.safetensors")), formats()[next(iter(wanted))]
+    files, dtype = list(dense.glob("*.safetensors")), convert.dtypes()[next(iter(wanted))]
     with temporary_folder(cache_dir("sparse") / "dense") as folder:
         shapes = (entry["shape"] for file in files for entry in read_header(file).values())
         check_room(folder, sum(map(prod, shapes)) * dtype.itemsize)

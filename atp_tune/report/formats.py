@@ -31,7 +31,6 @@ from atp_tune.errors import printable
 from atp_tune.measures import TEXTS, Gain, Role, TaskScore
 from atp_tune.metrics import NAMES, Continuations, ImageAnswer, Speed, spread
 from atp_tune.report import figures
-from atp_tune.report.figures import draw_history, perplexities, sparsities
 from atp_tune.results.formatting import (
     continuations_note,
     duration,
@@ -258,7 +257,23 @@ def comparison(studies: Sequence[Contents]) -> Table | None:
     columns = (f"dense, {on} {data}", "uniform", "best", "against uniform")
     kinds = dict.fromkeys(contents.summary.amount.column for contents in studies)
     head = ("study", " or ".join(kinds), *columns, "trials", "time", "device")
-    return Table(head, [_study_row(contents, on) for contents in studies], (0, 8))
+    rows = []
+    for contents in studies:
+        summary, results = contents.summary, contents.summary.results
+        scores = [results.score(model, on) for model in (DENSE, summary.uniform_trial, summary.best_trial)]
+        paired = results.against_uniform(summary.best_trial)
+        rows.append(
+            (
+                summary.name,
+                contents.sparsity or NOTHING,
+                *(str(score or NOTHING) for score in scores),
+                f"{paired.change} ({paired.on})" if paired else NOTHING,
+                f"{summary.done}" + (f"/{summary.total}" if summary.total else ""),
+                duration(contents.seconds),
+                contents.devices or NOTHING,
+            )
+        )
+    return Table(head, rows, (0, 8))
 
 
 def fingerprint(contents: Contents) -> Table:
@@ -294,21 +309,6 @@ def plain_name(name: str) -> str:
 def symbol(name: str) -> str:
     """A parameter as the papers write it, with its name."""
     return f"{SYMBOLS[name]} ({name})" if name in SYMBOLS else name
-
-
-def _study_row(contents: Contents, on: Role) -> tuple[str, ...]:
-    summary, results = contents.summary, contents.summary.results
-    scores = [results.score(model, on) for model in (DENSE, summary.uniform_trial, summary.best_trial)]
-    paired = results.against_uniform(summary.best_trial)
-    return (
-        summary.name,
-        contents.sparsity or NOTHING,
-        *(str(score or NOTHING) for score in scores),
-        f"{paired.change} ({paired.on})" if paired else NOTHING,
-        f"{summary.done}" + (f"/{summary.total}" if summary.total else ""),
-        duration(contents.seconds),
-        contents.devices or NOTHING,
-    )
 
 
 def escaped(text: str) -> str:
@@ -476,7 +476,10 @@ def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
         return {}
     summaries = [contents.summary for contents in studies]
     comparable = len({tuple(contents.facts.get(key) for key in SAME) for contents in studies}) == 1
-    by_name = {"perplexities": perplexities(summaries) if comparable else None, "sparsities": sparsities(summaries)}
+    by_name = {
+        "perplexities": figures.perplexities(summaries) if comparable else None,
+        "sparsities": figures.sparsities(summaries),
+    }
     return {name: figure for name, figure in by_name.items() if figure is not None}
 
 
@@ -501,7 +504,7 @@ def _tables(contents: Contents) -> dict[str, Any]:
 def _section(contents: Contents, index: int) -> dict[str, Any]:
     summary = contents.summary
     plots, results = figures.draw(summary), summary.results
-    went = draw_history(summary) if "perplexity" in plots else None
+    went = figures.draw_history(summary) if "perplexity" in plots else None
     models = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
     return {
         **_tables(contents),

@@ -32,7 +32,6 @@ from atp_tune.results.status import best_config, measured_columns
 from atp_tune.results.summary import Summary, front, overview, summarise
 from atp_tune.storage import database
 from atp_tune.storage.attributes import Attributes, StudySnapshot, readable
-from atp_tune.storage.database import MADE_ANEW, Database, without_password
 from atp_tune.storage.progress import is_lost
 from atp_tune.utils.cache import temporary_folder, write_atomically
 from atp_tune.utils.registry import Table
@@ -51,7 +50,7 @@ def own_words(written: str) -> str:
 
 
 def study_note(
-    summary: Summary, address: str, join: str = "grpc://HOST:13000", files: Sequence[str] = MADE_ANEW
+    summary: Summary, address: str, join: str = "grpc://HOST:13000", files: Sequence[str] = database.MADE_ANEW
 ) -> str:
     """The search space, results, files, and the next commands.
 
@@ -132,11 +131,11 @@ def publish(study: Study, address: str, folder: Path | None) -> None:
     Note and figures are written in one transaction. Does nothing over gRPC, whose server makes them on request.
     """
     db = getattr(study._storage, "_backend", study._storage)  # the storage behind Optuna's cache
-    if not isinstance(db, Database):
+    if not isinstance(db, database.Database):
         return
     study = StudySnapshot(study)
     stored, summary = db.get_study_system_attrs(study._study_id), summarise(study)
-    note = study_note(summary, without_password(address), files=() if folder is None else (database.CONFIG,))
+    note = study_note(summary, database.without_password(address), files=() if folder is None else (database.CONFIG,))
     attributes = dashboard_figures(summary) | dashboard_note(note, stored)
     db.set_study_system_attrs(study._study_id, without_rests(attributes, stored))
     if folder is not None and (config := best_as_json(study, summary)) is not None:

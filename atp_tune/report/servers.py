@@ -31,7 +31,6 @@ from atp_tune.config.studyfile import absolute_storage, load
 from atp_tune.errors import UserError
 from atp_tune.report import formats
 from atp_tune.report.figures import FIGURES
-from atp_tune.report.formats import gather
 from atp_tune.report.publishing import (
     PREFIX,
     attach,
@@ -50,7 +49,6 @@ from atp_tune.storage import database, opening, progress
 from atp_tune.storage.attributes import Attributes, ValidatedStudy
 from atp_tune.storage.database import Database, Store, error_reason, is_away, may_pass, refuse_link, without_password
 from atp_tune.storage.opening import artifact_folder, is_remote, names_in, network_warning, open_database
-from atp_tune.storage.progress import trials_in
 from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
 from atp_tune.utils.compat import FrozenStudy, serve_storage
 
@@ -146,7 +144,7 @@ class Additions:
         with self._lock:
             study = ValidatedStudy(self.storage.get_study_name_from_id(study_id), self.storage)
             # A value that changes when notes or figures must be remade.
-            trials = [(trial.state, len(trial.user_attrs)) for trial in trials_in(study)]
+            trials = [(trial.state, len(trial.user_attrs)) for trial in progress.trials_in(study)]
             attrs, own = study.user_attrs, {key: value for key, value in stored.items() if key.startswith(PREFIX)}
             state = trials, attrs.get("total"), final_numbers(study), attrs.get("gp_posterior"), own
             if study_id not in self._made or self._made[study_id][0] != state:
@@ -193,7 +191,7 @@ class Maintenance:
             try:
                 # Queues lost trials again, since workers on other machines cannot detect that a trial is lost.
                 for number in progress.requeue_lost(study):
-                    trial = trials_in(study)[number]
+                    trial = progress.trials_in(study)[number]
                     reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), progress.given_up(trial)
                     end = f"cut off {why}, it is given up" if why else "it is queued again"
                     self.tell(f"{study.study_name}: trial {number}: {reason}; {end}")
@@ -209,7 +207,7 @@ class Maintenance:
         state = best and (best.number, final_numbers(study), [trial.number for trial in pareto_front(study)])
         if best is None or self._seen.get(study._study_id) == state:
             return False
-        attach(study, self.artifacts, database.REPORT, formats.html([gather(study, datetime.now())]))
+        attach(study, self.artifacts, database.REPORT, formats.html([formats.gather(study, datetime.now())]))
         if (config := best_as_json(study, summarise(study))) is not None:
             attach(study, self.artifacts, database.CONFIG, config)
         self._seen[study._study_id] = state
