@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from atp_tune.cli.options import load_study, wrong
 from atp_tune.cli.terminal import STOPS, as_json, console, echo, gib, quiet, table, trials, working
 from atp_tune.errors import UserError, printable
+from atp_tune.utils.system import chosen_format
 
 if TYPE_CHECKING:
     import optuna
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from atp_tune.api.environment import MachineReport
     from atp_tune.config.studyfile import StudyFile
     from atp_tune.cost.forecast import StudyCost
-    from atp_tune.report.servers import Served, Service
     from atp_tune.results.status import Listed
 
 
@@ -226,17 +226,16 @@ def status(
     """
     if every is not None and not watch:
         raise wrong("--every", "only with --watch")
-    from atp_tune.cli.tables import show_status
-    from atp_tune.cli.tables import watch as follow
+    from atp_tune.cli import tables
     from atp_tune.results.status import make_status, stored_study
     from atp_tune.results.summary import summarise
 
     file = load_study(study, storage, None, set_)
     if watch:
-        follow(file, study_name or file.name, every or 2, json)
+        tables.watch(file, study_name or file.name, every or 2, json)
         return
     summary = summarise(stored_study(file, study_name))
-    print(as_json(make_status(summary, datetime.now()))) if json else show_status(summary, file)
+    print(as_json(make_status(summary, datetime.now()))) if json else tables.show_status(summary, file)
 
 
 # --- `tune.py report`: writes a report of one or several studies.
@@ -264,7 +263,6 @@ def report(
     from atp_tune.report import FORMATS, check, report_name, write
     from atp_tune.report.formats import gather
     from atp_tune.results.status import stored_study
-    from atp_tune.utils.system import chosen_format
 
     kind = chosen_format(format_, out, FORMATS)
     # Studies with their names in the storage: none, one for each, or several of one study file.
@@ -404,40 +402,36 @@ def serve(
         grpc_port 0..65535: Port for workers on other machines.
         artifacts DIR: Folder of the dashboard's files; default: beside the database.
     """
-    from atp_tune.report.servers import choose
-    from atp_tune.report.servers import serve as answer
+    from atp_tune.report import servers
+    from atp_tune.storage.database import without_password
 
-    service = choose(study, storage, listen, port, grpc_port, artifacts)
-    signals = list[int]()
+    service, signals = servers.choose(study, storage, listen, port, grpc_port, artifacts), list[int]()
+
+    def show(served: servers.Served) -> None:  # the studies, the dashboard's address, and how workers join
+        named = (
+            served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
+        )
+        name = servers.reachable_host(listen)
+        echo(f"serving {without_password(service.address)}: {', '.join(map(printable, named)) or 'no study yet'}")
+        if service.others:
+            echo(f"not served:   {', '.join(map(printable, service.others))}; --study NAME serves its database")
+        echo(f"dashboard:    http://{name}:{served.port}")
+        echo(f"workers join: python tune.py --study NAME --storage grpc://{name}:{served.grpc_port}")
+        if not servers.is_loopback(listen):
+            echo(
+                "warning: neither port has a login: whoever can connect can change and delete studies; "
+                "docs/serving.md shows a proxy with TLS and a token", style="yellow",
+            )  # fmt: skip
+        echo("Ctrl-C stops", style="dim")
+
     before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in STOPS}
     try:
         with quiet():
-            answer(service, lambda: bool(signals), lambda served: _show(service, served), echo)
+            servers.serve(service, lambda: bool(signals), show, echo)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     echo("stopped: everything that workers sent is stored")
-
-
-def _show(service: "Service", served: "Served") -> None:
-    """Prints which studies are served, the dashboard's address, and the command by which workers join."""
-    from atp_tune.report.servers import is_loopback, reachable_host
-    from atp_tune.storage.database import without_password
-
-    names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
-    studies = ", ".join(map(printable, names)) or "no study yet"
-    name = reachable_host(service.listen)
-    echo(f"serving {without_password(service.address)}: {studies}")
-    if service.others:
-        echo(f"not served:   {', '.join(map(printable, service.others))}; --study NAME serves its database")
-    echo(f"dashboard:    http://{name}:{served.port}")
-    echo(f"workers join: python tune.py --study NAME --storage grpc://{name}:{served.grpc_port}")
-    if not is_loopback(service.listen):
-        echo(
-            "warning: neither port has a login: whoever can connect can change and delete studies; "
-            "docs/serving.md shows a proxy with TLS and a token", style="yellow",
-        )  # fmt: skip
-    echo("Ctrl-C stops", style="dim")
 
 
 # --- `tune.py merge`: copies the trials of several databases into a new one.
@@ -584,7 +578,6 @@ def export(
     from atp_tune.folders.exporting import FORMATS, write
     from atp_tune.results.status import best_config, file_as_run, stored_study
     from atp_tune.utils.cache import alone_with
-    from atp_tune.utils.system import chosen_format
 
     if (study is None) == (config is None):
         raise wrong("--study", "give either --study NAME or --config FILE")
