@@ -16,7 +16,6 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, utils
 
-from atp_tune import plugins
 from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.files import WEIGHTS
 from atp_tune.config.best import Config, read_config
@@ -25,6 +24,8 @@ from atp_tune.config.manifest import Environment, Manifest, digest, environment
 from atp_tune.config.plugged import split_source
 from atp_tune.errors import UserError
 from atp_tune.folders.card import ABOUT, CARD, DESCRIPTIONS, FINETUNED, stored_manifest
+from atp_tune.plugins import digest as digest_of
+from atp_tune.plugins import is_place
 from atp_tune.storage.fingerprint import is_local
 from atp_tune.utils.cache import temporary_folder
 from atp_tune.utils.system import errors_alone
@@ -206,7 +207,7 @@ def published(texts: Mapping[str, str], base: Path) -> dict[str, str]:
             hashes = {file: sha for file, sha in after["manifest"]["files"].items() if not _is_free(PurePath(file))}
             after["manifest"]["files"] = hashes
             changed = {other for other in hashes.keys() & texts.keys() if public[other] != texts[other]}
-            hashes |= {other: plugins.digest(public[other].encode()) for other in changed}
+            hashes |= {other: digest_of(public[other].encode()) for other in changed}
         if after != before:
             public[name] = json.dumps(after, indent=2) + "\n"
     return public
@@ -230,7 +231,7 @@ def _public(key: str, value: str, base: Path) -> str:
     if key == "source" and is_local_text(value):
         return text_name(value)
     name, rest = split_source(value) if key in ("source", "place") else (value, "")
-    if plugins.is_place(name):
+    if is_place(name):
         return _last(name) + f":{_last(rest)}" * bool(rest)
     return _last(value) if key == "id" and is_local(value, base) else value
 
