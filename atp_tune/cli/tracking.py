@@ -178,16 +178,14 @@ class Follower:
             return
         key = sha256_of_json([summary.name, str(summary.trials[0].datetime_start)])[:16]
 
-        def begin(name: str) -> None:
-            self._open[name] = tracker = TRACKERS[name](summary.name, key, self._beside)
-            self._tell(Message(f"--track {name}: {tracker.place}"))
-
-        for name in self._waiting:
-            self._guarded(name, partial(begin, name))
-        self._waiting = []
         rows = list(records(summary))
 
-        def write(tracker: Tracker) -> None:
+        def update(name: str) -> None:
+            if name in self._waiting:
+                self._waiting.remove(name)
+                self._open[name] = TRACKERS[name](summary.name, key, self._beside)
+                self._tell(Message(f"--track {name}: {self._open[name].place}"))
+            tracker = self._open[name]
             steps = tracker.steps(SECONDS)
             for row in rows:
                 if row[0] not in steps:
@@ -196,8 +194,8 @@ class Follower:
                 last, finals = rows[-1][0], final_numbers(summary)
                 tracker.log(last, {name: finals[name] for name in finals if last not in tracker.steps(name)})
 
-        for name, tracker in list(self._open.items()):
-            self._guarded(name, partial(write, tracker))
+        for name in [*self._open, *self._waiting]:
+            self._guarded(name, partial(update, name))
 
     def _guarded(self, name: str, call: Callable[[], None]) -> None:
         """Calls a function of a tracker; if it fails, the tracker is left out from now on."""
