@@ -68,6 +68,7 @@ class _Probe:
         self._replay, self._index, self._weights, self._hidden = replay, index, weights, hidden
         self._block = replay.checkpoint.blocks[index]
         self._linears = {linear.name: linear for linear in replay.checkpoint.linears[index]}
+        self._sizes = tuple((name, linear.size) for name, linear in self._linears.items())
         if expert := next((x for x in self._linears.values() if x.expert is not None), None):
             self._refuse(f"{expert.module} holds experts, whose channels are not removed yet")
         self._random = torch.Generator().manual_seed(index)
@@ -80,8 +81,7 @@ class _Probe:
 
     def has(self, other: BlockChannels) -> bool:
         """Whether the block has the same linears and channels as another."""
-        same = other.linears == tuple((name, linear.size) for name, linear in self._linears.items())
-        return same and all(self._is_verified(one) for one in other.sets)
+        return other.linears == self._sizes and all(map(self._is_verified, other.sets))
 
     def channels(self, settings: ChannelSettings) -> BlockChannels:
         """The block's channels; UserError if it has no MLP channels, or no heads where heads are asked for."""
@@ -97,8 +97,7 @@ class _Probe:
             self._refuse(f"it has {len(mlps) or 'no'} MLPs whose inner channels can go one by one, and needs one")
         if settings.heads and len(heads) != 1:
             self._refuse("its attention has no heads that can go one by one; set prune.channels.heads = false")
-        sizes = tuple((name, linear.size) for name, linear in self._linears.items())
-        return BlockChannels(mlps[0], heads[0] if settings.heads else None, sizes, settings.round_to)
+        return BlockChannels(mlps[0], heads[0] if settings.heads else None, self._sizes, settings.round_to)
 
     def _refuse(self, reason: str) -> NoReturn:
         raise UserError(UNSUITED.format(kind=f"block {self._index} ({type(self._block).__name__})", reason=reason))
