@@ -44,7 +44,8 @@ class Answers(FrozenModel):
 
     def of(self, name: str) -> tuple[ImageAnswer, ...]:
         """The answers of a model."""
-        return {"dense": self.dense, "uniform": self.uniform, "best": self.best}[name]
+        answers: tuple[ImageAnswer, ...] = getattr(self, name)
+        return answers
 
 
 # --- Whether windows should begin with BOS, from the dense model's perplexity of the same tokens with and without BOS.

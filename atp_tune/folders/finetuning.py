@@ -15,7 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_error, peak_memory, reset_peak_memory
+from atp_tune.checkpoints.devices import (
+    arithmetic,
+    device_name,
+    find_device,
+    find_dtype,
+    oom_as_user_error,
+    peak_memory,
+    reset_peak_memory,
+)  # fmt: skip
 from atp_tune.checkpoints.files import small_files
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.best import Config
@@ -39,7 +47,7 @@ from atp_tune.folders.card import (
     origin,
 )
 from atp_tune.folders.packing import Codes
-from atp_tune.folders.training import Trainer, computed_in, find_teacher, stored_format, windows_held_out, windows_read
+from atp_tune.folders.training import Trainer, find_teacher, stored_format, windows_held_out, windows_read
 from atp_tune.inputs.images import duplicate_images, image_items
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.windows import first_windows, shared_windows, token_windows
@@ -156,13 +164,15 @@ class FinetuningJob:
         """The file from which an interrupted run resumes."""
         if not self.stays:
             return self.out.with_name(f"{self.out.name}.part")
+        device = find_device(self.setup.place.device)
         own = key(
             "recovered",
             settings=self.settings.model_dump(),
             model=self.folder.content,
             text=self.items.content,
             teacher=self.teacher and self.teacher.content,
-            arithmetic=computed_in(self.folder.path, find_device(self.setup.place.device)),
+            # The number formats in which the model is trained, and its dense model predicts.
+            arithmetic=[*arithmetic(device, stored_format(self.folder.path)), str(find_dtype("auto", device))],
         )
         return cache_dir("recovered") / f"{own}.safetensors"
 

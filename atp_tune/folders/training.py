@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints.blocks import Linear, classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import GIB, arithmetic, find_dtype, free_memory
+from atp_tune.checkpoints.devices import GIB, find_dtype, free_memory
 from atp_tune.checkpoints.files import read_sizes
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.prune import FEWEST, MOST, NLL_SHARES, SHARE, Training
@@ -386,11 +386,6 @@ def rate(done: int, settings: Training) -> float:
 def _check_finite(loss: float, text: str) -> None:
     if not math.isfinite(loss):
         raise UserError(f"training: {text}; lower the learning rate")
-
-
-def computed_in(folder: Path, device: torch.device) -> list[str]:
-    """The number formats in which the model of a folder is trained, and its dense model predicts."""
-    return [*arithmetic(device, stored_format(folder)), str(find_dtype("auto", device))]
 
 
 def stored_format(folder: Path) -> torch.dtype:

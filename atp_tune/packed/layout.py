@@ -26,6 +26,7 @@ from atp_tune.packed.modeling_atp_sparse import (
     read_packed,
 )
 from atp_tune.pruners.rounding import Grid
+from atp_tune.pruners.selection import INTEGERS
 
 Kind = Literal["same", "bf16", "int8"]  # number format of the values
 LARGEST = 127  # code of int8
@@ -80,8 +81,7 @@ def packed_linear(linear: Any, kind: Kind = "same") -> SparseLinear:
 
 
 def _kept(dense: Tensor) -> Tensor:
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return dense.contiguous().view(kinds[dense.element_size()]) != 0
+    return dense.contiguous().view(INTEGERS[dense.element_size()]) != 0
 
 
 # --- Codes of rounded weights, as they lie in a packed folder: the inverse of `modeling_atp_sparse.read_codes`.
