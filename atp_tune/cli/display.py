@@ -32,7 +32,7 @@ class Display:
             TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(), TimeLeft(), console=console(), transient=True,
         )  # fmt: skip
-        self._whole = self.bars.add_task("study", total=None, visible=False, count="", left="")
+        self.whole = self.bars.add_task("study", total=None, visible=False, count="", left="")
         self.remaining = Remaining()
         self.is_study = False
         self._began = monotonic()
@@ -72,18 +72,8 @@ class Display:
         left = self.remaining.left(now)
         if left is not None:
             took, text = now - self._began, f"ETA {timedelta(seconds=ceil(left))}"
-            self.bars.update(self._whole, completed=took, total=took + left, left=text, visible=True)
+            self.bars.update(self.whole, completed=took, total=took + left, left=text, visible=True)
         return left
-
-    def end(self, event: TrialEnded, plan: str, seconds: float, left: str) -> None:
-        """Prints the result of a trial; `left`: the time left."""
-        from atp_tune.results.formatting import best_so_far, trial_line
-
-        echo(trial_line(event, plan, seconds, "" if console().is_terminal or not left else f", {left}"), markup=False)
-        count = f"{event.done}/{event.total} {event.what}s"
-        self.bars.update(self._whole, description=f"study ({best_so_far(event)})", count=count)
-        for listen in self.listeners:
-            listen(event)
 
 
 class Line:
@@ -100,7 +90,7 @@ class Line:
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
-        from atp_tune.results.formatting import duration
+        from atp_tune.results.formatting import best_so_far, duration, trial_line
 
         now, whole, bars = monotonic(), self._display.hear(event, self), self._display.bars
         left = "" if whole is None else f"{duration(ceil(whole))} left"
@@ -128,7 +118,12 @@ class Line:
                     echo(f"{title} {done} of {total}, {left}", markup=False)
                     self._said = now
             case TrialEnded():
-                self._display.end(event, self._plan, now - self._began, left)
+                later = "" if console().is_terminal or not left else f", {left}"
+                echo(trial_line(event, self._plan, now - self._began, later), markup=False)
+                count = f"{event.done}/{event.total} {event.what}s"
+                bars.update(self._display.whole, description=f"study ({best_so_far(event)})", count=count)
+                for listen in self._display.listeners:
+                    listen(event)
 
     def hide(self) -> None:
         """Removes the bar of a process that has ended."""
