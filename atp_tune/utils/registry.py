@@ -115,7 +115,7 @@ class Registry(UserDict[str, T]):
         return iter(dict.fromkeys([*self.data, *self._added, *self.entry_points()]))
 
     def __len__(self) -> int:
-        return len([*self])
+        return len(list(iter(self)))
 
     def is_built_in(self, name: str) -> bool:
         """Whether the name belongs to the package."""
