@@ -24,11 +24,10 @@ from typing import Any, TypeAlias
 import optuna
 from optuna.trial import FrozenTrial
 
-from atp_tune.config.record import TABLES
 from atp_tune.config.studyfile import absolute_storage
 from atp_tune.errors import UserError
 from atp_tune.storage import database, fingerprint, opening, progress
-from atp_tune.storage.attributes import readable
+from atp_tune.storage.attributes import TABLES, readable
 from atp_tune.storage.database import Database, without_password
 from atp_tune.storage.progress import trials_in
 from atp_tune.utils.cache import rename_new, temporary_folder
