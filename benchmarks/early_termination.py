@@ -20,9 +20,9 @@ import optuna
 
 from atp_tune.allocations import Budget
 from atp_tune.config.search import SearchConfig
+from atp_tune.search.runner import should_terminate
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
-from atp_tune.search.trial_loop import should_terminate
 from atp_tune.storage.progress import measured
 
 WINDOWS, STEPS, TOTAL = 16, 40, 24

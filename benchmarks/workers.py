@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from atp_tune.cli.terminal import quiet
 from atp_tune.errors import TrialError
-from atp_tune.search.trial_loop import Attempt
+from atp_tune.search.runner import Attempt
 from atp_tune.storage import database, fingerprint, opening, progress
 from atp_tune.storage.progress import Trace, identity
 

@@ -13,7 +13,7 @@ from processes import popen
 from tinystudy import HANGS, free_port, run, wait_until
 
 from atp_tune.events import Event, Message
-from atp_tune.search import trial_loop
+from atp_tune.search import runner
 from atp_tune.storage.database import Database
 
 # No more than six: a trial's page shows six lines, and the last by name is ± stderr.
@@ -64,7 +64,7 @@ def test_the_plain_dashboard_shows_note_figures_and_files(plain: str, done: Path
 @slow
 def test_a_run_publishes_a_new_best(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """During the run too, if the last time is long ago; each time one transaction."""
-    monkeypatch.setattr(trial_loop, "PUBLISH", 0)
+    monkeypatch.setattr(runner, "PUBLISH", 0)
     versions: list[int] = []
     wrote = Database.set_study_system_attrs
 

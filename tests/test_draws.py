@@ -28,7 +28,7 @@ from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, undrawn
 from atp_tune.run import session as module
 from atp_tune.run.session import Session, Setup
-from atp_tune.search.runner import FinalScores
+from atp_tune.search.objective import FinalScores
 
 THREE = "texts.calibration.draws=3"
 

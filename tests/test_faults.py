@@ -419,8 +419,8 @@ import ctypes, gc, sys
 sys.path.insert(0, sys.argv[1])
 from tinystudy import Path, run
 from atp_tune.events import TrialEnded
-from atp_tune.search import trial_loop
-trial_loop.PUBLISH = 0
+from atp_tune.search import runner
+runner.PUBLISH = 0
 libc, sizes = ctypes.CDLL(None), []
 
 def look(event):

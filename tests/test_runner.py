@@ -29,7 +29,7 @@ from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import unreported
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
-from atp_tune.search import runner, trial_loop
+from atp_tune.search import objective, runner
 from atp_tune.storage.progress import identity
 
 BOTH = "prune.pruners=['wanda', 'magnitude']"
@@ -140,14 +140,14 @@ def test_of_two_that_end_a_study_one_measures_the_report_text(
     other = popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     begun = psutil.Process(other.pid).create_time()
     reporter = {**identity(), "pid": other.pid, "process_started": begun}
-    study._storage.set_study_system_attr(study._study_id, runner.REPORTER, reporter)
+    study._storage.set_study_system_attr(study._study_id, objective.REPORTER, reporter)
 
     def ends(_: float) -> None:
         if not dies:
             study.set_user_attr("test_nlls", {name: [1.0, 2.0] for name in unreported(study)})
         other.communicate()
 
-    monkeypatch.setattr(runner, "sleep", ends)
+    monkeypatch.setattr(objective, "sleep", ends)
     events: list[Event] = []
     run(place, watch=events.append)
     notes = [event.text for event in events if isinstance(event, Message)]
@@ -216,7 +216,7 @@ def add_running(study: optuna.Study, **attributes: Any) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial_loop, "POLL", 0.05)
+    monkeypatch.setattr(runner, "POLL", 0.05)
 
 
 @slow

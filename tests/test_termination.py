@@ -13,10 +13,10 @@ from test_benchmarks import benchmark
 from test_samplers import fake_perplexity, search_of, space_of
 from tinystudy import run, stored
 
-from atp_tune.search import trial_loop
+from atp_tune.search import runner
+from atp_tune.search.runner import GAIN, GAP, LEAST, RUN, has_gap, regret_bound, should_terminate
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
-from atp_tune.search.trial_loop import GAIN, GAP, LEAST, RUN, has_gap, regret_bound, should_terminate
 from atp_tune.storage.progress import counted
 
 GP = ("search.sampler=gp", "search.early_termination=true", "search.trials=40")
@@ -111,7 +111,7 @@ def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append([trial.params["beta"] for trial in trials])
         return LEFT if len(trials) in left else HELD
 
-    monkeypatch.setattr(trial_loop, "regret_bound", regret)
+    monkeypatch.setattr(runner, "regret_bound", regret)
     betas = [0.01 * k for k in range(12)]
     trials = points(space, {beta: 20 + beta for beta in betas})
     for begun in (trials, trials[::-1]):
@@ -125,7 +125,7 @@ def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_better_point_begins_the_verdicts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     space = space_of()
-    monkeypatch.setattr(trial_loop, "regret_bound", lambda *known: HELD)
+    monkeypatch.setattr(runner, "regret_bound", lambda *known: HELD)
     values = {0.01 * k: 20.0 + k for k in range(12)}
     assert should_terminate(study_with(points(space, values)), space)
     for after, expected in ((0, False), (1, False), (2, True)):
@@ -152,10 +152,10 @@ def test_every_allocation_must_have_settled(monkeypatch: pytest.MonkeyPatch) -> 
     space = space_of(allocation=["atp", "curve"])
     study = study_of_gp(space_of(), 10)
     asked: list[str] = []
-    monkeypatch.setattr(trial_loop, "_best_number", lambda trials: 0)
-    monkeypatch.setattr(trial_loop, "regret_bound", lambda trials, space, branch: asked.append(branch) or HELD)
+    monkeypatch.setattr(runner, "_best_number", lambda trials: 0)
+    monkeypatch.setattr(runner, "regret_bound", lambda trials, space, branch: asked.append(branch) or HELD)
     assert should_terminate(study, space) and asked == ["atp", "curve"] * RUN
-    monkeypatch.setattr(trial_loop, "regret_bound", lambda trials, space, branch: float(branch == "curve"))
+    monkeypatch.setattr(runner, "regret_bound", lambda trials, space, branch: float(branch == "curve"))
     assert not should_terminate(study, space)
 
 
@@ -167,8 +167,8 @@ def test_a_real_study_settles_and_so_does_one_that_was_interrupted(
 
     A gain of a third is asked for, and no gap is one: what a tiny model's valley is like hangs on torch's version.
     """
-    monkeypatch.setattr(trial_loop, "GAIN", 1 / 3)
-    monkeypatch.setattr(trial_loop, "has_gap", lambda *_: False)
+    monkeypatch.setattr(runner, "GAIN", 1 / 3)
+    monkeypatch.setattr(runner, "has_gap", lambda *_: False)
     study = run(place, *GP)
     assert LEAST + RUN - 1 <= counted(study) < 40
     assert all(trial.state == TrialState.COMPLETE for trial in study.trials)

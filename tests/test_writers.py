@@ -24,10 +24,11 @@ from tinystudy import HANGS, CommandLine, stored, study_file
 
 import atp_tune
 from atp_tune.checkpoints.convert import ABOUT as PACKED_ABOUT
-from atp_tune.config import record
 from atp_tune.config.best import read_config
 from atp_tune.results import results
-from atp_tune.search.runner import StudyRun, store_test_scores, write_best
+from atp_tune.search.objective import store_test_scores
+from atp_tune.search.runner import StudyRun, write_best
+from atp_tune.storage.attributes import FOUND, ITEMS, TABLES
 from atp_tune.utils import cache as cache_module
 from atp_tune.utils.cache import (
     TakenError,
@@ -63,13 +64,13 @@ def opened(place: Path) -> optuna.Study:
 def by_trial(place: Path, writer: int) -> Round:
     """Rows of the tables by trial on a study; each writer has trials of its own."""
     study, first = opened(place), 1000 * (writer + 1)
-    more = {key: [1.0] for key in record.ITEMS if key not in ("nlls", "kls", "ranks")}
+    more = {key: [1.0] for key in ITEMS if key not in ("nlls", "kls", "ranks")}
 
     def store(k: int) -> None:
         store_test_scores(study, str(first + k), {"nlls": [1.0], "kls": [1.0], "ranks": [1], **more})
         study.set_user_attr(f"draws:1000:{first + k}", [1.0])
         study.set_user_attr(f"refits:1000:2:{first + k}", [1.0])
-        for key in record.FOUND:
+        for key in FOUND:
             results.store(study, key, first + k, SPEED.model_dump(mode="json"))
 
     return store
@@ -79,7 +80,7 @@ def all_trials_are_there(place: Path) -> None:
     found = opened(place).user_attrs
     wanted = {str(first + k) for first in (1000, 2000) for k in range(ROUNDS)}
     found |= {"draws": found["draws"]["1000"], "refits": found["refits"]["1000"]["2"]}
-    for table in record.TABLES:
+    for table in TABLES:
         assert not wanted - found[table].keys(), table
 
 

@@ -1,233 +1,49 @@
 """Running a study: created or resumed, driven to its total, and completed with the numbers on the test text."""
 
 import math
-import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from math import nan
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import optuna
-from optuna.exceptions import StorageInternalError
-from optuna.trial import FrozenTrial
+from optuna.distributions import FloatDistribution
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.allocations import Budget, is_fitted
+from atp_tune.allocations import Budget
 from atp_tune.config.plugged import records
 from atp_tune.config.search import ScreenConfig
 from atp_tune.config.studyfile import TRIALS, StudyFile, settings
 from atp_tune.errors import TrialError, UserError, printable
-from atp_tune.events import EventHandler, Message, Opened, TrialStarted
-from atp_tune.measures import MEASURES, perplexity
-from atp_tune.metrics import NAMES, PROMPTS
+from atp_tune.events import EventHandler, Message, Opened, TrialEnded
+from atp_tune.plan import method_in
+from atp_tune.results.formatting import why_lost
 from atp_tune.results.goals import best_trial, goal_in
-from atp_tune.results.results import allocation_name, attached, is_uniform, store, stored_answers, uniform_beside
+from atp_tune.results.results import Results
 from atp_tune.results.status import best_config, study_columns
-from atp_tune.results.summary import fits_anew, is_reported, made_from, undrawn, unreported
-from atp_tune.search.goals import Screened, make_goal, renamed, screening_file
-from atp_tune.search.samplers import make_stopper
-from atp_tune.search.space import Space
-from atp_tune.search.trial_loop import POLL, recover_lost, run_trials
+from atp_tune.results.summary import is_reported, made_from
+from atp_tune.search.goals import AtSparsity, Screened, make_goal, renamed, screening_file
+from atp_tune.search.samplers import branch_study, make_stopper
+from atp_tune.search.space import Distributions, Space
 from atp_tune.storage import fingerprint, opening, progress
-from atp_tune.storage.attributes import TRIAL, checked
+from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.database import error_reason
-from atp_tune.storage.fingerprint import SUFFIX, facts, is_screening
-from atp_tune.storage.progress import Trace, identity, is_alive, trials_in
+from atp_tune.storage.fingerprint import SUFFIX, facts, facts_in, is_screening, stored_objectives
+from atp_tune.storage.progress import GRACE, Trace, ranked, trials_in
 from atp_tune.utils.cache import alone_with, cache_dir, check_room, versions
 from atp_tune.utils.system import check_writable
 
 if TYPE_CHECKING:
-    from atp_tune.run.observers import LeftOut, Observer, TaskResults
+    from atp_tune.run.observers import TaskResults
     from atp_tune.run.session import Session
-    from atp_tune.scores import Scores
-
-# --- The final scores of a study: dense, uniform and best on the test text, also over draws of the calibration text.
-#
-# The models that are pruned for it also continue prompts. Trials of a front have their test scores already: the
-# objective measures them while it has the pruned blocks, since all of them are compared.
-
-REPORTER = "reporter"  # system attribute of a study: the process that measures on the test text
-
-
-@dataclass(frozen=True)
-class FinalScores:
-    """The final measurements of a study, by row of the test text: numbers of trials, and `dense`."""
-
-    run: "StudyRun"
-    study: optuna.Study
-    session: "Session"
-    space: Space
-
-    def report(self) -> None:
-        """Measures dense, uniform and the best of each allocation on the test text, and writes the best configuration.
-
-        If `texts.calibration.draws` > 1, the trials are pruned with the other draws too; plans that are fitted to the
-        calibration text are fitted anew to each draw's own. Each measurement is stored at once, in an attribute of its
-        own: two hosts may report at the same moment.
-        """
-        run, study, draws = self.run, self.study, self.run.file.study.data.calibration.draws
-        # Waits while another live process of this host measures the test text: two may reach the total together.
-        is_noted = False
-        while is_missing := bool(unreported(study) or undrawn(study, draws)):
-            other = study._storage.get_study_system_attrs(study._study_id).get(REPORTER)
-            if not isinstance(other, dict) or other.get("pid") == os.getpid() or not is_alive(checked(other, TRIAL)):
-                break
-            if not is_noted:
-                run.note("waiting for the numbers on the test text, which another process measures")
-            is_noted = True
-            sleep(POLL)
-        if is_missing:
-            study._storage.set_study_system_attr(study._study_id, REPORTER, identity())
-        try:
-            self.measure(draws, is_missing)
-        finally:
-            if is_missing:
-                study._storage.set_study_system_attr(study._study_id, REPORTER, None)
-        write_best(run, study)
-
-    def measure(self, draws: int, is_missing: bool) -> None:
-        """Measures and stores what is missing; `is_missing`: a number on the test text, or in a draw of it, is."""
-        study, (names, shown) = self.study, self._shown() if is_missing else ({}, None)
-        for row in unreported(study):
-            store_test_scores(study, row, self._on_test_text(row, names.get(row, ""), shown))
-        if shown is not None:
-            # The models that were measured before are shown too; then what all of them wrote, or saw, is stored.
-            for row, name in names.items():
-                if name in shown.wanted:
-                    self._pass(row, f"continuations: {name}", [shown], name)
-            shown.repeat("best", "uniform")  # one trial may be both
-            best, result = best_trial(study), shown.result()
-            if result and best:
-                store(study, self.run.file.study.data.shown, best.number, result.model_dump(mode="json"))
-        anew = fits_anew(study)
-        for draw, row in undrawn(study, draws):
-            try:
-                nlls = self._redrawn(row, draw, anew)
-            except TrialError as error:  # of a descent: NaN, which ends the study, and has no spread over draws
-                note = f"draw {draw + 1} of trial {row} gives no number: {error}; its spread over draws is left out"
-                self.run.note(note)
-                nlls = [nan] * len(study.user_attrs["test_nlls"][row])
-            study.set_user_attr(f"refits:{row}:{draws}:{draw}" if anew else f"draws:{row}:{draw}", nlls)
-            if anew:
-                fitted_to = {**study.user_attrs.get("fitted_to", {}), str(draws): list(self.session.fitted_to)}
-                study.set_user_attr("fitted_to", fitted_to)
-
-    def _shown(self) -> "tuple[dict[str, str], LeftOut | None]":
-        """The models that continue prompts, by row, and what collects that; None if nothing does, or it is known.
-
-        These are dense, uniform and the best of each allocation; of an image classifier dense, uniform and the best of
-        all answer on images.
-        """
-        from atp_tune.run.observers import ImageAnswers, LeftOut, Prompts, can_keep
-
-        study, session, spec = self.study, self.session, self.run.file.study
-        options, best = spec.continuations, best_trial(study)
-        uniform = uniform_beside(study, best)
-        if best is None or uniform is None or not options.tokens:
-            return {}, None
-        if "continuations" in attached(study, best.number) or stored_answers(study, best) is not None:
-            return {}, None
-        ranked = goal_in(study).rivals()
-        others = {str(trial.number): allocation_name(trial) for trial in ranked if not is_uniform(trial)}
-        names = {"dense": "dense", **{row: name for row, name in others.items() if name not in NAMES}}
-        names |= {str(best.number): "best", str(uniform.number): "uniform"}
-        if spec.images is not None:
-            work: Any = ImageAnswers("validation" if spec.data.test is None else "test")
-            return names, LeftOut(work, NAMES, "answers on images", session.watch)
-        work = Prompts((*PROMPTS, *options.prompts), options.tokens, "memory")
-        shown = LeftOut(work, tuple(dict.fromkeys((*NAMES, *names.values()))), "continuations", session.watch)
-        if not can_keep(session.checkpoint):
-            shown.leave_out("the model leaves no room for a pruned copy; `tune.py generate` makes them")
-        return names, shown
-
-    def _on_test_text(self, row: str, name: str, shown: "LeftOut | None") -> "Scores":
-        """Scores on the test text, or images (else the validation text), with KLs of a trial if minimised.
-
-        `name`: of the row's model, if that is shown too.
-        """
-        from atp_tune.run.observers import RoleScores
-
-        spec, is_dense = self.run.file.study, row == "dense"
-        if spec.data.test is None:
-            attrs = self.study.user_attrs if is_dense else self.study.trials[int(row)].user_attrs
-            return {
-                by.items: list(attrs[key])
-                for by in MEASURES.values()
-                if (key := by.dense_items if is_dense else by.items) in attrs
-            }
-        title = f"test {spec.data.validation.data}: {'dense model' if is_dense else f'trial {row}'}"
-        scores = RoleScores("test", "kl" in spec.search.objective and not is_dense)
-        self._pass(row, title, [scores, *([shown] if shown else [])], name)
-        return scores.found[name]
-
-    def measure_dense(self) -> None:
-        """Measures the dense model on the validation text, unless that is done; UserError if it has no perplexity."""
-        from atp_tune.run.observers import RoleScores
-
-        if "dense" in self.study.user_attrs:
-            return
-        observer = RoleScores("validation")
-        self._pass("dense", "dense model", [observer], "")
-        scores = observer.found[""]
-        if not math.isfinite(perplexity(scores["nlls"]).value):
-            raise UserError(
-                f"model.source: the perplexity of the dense model {self.run.file.study.model.source} is not finite: "
-                "its weights hold NaN, or overflow in this number format; give another model, or set model.dtype, and "
-                "--study-name NAME"
-            )
-        for by in reversed(MEASURES.values()):  # at last the NLLs, which mark the dense model as measured
-            if by.items in scores:
-                self.study.set_user_attr(by.dense_items, scores[by.items])
-
-    def _redrawn(self, row: str, draw: int, anew: bool) -> list[float]:
-        """Window NLLs of a trial that another draw prunes; `anew`: a plan that is fitted is fitted to that draw.
-
-        Draw 0 is the trial's own, but for a plan that is fitted anew to less than the study's own plan was.
-        """
-        from atp_tune.run.observers import RoleScores
-
-        spec = self.run.file.study.data
-        is_refitted = anew and is_fitted(allocation_name(self.study.trials[int(row)]))
-        if not (draw or (is_refitted and self.session.is_short)):
-            return list(self.study.user_attrs["test_nlls"][row])
-        scores = RoleScores("validation" if spec.test is None else "test")
-        title = f"draw {draw + 1} of {spec.calibration.draws}: trial {row}"
-        self._pass(row, title, [scores], "", self.session.drawn(draw), is_refitted)
-        return scores.found[""]["nlls"]
-
-    def _pass(
-        self,
-        row: str,
-        title: str,
-        observers: "Sequence[Observer[Any]]",
-        name: str,
-        drawn: "Session | None" = None,
-        is_refitted: bool = False,
-    ) -> None:
-        """Passes the blocks of a row's model to observers, with the batch sizes of its measurement.
-
-        Those affect its mask. `drawn`: prunes it, and its plan is fitted to that draw if it `is_refitted`.
-        """
-        from atp_tune.checkpoints.devices import oom_as_user_error
-
-        trial = None if row == "dense" else self.study.trials[int(row)]
-        plan = self.space.stored_plan(trial) if trial else None
-        self.run.watch(TrialStarted(title, plan))
-        own = fingerprint.stored_batches(trial) if trial else {}
-        self.session.begin({**fingerprint.stored_batches(self.study), **own})
-        session = drawn or self.session
-        with oom_as_user_error(title):
-            if is_refitted and trial:
-                plan = replace(self.space, budget=session.budget(self.space.budget.target)).plan(trial.params)
-            session.measure(plan, observers, name)
-
-
-def store_test_scores(study: optuna.Study, name: str, scores: "Scores") -> None:
-    """Stores the scores of a trial, or of `dense`, on the test items."""
-    for key in sorted(scores, key="nlls".__eq__):  # the NLLs last, which mark a trial as reported
-        study.set_user_attr(f"test_{key}:{name}", scores[key])
+    from atp_tune.search.objective import Objective
 
 
 def write_best(run: "StudyRun", study: optuna.Study) -> None:
@@ -376,6 +192,8 @@ def _has_other_limit(study: optuna.Study, file: StudyFile) -> bool:
 
 def _drive(run: StudyRun) -> optuna.Study:
     """Drives a new or incomplete study to its total."""
+    from atp_tune.search.objective import FinalScores
+
     db = opening.open_storage(run.file.storage_url, create=False)  # before loading, when the server may go away
     before = opening.find_study(db, run.name) if db else None
     if before:
@@ -423,6 +241,7 @@ def _drive(run: StudyRun) -> optuna.Study:
         if run.reports and progress.counted(study) >= total:
             final.measure_dense()
             final.report()
+            write_best(run, study)
             run.publish(study)
         return study
 
@@ -492,3 +311,274 @@ def _compare_versions(run: StudyRun, study: optuna.Study) -> None:
             was, now = (", ".join(f"{name} {all_.get(name, '?')}" for name in names) for all_ in (other, own))
             run.note(f"trial {trial.number} was measured with {was}; now it is {now}: last digits may differ")
             return
+
+
+# --- Early termination: a study ends when a better point is expected to gain less than `GAIN`.
+#
+# For each of the last `RUN` trials, without a new best among them, every allocation must have
+#
+#     points    at least `LEAST`: fewer may fit a model by chance
+#     regret    below `GAIN`: how much lower the log of perplexity or KL could be, bounded at 90 % confidence by a
+#               Gaussian process over the better half of the points: its upper bound at the best points minus the
+#               minimum of its lower bound
+#     no gaps   beside a point within `NEAR` of the best, no stretch without a point is wider than `GAP` of its
+#               parameter's interval: a model that has seen one valley predicts a flat curve elsewhere
+#
+# Trials are read in the order in which they ended, so interruptions and several workers do not change the verdict. The
+# bound holds for the validation text only (docs/speed.md has measurements).
+#
+# Source: Makarova et al., "Automatic Termination for Hyperparameter Optimization", AutoML 2022, as
+# `RegretBoundEvaluator` in Optuna. The paper compares the regret with the noise of cross-validation; docs/log.md says
+# why this module does not.
+
+GAIN = 0.02  # relative gain of a better point below which the study ends
+LEAST = 8  # different points of an allocation
+RUN = 3  # trials in a row
+GAP = 1 / 5  # of an interval
+NEAR = 0.1  # difference of logs
+
+
+def should_terminate(study: optuna.Study, space: Space) -> bool:
+    """Whether, after each of the last `RUN` trials, all regret bounds were below `GAIN` and the best was the same.
+
+    A new best among these trials would show that the model was wrong.
+    """
+    # The measured trials, without repetitions, in the order in which they ended.
+    own = (trial for trial in trials_in(study, TrialState.COMPLETE) if "repeats" not in trial.user_attrs)
+    trials = sorted(own, key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
+    branches = [branch for branch in space.intervals if space.is_open(branch)]
+    parts = [trials[: len(trials) - back] for back in range(RUN)]
+    if not branches or len({_best_number(part) for part in parts}) > 1:
+        return False
+    limit = -math.log1p(-GAIN)
+    return all(regret_bound(part, space, branch) < limit for part in parts for branch in branches)
+
+
+def _best_number(trials: Sequence[FrozenTrial]) -> int | None:
+    return next((trial.number for trial in ranked(trials)), None)
+
+
+def regret_bound(trials: Sequence[FrozenTrial], space: Space, branch: str) -> float:
+    """Bound of the regret in one allocation, as a difference of logs; infinite with too few points or a gap."""
+    from optuna.terminator import RegretBoundEvaluator
+
+    kinds = space.kinds(branch)
+    points = branch_study(list(trials), space, branch, kinds).trials
+    if len(points) < LEAST or has_gap(points, kinds):
+        return math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return RegretBoundEvaluator(min_n_trials=LEAST, seed=0).evaluate(points, StudyDirection.MINIMIZE)
+
+
+def has_gap(points: Sequence[FrozenTrial], kinds: Distributions) -> bool:
+    """Whether a pruner has a point near the best beside a wide stretch of a parameter without a point.
+
+    `points`: an allocation's trials with the logs of their values; `kinds`: its distributions.
+    """
+    near_best = min(point.value for point in points if point.value is not None) + NEAR
+    for pruner in {method_in(point.params) for point in points}:
+        own = [point for point in points if method_in(point.params) == pruner]
+        for name, kind in kinds.items():
+            if not isinstance(kind, FloatDistribution):
+                continue
+            # The points by this parameter between its interval's ends; of two neighbours the lower value counts.
+            pairs = sorted((point.params[name], math.inf if point.value is None else point.value) for point in own)
+            if any(
+                right - left > GAP * (kind.high - kind.low) and min(a, b) < near_best
+                for (left, a), (right, b) in pairwise([(kind.low, math.inf), *pairs, (kind.high, math.inf)])
+            ):
+                return True
+    return False
+
+
+POLL = 2  # seconds between looks at a trial of another process
+PUBLISH = 30  # seconds between writes of note and figures, each of which takes half a second
+
+
+def run_trials(run: StudyRun, study: optuna.Study, session: "Session", goal: AtSparsity, total: int) -> int:
+    """Runs trials until the total is reached or the time is up, and returns the study's present total.
+
+    Another run may change the total meanwhile. Trials that other processes run are not run again.
+    """
+    from atp_tune.search.objective import Objective
+
+    search = run.file.study.search
+    objective = Objective(
+        session,
+        goal.space,
+        search.stopper != "none",
+        run.watch,
+        search.objective,
+        None if run.screens else run.tasks,
+        run.file.study.compares_all,
+    )
+    callbacks = Callbacks(run)
+    end = None if run.timeout is None else monotonic() + run.timeout
+    while end is None or monotonic() < end:
+        trials = recover_lost(run, study)
+        total = study.user_attrs.get("total", total)
+        elsewhere = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        remaining = total - sum(map(progress.counts, trials)) - len(elsewhere)
+        is_idle = goal.is_idle(study)
+        if is_idle and remaining > 0 and not elsewhere:
+            run.note(f"ended after {total - remaining} of {total}: {goal.reached}")
+            progress.terminate_early(study, total)
+        elif remaining > 0 and not is_idle:
+            _optimise(run, study, objective, remaining, total, end, callbacks, goal)
+        elif elsewhere:
+            # Waits until a trial of another process ends or is recovered as lost.
+            number, where = elsewhere[0].number, elsewhere[0].user_attrs.get("host", "another process")
+            run.note(f"waiting for trial {number}, which {where} runs (or was running when it stopped)")
+            while any(other.number == number for other in progress.running(study)):
+                sleep(POLL)
+                recover_lost(run, study)
+        else:
+            break
+    return total
+
+
+def recover_lost(run: StudyRun, study: optuna.Study) -> list[FrozenTrial]:
+    """Fails and reports the running trials without a live process; returns all trials after that."""
+    trials = trials_in(study)
+    if lost := progress.requeue_lost(study, trials):
+        trials = trials_in(study)
+        for number in lost:
+            run.note(why_lost(trials[number]))
+    return trials
+
+
+def _optimise(
+    run: StudyRun,
+    study: optuna.Study,
+    objective: "Objective",
+    n_trials: int,
+    total: int,
+    end: float | None,
+    callbacks: "Callbacks",
+    goal: AtSparsity,
+) -> None:
+    def ended(study: optuna.Study, trial: FrozenTrial) -> None:
+        trials = recover_lost(run, study)  # read once: reading a long study costs time at each short trial
+        best, done = goal_in(study).best(trials), sum(map(progress.counts, trials))
+        reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
+        if trial.values is not None or reason:
+            objectives = stored_objectives(facts_in(study))
+            # The event of a trial's end, with its values and the best.
+            results = Results({}, trials, objectives)
+            scores = {
+                by.name: score.value for by in results.measures if (score := results.score(trial, "validation", by))
+            }
+            lowest = results.score(best, "validation", results.main)
+            run.watch(
+                TrialEnded(
+                    trial.number,
+                    scores,
+                    reason,
+                    {results.main.name: lowest.value} if lowest else {},
+                    done,
+                    total,
+                    best_sparsity=progress.target_sparsity(best) if best else None,
+                )
+            )
+        callbacks(study, trial, best, done, total)
+        if run.file.study.search.early_termination and done < total and should_terminate(study, objective.space):
+            progress.terminate_early(study, total)
+            run.note(
+                f"terminated early after {done} of {total}: a better point is expected to gain less than {GAIN:.0%}"
+            )
+            study.stop()
+        if goal.is_idle(study):
+            study.stop()
+        is_late = end is not None and monotonic() >= end  # Optuna's timeout depends on the wall clock
+        running = sum(other.state == TrialState.RUNNING for other in trials)
+        if is_late or done + running >= total:  # other processes run the remaining trials
+            study.stop()
+
+    attempt = Attempt(objective, total, run.trace)
+    try:
+        study.optimize(attempt, n_trials=n_trials, catch=(TrialError,), callbacks=[ended])
+    except KeyboardInterrupt:
+        progress.requeue_lost(study)
+        raise
+    except UnboundLocalError as error:  # Optuna's bug where it can neither tell nor read a trial, or at Ctrl-C
+        cause = error.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            progress.end_interrupted(study, attempt.number)
+        raise cause if isinstance(cause, UserError | KeyboardInterrupt) else error from None
+    except (UpdateFinishedTrialError, ValueError, AssertionError) as error:
+        if isinstance(error.__context__, UserError):  # the storage accepted neither the value nor the failure
+            raise error.__context__ from None
+        if not attempt.is_lost(study):
+            raise
+        run.note(f"trial {attempt.number} sent no heartbeat for {GRACE} s: it is run again")
+    if callbacks.error is not None:
+        raise callbacks.error
+
+
+@dataclass(eq=False)
+class Callbacks:
+    """Calls the run's callbacks after a trial; the first `error` of one ends the loop, and is raised after it.
+
+    Raised at once, an error of theirs could be taken for one of Optuna's. Before them, the reporting worker publishes
+    the study when its best trial has changed, at most every `PUBLISH` seconds.
+    """
+
+    run: StudyRun
+    error: Exception | None = None
+    _best: int = -1
+    _time: float = field(default_factory=monotonic)  # a run that ends sooner publishes at its end alone
+
+    def __call__(
+        self, study: optuna.Study, trial: FrozenTrial, best: FrozenTrial | None, done: int, total: int
+    ) -> None:
+        """Calls each; if one stops the study, the trials so far are its total. `best`: the study's best trial now."""
+        if best is not None and best.number != self._best and self.run.reports and monotonic() - self._time >= PUBLISH:
+            self._best, self._time = best.number, monotonic()
+            self.run.publish(study)
+        assert isinstance(study, ValidatedStudy)
+        study.is_stopped = False
+        try:
+            for callback in self.run.callbacks:
+                callback(study, trial)
+        except Exception as error:
+            self.error = error
+            optuna.Study.stop(study)
+            return
+        if study.is_stopped and done < total:
+            progress.terminate_early(study, total)
+            self.run.note(f"ended after {done} of {total}: a callback stopped the study")
+
+
+@dataclass(eq=False)
+class Attempt:
+    """Calls the objective unless other workers have reached the total, and says whether they ended the trial as lost.
+
+    Optuna raises unspecific errors when a process tells a trial that another one ended; `is_lost` identifies them.
+    """
+
+    objective: Callable[[optuna.Trial], tuple[float, ...]]
+    total: int
+    trace: Trace
+    number: int = -1
+    _is_bug: bool = False
+
+    def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
+        """The objective's values."""
+        self.number, self._is_bug = trial.number, True
+        try:
+            trials, number = trials_in(trial.study), trial.number
+            if progress.is_surplus(trials, number, self.total) or progress.is_repetition(trials, number):
+                trial.set_user_attr("lost", progress.SURPLUS)
+                raise TrialError("not needed")
+            with self.trace.of(trial.study.study_name, trial.number):
+                value = self.objective(trial)
+        except (TrialError, UpdateFinishedTrialError):
+            self._is_bug = False
+            raise
+        self._is_bug = False
+        return value
+
+    def is_lost(self, study: optuna.Study) -> bool:
+        """Whether another process ended the last trial."""
+        return self.number >= 0 and not self._is_bug and study.trials[self.number].state.is_finished()
