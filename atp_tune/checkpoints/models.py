@@ -179,12 +179,11 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
         # Converts quantized or pickled weights into the cache, if not done yet; returns the folder there.
         target = _converted("bin" if method is None else "quantized", path, content)
         if not target.is_dir():
-            if method is not None:
-                notify(f"dequantizing {model.source} from {method}, once")
-                convert.quantized_to_folder(path, target, method, model.trust_remote_code)
-            else:
-                notify(f"converting {model.source} to safetensors, once")
-                convert.bin_to_folder(path, target, model.trust_remote_code)
+            way = (
+                f"dequantizing {model.source} from {method}" if method else f"converting {model.source} to safetensors"
+            )
+            notify(f"{way}, once")
+            convert.weights_to_folder(path, target, method, model.trust_remote_code)
         path = target
     else:
         files.check_scales(weights, model.source, is_quantized=False)

