@@ -39,6 +39,14 @@ class Tokens:
     test: int
     curve: int
 
+    @classmethod
+    def of(cls, items: Mapping[str, tuple[int, int]], most: int) -> "Tokens":
+        """Those of items by role, which are a number and a length; `most`: of the curve, but at least one item."""
+        size = {role: number * length for role, (number, length) in items.items()}
+        number, length = items["calibration"]
+        curve = min(number, max(1, most // length)) * length if most else 0
+        return cls(size["calibration"], size["validation"], size.get("test", 0), curve)
+
 
 class Memory(FrozenModel):
     """Peak and free bytes.
@@ -376,8 +384,7 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
         ranked = dense_kinds(study) * tokens.calibration / 2
         seconds = rates.statistics(ranked) + rates.dense_on(passed * screened, "validation")
         yield Part("dense", 1, not done.screening, passed * screened + 2 * ranked, seconds, dense)
-        alone = Passes(listen=0, run=0, evaluate=screened)
-        seconds = fmean(rates.trial(name, alone, "validation").total for name in costs)
+        seconds = fmean(rates.trial(name, Passes(listen=0, run=0, evaluate=screened)).total for name in costs)
         left = max(0, done.screening_total - done.screening)
         yield Part("screening", done.screening_total, left, screened, seconds, screened)
     # Descents by prices, then the trials.
@@ -395,7 +402,9 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
     # The test text, and the other draws of the calibration text, each of which finds the `fitted` plans anew.
     if study.data.test is not None:
         yield Part("test", 1, is_open, tested, rates.dense_on(tested, "test"), tested)
-        again, each = pruned_again(study, done.total), pruning + tokens.test
+        # Over an interval without a limit all trials may be on the front, or be the uniform ones beside it.
+        plans = compared(study) if study.interval is None or study.limit is not None else done.total
+        again, each = 0 if study.compares_all else plans, pruning + tokens.test
         yield Part("test", again, again * is_open, each, plan(tokens.test, "test"), each)
     more, fitted = study.data.calibration.draws - 1, min(len(study.allocation.by_prices), study.leaders, number)
     if plans := more * compared(study) + (amounts.is_short and fitted):
@@ -427,16 +436,6 @@ def statistics_kinds(study: Study) -> int:
 def dense_kinds(study: Study) -> int:
     """Number of kinds of statistics that the pruners of a study need."""
     return len({study.methods.pruner(name).measures for name in study.methods.short_names} - {None})
-
-
-def pruned_again(study: Study, trials: int) -> int:
-    """Number of plans that are pruned again for the test text.
-
-    Over an interval without a limit all trials may be on the front, or be the uniform ones beside it.
-    """
-    if study.compares_all:
-        return 0
-    return trials if study.interval is not None and study.limit is None else compared(study)
 
 
 def compared(study: Study) -> int:

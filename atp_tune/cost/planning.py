@@ -107,8 +107,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
 
             amounts = _with_model(amounts, session)
             session.watch(Message("probing: one batch of each text in three blocks"))
-            spec = file.study
-            rates = probe(session, spec.methods.short_names, spec.highest, load, "kl" in spec.search.objective)
+            rates = probe(session, file.study, load)
     offload = session.checkpoint.offload if session else amounts.offload()
     work = max(rates.work if rates else 0, _descent_bytes(amounts))
     if amounts.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
@@ -144,10 +143,10 @@ def foresee_open(file: StudyFile, name: str, session: "Session", other: Study | 
     from atp_tune.cost.probe import probe
     from atp_tune.run.session import Setup
 
-    setup, study = Setup.of_study(file.study, file.folder, session.bos), file.study
+    setup = Setup.of_study(file.study, file.folder, session.bos)
     device, dtype = session.checkpoint.device, session.checkpoint.dtype
     amounts = _with_model(_amounts(file, name, setup, session.folder, device, dtype.itemsize), session)
-    rates = probe(session, study.methods.short_names, study.highest, 0.0, "kl" in study.search.objective)
+    rates = probe(session, file.study, 0.0)
     return [_whole(each, session, rates) for each in (amounts, *([_with_study(amounts, other)] if other else []))]
 
 
@@ -158,13 +157,11 @@ def _with_study(amounts: Known, study: Study) -> Known:
     texts = study.texts
     assert texts is not None
     roles = {"calibration": texts.calibration, "validation": texts.validation, "test": texts.test}
-    windows = {role: 0 if text is None else text.nsamples or WHOLE_TEXT for role, text in roles.items()}
     length = texts.validation.seqlen
-    size = {role: number * length for role, number in windows.items()}
-    curve = min(windows["calibration"], max(1, CURVE_TOKENS // length)) * length
+    items = {role: (0 if text is None else text.nsamples or WHOLE_TEXT, length) for role, text in roles.items()}
     return replace(
-        amounts, study=study, tokens=Tokens(size["calibration"], size["validation"], size["test"], curve),
-        windows=windows["calibration"], validation_windows=windows["validation"],
+        amounts, study=study, tokens=Tokens.of(items, CURVE_TOKENS),
+        windows=items["calibration"][0], validation_windows=items["validation"][0],
         main=None, screening=None,
     )  # fmt: skip
 
@@ -178,14 +175,11 @@ def _amounts(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", 
 
     study = file.study
     items = KINDS[setup.inputs].read(setup.texts, folder, setup.place.base, bool(setup.bos))
-    size = {role: len(each) * each.positions for role, each in items.items()}
-    windows, length = len(items["calibration"]), items["calibration"].positions
-    curve = min(windows, max(1, CURVE_TOKENS // length)) * length
-    tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), curve)
+    tokens = Tokens.of({role: (len(each), each.positions) for role, each in items.items()}, CURVE_TOKENS)
     width = hidden_width(model_config(folder.path, folder.trusted), setup.inputs == IMAGES)
     free = Free(free_memory(device), host_memory(), device.type != "cpu" or device_limit() is not None)
     return Known(
-        study, tokens, windows, len(items["validation"]), PASSES, False,
+        study, tokens, len(items["calibration"]), len(items["validation"]), PASSES, False,
         opening.stored(file.storage_url, name), opening.stored(file.storage_url, name + SUFFIX),
         read_sizes(folder.path), width, itemsize, free, device.type == "cuda", psutil.Process().memory_info().rss,
     )  # fmt: skip
@@ -217,7 +211,7 @@ def _trials(amounts: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:
         ("screening", dict.fromkeys(amounts.costs, alone) if amounts.screened else {}),
     ):
         for pruner, cost in costs.items():
-            yield TrialCost(what=what, pruner=pruner, tokens=cost, seconds=rates.trial(pruner, cost) if rates else None)
+            yield TrialCost(what=what, pruner=pruner, tokens=cost, seconds=rates and rates.trial(pruner, cost))
 
 
 def _descent_bytes(amounts: Known) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from atp_tune.blocks.prune_pass import Pass, advance, embed, entering, wait_for
 from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
 from atp_tune.config.prune import make_plan
+from atp_tune.config.study import Study
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
 from atp_tune.inputs import Batch
 from atp_tune.run.session import Session
@@ -56,22 +57,36 @@ class Clock:
 
 
 @torch.inference_mode()
-def probe(session: Session, pruners: tuple[str, ...], sparsity: float, load: float, kl: bool = False) -> ProbeRates:
+def probe(session: Session, study: Study, load: float) -> ProbeRates:
     """Times each pruner of a study in the first, middle and last block, each text in them, twice, and the head.
 
-    `load`: seconds of opening the session; `kl`: the study minimises KL. Assumes that all blocks cost the same.
+    `load`: seconds of opening the session. Assumes that all blocks cost the same.
     """
+    pruners = study.methods.short_names
     clock, last = Clock(session.checkpoint.device), len(session.checkpoint.blocks) - 1
     probed = list(dict.fromkeys((last // 2, last, 0)))  # after block 0, so that each is copied when it is asked for
     batches = {role: _entering(session, role, probed) for role in session.windows}
+
+    def time_block(index: int) -> None:
+        weights = clock.time("fetch", partial(session.checkpoint.weights, index))
+        in_one_pass, batch = session.prune_settings.statistics == "sequential", session.batch("calibration")
+        for name in pruners:  # seconds by phase of the block in a trial; statistics "dense" are timed as "block"
+            plan = make_plan(name, "uniform", session.budget(study.highest), {}, session.pattern)
+            pruner, channels = session.methods.pruner(name), session.channel_pruner(name)
+            work = Pass(session.replay, batch, pruner, None, None, in_one_pass, channels)
+            clock.add(work.step(plan, index, batches["calibration"][index].clone()).seconds, name)
+        for role, states in batches.items():
+            moved = states[index].clone()
+            clock.time(f"run {role}", partial(advance, session.replay, session.batch(role), index, weights, moved))
+
     with peak(session.checkpoint.device) as taken:
-        _probe_block(session, clock, 0, batches, pruners, sparsity)  # warm-up
+        time_block(0)  # warm-up
         clock.forget()
         began = perf_counter()
         for number, index in enumerate(2 * probed):
             if not number or perf_counter() - began < PROBE_SECONDS:
-                _probe_block(session, clock, index, batches, pruners, sparsity)
-        ends = _probe_ends(session, kl)
+                time_block(index)
+        ends = _probe_ends(session, "kl" in study.search.objective)
     tokens = {role: len(states[0]) * session.windows[role].positions for role, states in batches.items()}
     run = {role: clock.typical(f"run {role}") / tokens[role] for role in batches}
     each = {name: clock.typical(f"calibrate {name}") / tokens["calibration"] for name in pruners}
@@ -109,26 +124,6 @@ def _dense_states(session: Session, role: str, items: Batch) -> Iterator[Tensor]
         yield hidden.clone()
         hidden = replay.run(index, checkpoint.weights(index), hidden)
     yield hidden
-
-
-def _probe_block(
-    session: Session,
-    clock: Clock,
-    index: int,
-    batches: dict[str, dict[int, Tensor]],
-    pruners: tuple[str, ...],
-    sparsity: float,
-) -> None:
-    weights = clock.time("fetch", partial(session.checkpoint.weights, index))
-    in_one_pass, batch = session.prune_settings.statistics == "sequential", session.batch("calibration")
-    for name in pruners:  # seconds by phase of the block in a trial; statistics "dense" are timed as "block"
-        plan = make_plan(name, "uniform", session.budget(sparsity), {}, session.pattern)
-        pruner, channels = session.methods.pruner(name), session.channel_pruner(name)
-        work = Pass(session.replay, batch, pruner, None, None, in_one_pass, channels)
-        clock.add(work.step(plan, index, batches["calibration"][index].clone()).seconds, name)
-    for role, states in batches.items():
-        moved = states[index].clone()
-        clock.time(f"run {role}", partial(advance, session.replay, session.batch(role), index, weights, moved))
 
 
 def _probe_ends(session: Session, kl: bool) -> float:

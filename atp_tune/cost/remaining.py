@@ -129,10 +129,8 @@ def _parts(opened: Opened) -> dict[str, tuple[int, float]]:
     from atp_tune.blocks.gradients import PASSES
     from atp_tune.cost.forecast import UNKNOWN, Amounts, Done, Tokens, parts
 
-    study, windows = opened.study, {role: number for role, (number, _) in opened.items.items()}
-    size = {role: number * length for role, (number, length) in opened.items.items()}
-    tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), 0)
-    amounts = Amounts(study, tokens, windows["calibration"], windows["validation"], PASSES, opened.is_short)
+    study, (windows, _), (own, _) = opened.study, opened.items["calibration"], opened.items["validation"]
+    amounts = Amounts(study, Tokens.of(opened.items, 0), windows, own, PASSES, opened.is_short)
     screened = study.search.screen.trials if study.search.screen else 0
     sizes = dict[str, tuple[int, float]]()
     for part in parts(amounts, Done(opened.total, opened.done, screened), UNKNOWN):

@@ -1,6 +1,8 @@
 """Seconds of a trial: each phase to the end of its own kernels. A CPU, which may be busy, is only to run the tests."""
 
 from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +64,9 @@ def test_the_probe_foretells_calibration(offload: str, device: torch.device) -> 
     """Seconds per token of the phase that grows with the text, as `plan` multiplies them."""
     context = bench_on(device, offload, windows=64)  # type: ignore[arg-type]
     trial(context)
-    rates = probe(context, ("wanda",), 0.5, load=0.0)
+    methods = SimpleNamespace(short_names=("wanda",))
+    study: Any = SimpleNamespace(methods=methods, highest=0.5, search=SimpleNamespace(objective=()))
+    rates = probe(context, study, 0.0)
     tokens = context.windows["calibration"].ids.size
     foretold = rates.pruners["wanda"].calibrate * tokens * len(context.checkpoint.blocks)
     found = min(trial(context).close()["seconds"]["calibrate"] for _ in range(3))
