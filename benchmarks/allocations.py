@@ -190,7 +190,7 @@ def report_of_best(name: str, studies: dict[str, optuna.Study]) -> list[float] |
 
 def best_of(name: str, study: optuna.Study) -> FrozenTrial | None:
     """The best trial of the line's own allocation."""
-    return next((trial for trial in goal_in(study).rivals() if name == "uniform" or not is_uniform(trial)), None)
+    return next((trial for trial in goal_in(study).leaders() if name == "uniform" or not is_uniform(trial)), None)
 
 
 def report_of(study: optuna.Study, trial: FrozenTrial) -> list[float]:

@@ -49,7 +49,7 @@ def by_hand(place: Path, prompt: str, sparsities: list[float] | None) -> str:
 def test_a_study_ends_with_what_its_models_write(place: Path) -> None:
     """Dense, uniform, and the best of each allocation; it was the best of all alone."""
     study = run(place, ASKED, "allocation.beta=[0.0, 0.02]", 'allocation.names=["atp", "alphapruning"]')
-    found, ranked = texts_of(place), {allocation_name(trial): trial for trial in goal_in(study).rivals()}
+    found, ranked = texts_of(place), {allocation_name(trial): trial for trial in goal_in(study).leaders()}
     assert found
     assert found.prompts == PROMPTS
     ranked["best"] = ranked.pop(next(iter(ranked)))

@@ -116,18 +116,18 @@ def test_a_database_that_this_python_cannot_reach_without_its_password(address: 
 
 
 def test_tables_that_another_process_makes_at_the_same_moment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rdb(*arguments: Any) -> RDBStorage:
+    def rdb(*arguments: Any, **options: Any) -> RDBStorage:
         tries.append(arguments)
         if len(tries) < 3:
             raise errors[len(tries) - 1]
-        return made(*arguments)
+        return made(*arguments, **options)
 
-    made, tries = opening._rdb, []  # type: ignore[var-annotated]
+    made, tries = opening.Database, []  # type: ignore[var-annotated]
     errors = [
         OperationalError("CREATE TABLE", None, Exception("table studies already exists")),
         IntegrityError("INSERT", None, Exception("UNIQUE constraint failed")),
     ]
-    monkeypatch.setattr(opening, "_rdb", rdb)
+    monkeypatch.setattr(opening, "Database", rdb)
     monkeypatch.setattr(opening, "PAUSES", (0.0, 0.0))
     assert open_storage(f"sqlite:///{file}", create=True)
     assert len(tries) == 3

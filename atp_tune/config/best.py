@@ -344,9 +344,10 @@ class Config(FrozenModel, use_attribute_docstrings=True):
         parameters = " ".join(f"{name}={value:.4g}" for name, value in self.plan.parameters.items())
         plan = f"{self.plan.method} {self.plan.allocation} {parameters}".rstrip() + ", trained" * self.is_trained
         scores = [f"{text} perplexity {score}" for text in TEXTS if (score := self.final(text))]
+        amount = f"{self.sparsity.realised:.2%} zeros"
         if self.by_bits and self.bits is not None:
-            return ", ".join([f"{self.bits.nominal:.2f} bits by {plan}", *scores])
-        return ", ".join([f"{self.sparsity.realised:.2%} zeros by {plan}", *scores])
+            amount = f"{self.bits.nominal:.2f} bits"
+        return ", ".join([f"{amount} by {plan}", *scores])
 
     def __repr__(self) -> str:
         return f"<Config {self}>"  # pydantic's has thousands of characters

@@ -46,7 +46,7 @@ class Source(SettingsTable):
     data: ClassVar[str]
     words: ClassVar[Words]
     items: ClassVar[Any] = "images"
-    source: str = Field(min_length=1)
+    source: str
     config: str | None = None
     """configuration of a hub dataset"""
     split: str | None = None
@@ -54,12 +54,10 @@ class Source(SettingsTable):
     revision: str | None = None
     """branch, tag or commit of a hub dataset"""
     column: str
-    part: tuple[Share, Share] = (0.0, 1.0)
-    """interval of the source, as shares"""
-    nsamples: int | None = Field(None, ge=1)
-    stride: int = Field(1, ge=1)
-    """use every stride-th item only, from the first"""
-    seed: int = Field(0, ge=0)
+    part: tuple[Share, Share]
+    nsamples: int | None
+    stride: int
+    seed: int
 
     @model_validator(mode="after")
     def _holds_something(self) -> Self:

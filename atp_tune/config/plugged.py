@@ -100,15 +100,18 @@ def named_in(study: Study) -> list[Named]:
         Named("sampler", "search.sampler", study.search.sampler),
         Named("score", "search.score", study.search.score),
     ]
-    texts = {f"{key}.source": data for key, data in study.data.sources.items() if data.data == "text"}
-    rows += [Named(SOURCE, key, split_source(text.source)[0]) for key, text in texts.items()]
+    rows += [
+        Named(SOURCE, f"{key}.source", split_source(text.source)[0])
+        for key, text in study.data.sources.items()
+        if text.data == "text"
+    ]
     return [plugin for plugin in rows if is_place(plugin.written) or _is_plugged(plugin)]
 
 
 def code_in(study: Study) -> Iterator[tuple[str, str]]:
     """Each key of a study, with its value, by which code runs that no file can allow: docs/security.md lists them."""
     yield from ((plugin.key, plugin.written) for plugin in named_in(study) if is_place(plugin.written))
-    yield from _imports({f"{key}.source": data for key, data in study.data.sources.items()})
+    yield from _imports(study.data.sources)
     yield from (("limit.min_accuracy", name) for name in study.tasks if is_task_path(name))
 
 
@@ -117,7 +120,7 @@ def _imports(texts: Mapping[str, Source]) -> Iterator[tuple[str, str]]:
     for key, text in texts.items():
         kind, _, path = text.source.partition(":")
         if kind == "package" and re.split("[.:/]", path)[0] not in sys.stdlib_module_names:
-            yield key, text.source
+            yield f"{key}.source", text.source
 
 
 def is_task_path(name: str) -> bool:
@@ -259,7 +262,7 @@ def plug_in_config(config: "Config", texts: Mapping[str, Data], base: Path, trus
 
 def plug_in_texts(config: "Config", texts: Mapping[str, Data], base: Path, trusted: bool) -> None:
     """Runs the code of the sources of a configuration's texts, as `plug_in_config` does."""
-    for key, name in () if trusted else _imports({f"{role}.source": text for role, text in texts.items()}):
+    for key, name in () if trusted else _imports(texts):
         raise _ask(key, name)
     names = {f"{role}.source": short_name(split_source(text.source)[0]) for role, text in texts.items()}
     _bring_recorded(config, names, base, trusted)

@@ -122,19 +122,10 @@ class SearchConfig(SettingsTable):
             first, *others = [key for key, is_given in given.items() if is_given]
             listed = " and ".join(["it", *(f"search.{key}" for key in others)])
             raise ValueError(f"{first}: compares by one value; leave {listed} out, or give search.objective one name")
-        return self
-
-    @model_validator(mode="after")
-    def _by_steps(self) -> Self:
-        """Refuses what has to tell plans apart more finely than accuracy, which moves in steps of one image."""
-        if ACCURACY not in self.objective:
-            return self
-        for key, is_given in (
-            ("objective", len(self.objective) > 1),
-            ("screen", self.screen is not None),
-            ("early_termination", self.early_termination),
-        ):
-            if is_given:
+        # Accuracy moves in steps of one image: what tells plans apart more finely is refused.
+        given["objective"] = len(self.objective) > 1
+        for key in ("objective", "screen", "early_termination"):
+            if given[key] and ACCURACY in self.objective:
                 raise ValueError(
                     f"{key}: accuracy moves in steps of one image, too coarse for this; "
                     + ("give it alone" if key == "objective" else f'leave {key} out, or search by "{CROSS_ENTROPY}"')

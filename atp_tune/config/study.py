@@ -60,19 +60,15 @@ class ModelConfig(SettingsTable):
     prune: tuple[Literal["language", "vision"], ...] = ("language",)
     """of a model that reads images beside text: ["language", "vision"] for its tower too"""
 
-    @model_validator(mode="after")
-    def _of_parts(self) -> Self:
-        if self.prune not in (("language",), ("language", "vision")):
-            raise ValueError('prune: must be ["language"] or ["language", "vision"], in this order')
-        return self
-
     @property
     def has_tower(self) -> bool:
         """Whether the blocks of the vision tower are pruned, before those of the language model."""
         return "vision" in self.prune
 
     @model_validator(mode="after")
-    def _pinned(self) -> Self:
+    def _loadable(self) -> Self:
+        if self.prune not in (("language",), ("language", "vision")):
+            raise ValueError('prune: must be ["language"] or ["language", "vision"], in this order')
         if self.source.startswith("pypi:"):
             if self.source.count("==") != 1:
                 raise ValueError(f'source: must pin a wheel as pypi:NAME==VERSION, got "{self.source}"')

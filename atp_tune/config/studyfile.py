@@ -71,25 +71,20 @@ def invalid(
     path: Path | str, error: ValidationError, changed: Sequence[tuple[str, KeyPath]] = (), table: KeyPath = ()
 ) -> UserError:
     """The UserError for a study file at `path`, or one `table` of it; `changed`: each override, and the key it set."""
-    errors = _by_key(error, table)
-    key_path, text = _worded(*next(iter(errors.items())))
-    causes = [override for override, keys in changed if _within(key_path, keys) or _within(keys, key_path)]
-    origin = " with --set ".join([str(path), *causes])
-    others = len(errors) - 1
-    more = f" (and {others} more mistake{'s' if others > 1 else ''})" if others else ""
-    return UserError(f"{origin}: {text}{more}")
-
-
-def _by_key(error: ValidationError, table: KeyPath) -> dict[KeyPath, list[ErrorDetails]]:
-    """Errors by key, unknown keys first: a misspelt key also makes the correct key missing."""
     errors = dict[KeyPath, list[ErrorDetails]]()
-    problems = error.errors(include_url=False)
+    problems = error.errors(include_url=False)  # unknown keys first: a misspelt key also makes the correct key missing
     problems.sort(key=lambda details: details["type"] != "extra_forbidden")
     for details in problems:
         errors.setdefault(_key_path((*table, *details["loc"])), []).append(details)
     # If a value in a list is wrong, errors about the list itself are left out.
     outer = {key_path[:length] for key_path in errors for length in range(len(key_path))}
-    return {key_path: details for key_path, details in errors.items() if key_path not in outer}
+    errors = {key_path: details for key_path, details in errors.items() if key_path not in outer}
+    key_path, text = _worded(*next(iter(errors.items())))
+    causes = [override for override, keys in changed if key_path[: len(keys)] == keys[: len(key_path)]]
+    origin = " with --set ".join([str(path), *causes])
+    others = len(errors) - 1
+    more = f" (and {others} more mistake{'s' if others > 1 else ''})" if others else ""
+    return UserError(f"{origin}: {text}{more}")
 
 
 def _key_path(loc: KeyPath) -> KeyPath:
@@ -169,10 +164,6 @@ def dotted_keys(table: type[BaseModel] = Study, prefix: str = "") -> Iterator[st
             yield from (f"{prefix}{key}.{own}" for own in plugin_settings(key))
         elif inner:
             yield from dotted_keys(inner, f"{prefix}{key}.")
-
-
-def _within(key_path: KeyPath, table: KeyPath) -> bool:
-    return key_path[: len(table)] == table
 
 
 def dotted(key_path: KeyPath) -> str:

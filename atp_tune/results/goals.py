@@ -106,16 +106,12 @@ class AtSparsity:
         """The best of these trials: the lowest first value."""
         return next(iter(ranked(trials)), None)
 
-    def rivals(self) -> Trials:
-        """The best trial of each allocation, the best first; a trial with equal sparsities counts as uniform."""
+    def leaders(self) -> Trials:
+        """The trials that lead, the best first: that of each allocation; one with equal sparsities is uniform."""
         best = dict[str, FrozenTrial]()
         for trial in measured(self.study):
             best.setdefault(allocation_name(trial), trial)
         return list(best.values())
-
-    def leaders(self) -> Trials:
-        """The trials that lead, the best first."""
-        return self.rivals()
 
     def compared(self) -> list[str]:
         """Numbers of the trials with final scores: each leader and its uniform trial."""
@@ -225,17 +221,10 @@ class OverInterval(AtSparsity):
             )
         return min(done, key=lambda trial: excesses[trial.number], default=None)
 
-    def rivals(self) -> Trials:
-        """None: allocations at different sparsities do not compare."""
-        return []
-
     def leaders(self) -> Trials:
-        """The best trial, then the others of the front."""
-        best = best_trial(self.study)
-        return [best, *(trial for trial in self._others() if trial.number != best.number)] if best else []
-
-    def _others(self) -> Trials:
-        return pareto_front(self.study)
+        """The best trial; then, where a person chooses, the others of the front."""
+        best, others = best_trial(self.study), pareto_front(self.study) if self.is_open else []
+        return [best, *(trial for trial in others if trial.number != best.number)] if best else []
 
     def compared(self) -> list[str]:
         """Each leader, also a uniform one, and its uniform trial."""
@@ -398,9 +387,6 @@ class WithinLimit(OverInterval):
     def best(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The sparsest within the limit; if none is, the one with the smallest excess."""
         return self._within(ranked(trials), self.limit)
-
-    def _others(self) -> Trials:
-        return []
 
     def _shown(self, front: Trials) -> Trials:
         return measured(self.study)

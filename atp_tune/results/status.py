@@ -348,12 +348,9 @@ def make_status(summary: Summary, now: datetime) -> Status:
         )
         for trial in summary.ranks
     )
+    shared = ("sparsity", "done", "total", "complete", "screening", "bos", "limit", "dense_bytes", "requested", "bits")
     return Status(
         study=summary.name,
-        sparsity=summary.sparsity,
-        done=summary.done,
-        total=summary.total,
-        complete=summary.complete,
         seconds_left=seconds_left(summary, running),
         running=running,
         dense=results.scores(DENSE),
@@ -361,20 +358,15 @@ def make_status(summary: Summary, now: datetime) -> Status:
         best=next(iter(ranks), None),
         ranks=ranks,
         trials=tuple(_trial(summary, trial) for trial in summary.trials),
-        screening=summary.screening,
         objective=results.objectives,
         front=tuple(trial.number for trial in summary.front),
-        bos=summary.bos,
         uniform_draws=summary.over_draws.get(uniform.number) if uniform else None,
         windows=results.counts,
-        limit=summary.limit,
         points=tuple(_point(summary, point) for point in summary.points),
-        dense_bytes=summary.dense_bytes,
         **{f"dense_{results.words.rate}_per_second": dense_speed(summary)},
-        requested=summary.requested,
         sign=sign_of_beta(summary) or None,
-        bits=summary.bits,
         kinds={row: dict(by_kind) for row, by_kind in summary.kinds.items()},
+        **{key: getattr(summary, key) for key in shared},
     )
 
 

@@ -184,7 +184,7 @@ def summarise(study: optuna.Study) -> Summary:
         limit=attrs.get("limit"),
         of_channels=facts.get("prune.pattern") == "channels",
         bits=shared,
-        rounded=_rounded(facts) if {"bits", "size"} & facts.keys() and not shared else "",
+        rounded=_rounded(facts),
         answers=stored_answers(study, best) if best else None,
         kinds=_kinds(results),
         training="" if is_dead(process := attrs.get("training", {})) else str(process.get("host", "")),
@@ -200,10 +200,12 @@ def _kinds(results: Results) -> dict[str, Mapping[str, Perplexity]]:
 
 
 def _rounded(facts: Mapping[str, Any]) -> str:
+    """How the weights that are kept are rounded; "" where none is, or where no weight is zero."""
     quantizer = next(iter(facts.get("quantize.quantizers", ())), "a quantizer")
     if "size" in facts:
         return f"Kept weights are rounded by {quantizer} within {facts['size']}; uniform has no zeros, and even bits."
-    return f"Kept weights are rounded to {facts['bits']:g} bits by {quantizer}, those of uniform too; zeros stay zero."
+    text = "Kept weights are rounded to {:g} bits by {}, those of uniform too; zeros stay zero."
+    return text.format(facts["bits"], quantizer) if {"bits", "sparsity"} <= facts.keys() else ""
 
 
 def _screening(study: optuna.Study) -> ScreeningProgress | None:

@@ -32,10 +32,10 @@ from atp_tune.measures import Limit, perplexity
 from atp_tune.plan import method_in
 from atp_tune.results.goals import best_trial, limit_excess
 from atp_tune.results.results import is_uniform, uniform_beside
-from atp_tune.search import samplers
 from atp_tune.search.samplers import (
     Proposer,
     branch_study,
+    is_near,
     make_sampler,
     open_kinds,
     posterior_at,
@@ -210,16 +210,12 @@ def confirmed(screened: Sequence[FrozenTrial], space: Space, count: int) -> list
     """Parameters of the best screened trials (given best first) that are not near a better one or uniform."""
     uniform, chosen = space.uniform(), list[Params]()
     for trial in screened:
-        others = [*uniform, *chosen]
-        if len(chosen) < count and not any(is_near(trial.params, other, space) for other in others):
-            chosen.append(trial.params)
+        point, allocation = trial.params, trial.params["allocation"]
+        others = (space.within(other, allocation) for other in (*uniform, *chosen))
+        near = (is_near(point, other, space.kinds(allocation), APART) for other in others if other is not None)
+        if len(chosen) < count and not any(near):
+            chosen.append(point)
     return chosen
-
-
-def is_near(point: Params, other: Params, space: Space) -> bool:
-    """Whether two points have one pruner and allocation, and parameters within `APART` of each other."""
-    moved = space.within(other, point["allocation"])
-    return moved is not None and samplers.is_near(point, moved, space.kinds(point["allocation"]), APART)
 
 
 NEAR = STEP / 2  # two sparsities nearer than this are the same

@@ -371,7 +371,8 @@ class FinalScores:
             return {}, None
         if "continuations" in attached(study, best.number) or stored_answers(study, best) is not None:
             return {}, None
-        ranked = goal_in(study).rivals()
+        goal = goal_in(study)
+        ranked = goal.leaders() if goal.compares else []  # allocations at different sparsities do not compare
         others = {str(trial.number): allocation_name(trial) for trial in ranked if not is_uniform(trial)}
         names = {"dense": "dense", **{row: name for row, name in others.items() if name not in NAMES}}
         names |= {str(best.number): "best", str(uniform.number): "uniform"}

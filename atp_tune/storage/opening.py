@@ -89,15 +89,23 @@ def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
             check_writable(address)
         if is_there:
             check_whole(file)
+    pauses = iter(PAUSES)  # if another process creates the tables at the same moment
     try:
-        for pause in PAUSES:  # if another process creates the tables at the same moment
+        while True:
             try:
-                return _rdb(address, url, kind)
+                with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+                    return kind(
+                        address.replace("{", "{{").replace("}", "}}"),  # Optuna formats it as a template
+                        engine_kwargs=engine_options(url),
+                        heartbeat_interval=HEARTBEAT,
+                        grace_period=GRACE,
+                        heartbeat_stale_trial_callback=queue_lost,
+                    )
             except DatabaseError as error:
-                if not isinstance(error, IntegrityError) and "already exists" not in str(error):
+                pause = next(pauses, None)
+                if pause is None or not (isinstance(error, IntegrityError) or "already exists" in str(error)):
                     raise
                 sleep(pause)
-        return _rdb(address, url, kind)
     except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError, OSError) as error:
         way = way_out(error, address)
         reason = error_reason(error) + (f"; {way}" if way else "")
@@ -137,17 +145,6 @@ def check_is_file(url: URL) -> None:
         raise UserError(f"storage {url.database}: is no file; name another with --storage sqlite:///FILE.db")
     if Path(url.database).is_dir():
         raise UserError(f"storage {url.database}: is a folder; name a file, as in sqlite:///{url.database}/study.db")
-
-
-def _rdb(address: str, url: URL, kind: type[Kind]) -> Kind:
-    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-        return kind(
-            address.replace("{", "{{").replace("}", "}}"),  # Optuna formats it as a template
-            engine_kwargs=engine_options(url),
-            heartbeat_interval=HEARTBEAT,
-            grace_period=GRACE,
-            heartbeat_stale_trial_callback=queue_lost,
-        )
 
 
 def artifact_folder(address: str) -> Path:
