@@ -152,7 +152,7 @@ def test_every_allocation_must_have_settled(monkeypatch: pytest.MonkeyPatch) -> 
     space = space_of(allocation=["atp", "curve"])
     study = study_of_gp(space_of(), 10)
     asked: list[str] = []
-    monkeypatch.setattr(runner, "_best_number", lambda trials: 0)
+    monkeypatch.setattr(runner, "ranked", lambda trials: [])
     monkeypatch.setattr(runner, "regret_bound", lambda trials, space, branch: asked.append(branch) or HELD)
     assert should_terminate(study, space) and asked == ["atp", "curve"] * RUN
     monkeypatch.setattr(runner, "regret_bound", lambda trials, space, branch: float(branch == "curve"))

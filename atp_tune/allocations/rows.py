@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from atp_tune.allocations.budget import LinearSparsities, Shape
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Zeros: TypeAlias = NDArray[np.int64]
+    Zeros = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -261,8 +261,7 @@ class Lines:
             return
         self._shown = now
         if self._bar is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # in a notebook without widgets, that it has none
+            with warnings.catch_warnings(action="ignore"):  # in a notebook without widgets, that it has none
                 from tqdm.auto import tqdm
             self._bar = tqdm(total=None, dynamic_ncols=True, bar_format="{l_bar}{bar}| {elapsed}{postfix}")
         left, took = self._remaining.left(now), round(now - self._first)

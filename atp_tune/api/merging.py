@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -33,7 +33,7 @@ from atp_tune.storage.progress import trials_in
 from atp_tune.utils.cache import rename_new, temporary_folder
 from atp_tune.utils.system import check_writable
 
-Attributes: TypeAlias = dict[str, Any]
+Attributes = dict[str, Any]
 NOTE = re.compile(r"dashboard:(\d+:)?note_(ver|str:\d+)")
 SEED = "search.seed"  # may differ: it affects which points are tried, not their values
 AS_BEFORE = re.compile(r"(?<=^failed before, as trial )[0-9]{1,9}(?![0-9])")

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
@@ -33,7 +33,7 @@ from atp_tune.utils.system import is_special
 
 # --- Turns the errors of pydantic about a study file into one line: the first mistake, its key, rule and correction.
 
-KeyPath: TypeAlias = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 PATTERNS = {
     "model.sha256": "must be 64 hexadecimal digits in lower case",

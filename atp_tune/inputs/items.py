@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class Items:
         }
 
 
-ByRole: TypeAlias = Mapping[str, Items]  # of each role, or text
+ByRole = Mapping[str, Items]  # of each role, or text
 
 
 def shared(items: ByRole) -> dict[str, dict[int, str]]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -39,8 +39,8 @@ from atp_tune.storage.progress import measured, objective_values, order, ranked,
 if TYPE_CHECKING:
     from atp_tune.results.summary import Summary
 
-Trials: TypeAlias = list[FrozenTrial]
-Column: TypeAlias = tuple[str, Callable[[Model], object]]  # head, and cell of a model; None is a dash
+Trials = list[FrozenTrial]
+Column = tuple[str, Callable[[Model], object]]  # head, and cell of a model; None is a dash
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -89,7 +89,7 @@ def _kind(trial: FrozenTrial) -> tuple[Any, ...]:
     return method_in(trial.params), progress.target_sparsity(trial)
 
 
-Model: TypeAlias = FrozenTrial | Literal["dense", "trained"]  # `trained`: the best plan after training
+Model = FrozenTrial | Literal["dense", "trained"]  # `trained`: the best plan after training
 DENSE: Literal["dense"] = "dense"
 TRAINED: Literal["trained"] = "trained"
 NOTHING = "–"  # an empty cell of a table

@@ -24,9 +24,8 @@ from optuna.samplers import GPSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.allocations import Budget
-from atp_tune.config.search import STEP, ScreenConfig, SearchConfig
+from atp_tune.config.search import STEP, SearchConfig
 from atp_tune.config.study import Study
-from atp_tune.config.studyfile import StudyFile, overridden
 from atp_tune.events import Event, EventHandler, Message, TrialEnded, TrialStarted
 from atp_tune.measures import Limit, perplexity
 from atp_tune.plan import method_in
@@ -44,7 +43,6 @@ from atp_tune.search.samplers import (
 )
 from atp_tune.search.space import Distributions, Params, Space, SpaceOverInterval, make_space
 from atp_tune.storage import progress
-from atp_tune.storage.fingerprint import CHANGED
 from atp_tune.storage.progress import trials_in
 from atp_tune.utils.compat import fitted
 
@@ -182,15 +180,6 @@ class Branch:
 
 
 APART = 1 / 28  # of an interval: half a step (0.002) of the paper's grid, on 32 blocks at 70 %
-
-
-def screening_file(file: StudyFile, screen: ScreenConfig) -> StudyFile:
-    """The study file of the screening: the main one with overrides, without a limit."""
-    values = ("dense", screen.stride, screen.trials, "none", "none")
-    keys = [key.replace("texts.", f"{file.study.data.table}.") for key in CHANGED]
-    return overridden(
-        file, ["limit=none", *(f"{key}={value}" for key, value in zip(keys, values, strict=True))], file.trusts_plugins
-    )
 
 
 def renamed(watch: EventHandler) -> EventHandler:

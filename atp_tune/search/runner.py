@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.allocations import Budget
 from atp_tune.config.plugged import records
 from atp_tune.config.search import ScreenConfig
-from atp_tune.config.studyfile import TRIALS, StudyFile, settings
+from atp_tune.config.studyfile import TRIALS, StudyFile, overridden, settings
 from atp_tune.errors import TrialError, UserError, printable
 from atp_tune.events import EventHandler, Message, Opened, TrialEnded
 from atp_tune.plan import method_in
@@ -29,13 +29,13 @@ from atp_tune.results.goals import best_trial, goal_in
 from atp_tune.results.results import Results
 from atp_tune.results.status import best_config, study_columns
 from atp_tune.results.summary import is_reported, made_from
-from atp_tune.search.goals import AtSparsity, Screened, make_goal, renamed, screening_file
+from atp_tune.search.goals import AtSparsity, Screened, make_goal, renamed
 from atp_tune.search.samplers import branch_study, make_stopper
 from atp_tune.search.space import Distributions, Space
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.database import error_reason
-from atp_tune.storage.fingerprint import SUFFIX, facts, facts_in, is_screening, stored_objectives
+from atp_tune.storage.fingerprint import CHANGED, SUFFIX, facts, facts_in, is_screening, stored_objectives
 from atp_tune.storage.progress import GRACE, Trace, ranked, trials_in
 from atp_tune.utils.cache import alone_with, cache_dir, check_room, versions
 from atp_tune.utils.system import check_writable
@@ -252,7 +252,11 @@ def _screen(run: StudyRun, screen: ScreenConfig, session: "Session") -> tuple[St
     The screening measures the dense model on its part of the validation text, so the main study measures the dense
     model only after its search, unless it has a limit.
     """
-    began, file = monotonic(), screening_file(run.file, screen)
+    # The main study file with overrides, without a limit.
+    values = ("dense", screen.stride, screen.trials, "none", "none")
+    keys = [key.replace("texts.", f"{run.file.study.data.table}.") for key in CHANGED]
+    own = ["limit=none", *(f"{key}={value}" for key, value in zip(keys, values, strict=True))]
+    began, file = monotonic(), overridden(run.file, own, run.file.trusts_plugins)
     inner = replace(
         run, file=file, name=run.name + SUFFIX, watch=renamed(run.watch), reports=False, writes=False, callbacks=(),
         session=session.screening(screen.stride), screens=run.name,
@@ -348,14 +352,10 @@ def should_terminate(study: optuna.Study, space: Space) -> bool:
     trials = sorted(own, key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
     branches = [branch for branch in space.intervals if space.is_open(branch)]
     parts = [trials[: len(trials) - back] for back in range(RUN)]
-    if not branches or len({_best_number(part) for part in parts}) > 1:
+    if not branches or len({next((one.number for one in ranked(part)), None) for part in parts}) > 1:
         return False
     limit = -math.log1p(-GAIN)
     return all(regret_bound(part, space, branch) < limit for part in parts for branch in branches)
-
-
-def _best_number(trials: Sequence[FrozenTrial]) -> int | None:
-    return next((trial.number for trial in ranked(trials)), None)
 
 
 def regret_bound(trials: Sequence[FrozenTrial], space: Space, branch: str) -> float:
@@ -366,8 +366,7 @@ def regret_bound(trials: Sequence[FrozenTrial], space: Space, branch: str) -> fl
     points = branch_study(list(trials), space, branch, kinds).trials
     if len(points) < LEAST or has_gap(points, kinds):
         return math.inf
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         return RegretBoundEvaluator(min_n_trials=LEAST, seed=0).evaluate(points, StudyDirection.MINIMIZE)
 
 

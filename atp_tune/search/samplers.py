@@ -198,8 +198,7 @@ def gp(seed: int) -> GPSampler:
 
 def tpe(seed: int) -> TPESampler:
     """A TPE for several workers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         return TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True, constant_liar=True)
 
 
@@ -353,8 +352,7 @@ def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
 
 def make_stopper(search: SearchConfig) -> BasePruner:
     """The Optuna pruner that ends hopeless trials, which compares trials by groups of windows."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         return WilcoxonPruner() if search.stopper == "wilcoxon" else NopPruner()
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from copy import deepcopy as deepcopied
 from math import inf, isfinite, isnan
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -85,8 +85,8 @@ Kls = Annotated[list[Amount], Field(min_length=1)]
 Ranks = Annotated[list[Annotated[int, Field(ge=0, lt=10**6)]], Field(min_length=1)]
 Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-Batches: TypeAlias = dict[Words, Batch]
-CutOff: TypeAlias = dict[Words, Words | bool]
+Batches = dict[Words, Batch]
+CutOff = dict[Words, Words | bool]
 FOUND = ("zero_shot", "speed", "continuations", "answers", "recovered")
 ITEMS: Table = {by.items: {"nlls": Nlls, "ranks": Ranks}.get(by.items, Kls) for by in MEASURES.values()}
 SCORES: Table = {  # of a study: the dense model's items, and by trial those of the test text, and findings
@@ -194,7 +194,7 @@ FOREIGN = "it was not written by atp_tune"
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 
 
-Attributes: TypeAlias = Mapping[str, Any]  # of a trial or a study, by name
+Attributes = Mapping[str, Any]  # of a trial or a study, by name
 TRIAL, STUDY, SYSTEM = kinds(TrialRecord, ITEMS), kinds(StudyRecord, SCORES), kinds(SystemRecord, {})
 WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
 

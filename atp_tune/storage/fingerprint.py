@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -163,7 +163,7 @@ def is_screening(study: optuna.Study) -> bool:
 
 # --- Facts of a study: the settings that determine the value of a trial, by dotted key.
 
-Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
+Fact = str | int | float | bool | list[str] | list[float]
 
 BOS = "texts.bos"  # stored as true or false, also if the study says "auto"
 ROLES = ("calibration", "validation", "test")
