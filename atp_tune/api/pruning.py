@@ -188,7 +188,7 @@ def prune(
     with _opened(
         model, tokenizer, texts, "calibration", nsamples, seqlen, device, progress, given, allowed, trust_plugins
     ) as (file, session):
-        weights = pruned_weights(session, only_plan(file, session, dict(parameters)))
+        weights = pruned_weights(session, only_plan(file, session, parameters))
         loaded = None if is_model(model) else session.checkpoint.take_model()
     if loaded is not None:
         return replaced(loaded, weights)
@@ -214,7 +214,7 @@ def prune_study(
     if out is not None:
         setup = replace(setup, ask=PLAIN.asked(out))
     with Session.open(setup) as session:
-        plan = only_plan(file, session, dict(parameters))
+        plan = only_plan(file, session, parameters)
         setup = replace(setup, bos=session.bos)
         if out is None:
             watch(TrialStarted("pruning", plan))
@@ -227,7 +227,7 @@ def _setup(file: StudyFile, texts: dict[str, Data], bos: bool | None, watch: Eve
     return replace(Setup.of_study(file.study, file.folder, bos, watch), texts=texts, draws=1, path=())
 
 
-def only_plan(file: StudyFile, session: Session, parameters: dict[str, float]) -> Plan:
+def only_plan(file: StudyFile, session: Session, parameters: Mapping[str, float]) -> Plan:
     """The plan of the first allocation that has these parameters; other parameters get their defaults."""
     names = file.study.allocation.short_names
     space = make_space(file.study, session.budget(file.study.highest))

@@ -210,7 +210,7 @@ class Study(SettingsTable):
     def highest(self) -> float:
         """The highest S, or with `bits` the share between most and fewest, which allocations share out."""
         if self.sparsity is None:
-            return share_at(self.bits, self.quantize.widths) if self.by_bits and self.bits else HIGHEST
+            return HIGHEST if self.size is not None else share_at(self.bits or 0.0, self.quantize.widths)
         return self.sparsity[1] if isinstance(self.sparsity, tuple) else self.sparsity
 
     @property

@@ -473,9 +473,9 @@ def _steps(amounts: Amounts) -> tuple[int, int]:
     from atp_tune.run.dense_model import items_of_costs, windows_of_step
 
     length = amounts.tokens.calibration // amounts.windows
-    if amounts.study.by_bits:
-        return 1, items_of_costs(length)
-    return steps_along(_path(amounts)), windows_of_step(length, _path(amounts))
+    if amounts.study.methods.prunes:
+        return steps_along(_path(amounts)), windows_of_step(length, _path(amounts))
+    return 1, items_of_costs(length)
 
 
 def rows_descents(amounts: Amounts) -> int:

@@ -190,7 +190,7 @@ def _with_model(amounts: Known, session: "Session") -> Known:
     from atp_tune.blocks.gradients import passes
 
     amounts = replace(amounts, is_short=session.is_short)
-    if (tokens := step_tokens(amounts)) and not amounts.study.by_bits:  # whose gradients are those of single items
+    if (tokens := step_tokens(amounts)) and amounts.study.methods.prunes:  # gradients of bits are those of single items
         amounts = replace(amounts, passes=passes(session.checkpoint, tokens))
     if len(amounts.sizes.blocks) == len(session.checkpoint.blocks):
         return amounts

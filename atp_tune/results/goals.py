@@ -118,9 +118,7 @@ class AtSparsity:
         first, rest = self.leaders()[:1], self.leaders()[1:]
         return self._with_uniform([*first, *(trial for trial in rest if not is_uniform(trial))])
 
-    def redrawn(self) -> list[str]:
-        """Numbers of the trials that other draws of the calibration text prune too."""
-        return self.compared()
+    redrawn = compared  # numbers of the trials that other draws of the calibration text prune too
 
     def _with_uniform(self, trials: Iterable[FrozenTrial]) -> list[str]:
         both = [trial for best in trials for trial in (uniform_beside(self.study, best), best) if trial is not None]

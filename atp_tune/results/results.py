@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from atp_tune.config.best import Config, ZeroShot, read_config
 from atp_tune.config.data import ImageSet, Text, Words
@@ -250,9 +250,8 @@ class Results:
 # later for the same trial includes them.
 
 Key = Literal["zero_shot", "speed", "continuations", "recovered"]
-KINDS: dict[Key, TypeAdapter[Any]] = {
-    "zero_shot": TypeAdapter(ZeroShot), "speed": TypeAdapter(Speed), "continuations": TypeAdapter(Continuations),
-    "recovered": TypeAdapter(Recovered),
+KINDS: dict[Key, type[BaseModel]] = {
+    "zero_shot": ZeroShot, "speed": Speed, "continuations": Continuations, "recovered": Recovered
 }  # fmt: skip
 
 
@@ -297,7 +296,7 @@ def _write(path: Path, config: Config, measurements: Mapping[Key, Any]) -> bool:
 
 
 def _with(config: Config, measurements: Mapping[Key, Any]) -> Config:
-    return config.model_copy(update={key: KINDS[key].validate_python(value) for key, value in measurements.items()})
+    return config.model_copy(update={key: KINDS[key].model_validate(value) for key, value in measurements.items()})
 
 
 def is_same(one: Config, other: Config) -> bool:
@@ -351,7 +350,7 @@ def attached(study: optuna.Study, trial: int | None) -> dict[Key, Any]:
     for key, kind in KINDS.items():
         if row := study.user_attrs.get(key, {}).get(str(trial)):
             with suppress(ValidationError):
-                measurements[key] = kind.validate_python(row)
+                measurements[key] = kind.model_validate(row)
     return measurements
 
 

@@ -174,8 +174,11 @@ class Branch:
             }
             for _ in range(CANDIDATES)
         ]
-        uniform = [self._space.within(point, self._name) for point in self._space.uniform(sparsity)]
-        points = [{name: point[name] for name in self._kinds} for point in uniform if point is not None]
+        points = [
+            {name: point[name] for name in self._kinds}
+            for uniform in self._space.uniform(sparsity)
+            if (point := self._space.within(uniform, self._name))
+        ]
         return [self._space.at(point, sparsity) for point in (*points, *self._points, *drawn)]
 
 

@@ -231,7 +231,7 @@ def make_space(study: Study, budget: Budget) -> Space:
     bounds = {str(name): _intervals(study, name, budget) for name in names}
     both = (study.images is not None or study.by_bits) and study.beta == "both"
     if study.interval is None:
-        return Space(budget, pruners, bounds, pattern, both, "quantizer" if study.by_bits else "pruner")
+        return Space(budget, pruners, bounds, pattern, both, "pruner" if study.methods.prunes else "quantizer")
     shares = {  # the interval of each parameter's share of its bounds
         name: {
             key: (-1.0 if low < 0 else 0.0, 1.0 if high > 0 else 0.0) if low <= 0 <= high else (0.0, 1.0)

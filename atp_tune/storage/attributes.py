@@ -164,15 +164,6 @@ class SystemRecord(BaseModel):
     cut_offs: list[CutOff]
 
 
-Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
-FACTS: dict[str, TypeAdapter[Any]] = {  # of a fingerprint, of the facts that others read
-    "sparsity": TypeAdapter(Share | Interval),
-    "bits": TypeAdapter(Annotated[float, Field(ge=2, le=8)]),
-    "model.content": TypeAdapter(Words),
-    "model.dtype": TypeAdapter(Words),
-}
-
-
 def kinds(model: type[BaseModel], more: Mapping[str, Any]) -> dict[str, TypeAdapter[Any]]:
     """The type of each attribute: the fields of a model, and `more` by name."""
     own = {name: field.rebuild_annotation() for name, field in model.model_fields.items()}
@@ -195,6 +186,16 @@ UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError
 
 
 Attributes = Mapping[str, Any]  # of a trial or a study, by name
+Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
+FACTS = kinds(  # of a fingerprint, of the facts that others read
+    BaseModel,
+    {
+        "sparsity": Share | Interval,
+        "bits": Annotated[float, Field(ge=2, le=8)],
+        "model.content": Words,
+        "model.dtype": Words,
+    },
+)
 TRIAL, STUDY, SYSTEM = kinds(TrialRecord, ITEMS), kinds(StudyRecord, SCORES), kinds(SystemRecord, {})
 WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
 
@@ -302,7 +303,7 @@ def checked_trial(trial: FrozenTrial, values: int) -> FrozenTrial:
         and (trial.values is None or len(trial.values) == values)
         and all(value > 0 or (value == 0 and "kls" in user) for value in trial.values or [])
     )
-    is_whole = (len(user), len(system)) == (len(trial.user_attrs), len(trial.system_attrs))
+    is_whole = (user, system) == (trial.user_attrs, trial.system_attrs)
     if is_ours and is_whole:
         return trial
     trial = copy(trial)
