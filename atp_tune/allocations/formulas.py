@@ -193,13 +193,15 @@ class AlphaPruning(Formula):
     spectra are float64.
     """
 
+    usual = 0.3  # ε, the authors' default
+
     def bounds(self, budget: Budget) -> Bounds:
         """The interval of `epsilon` covers the values that the authors use."""
         return {"epsilon": (0.2, 0.5)}
 
     def initial_points(self, budget: Budget) -> Points:
         """The authors' default."""
-        return [{"epsilon": 0.3}]
+        return [{"epsilon": self.usual}]
 
     def sparsities(self, budget: Budget, epsilon: float = 0.3) -> Sparsities:
         """One sparsity per block; ValueError for an ε outside [0, 1]."""
@@ -224,9 +226,7 @@ class AlphaPruningLinear(AlphaPruning):
     query, key and value are three matrices in transformers, one in timm.
     """
 
-    def initial_points(self, budget: Budget) -> Points:
-        """The authors' default."""
-        return [{"epsilon": 0.2}]
+    usual = 0.2
 
     def sparsities(self, budget: Budget, epsilon: float = 0.2) -> Sparsities:
         """One sparsity per linear, or per block if all exponents are equal; ValueError for an ε outside [0, 1]."""

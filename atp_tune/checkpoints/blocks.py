@@ -319,16 +319,19 @@ def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
     found = _largest(model, language_model(model))
     if not is_image_classifier(model):
         return found
-    leaves = list(_leaves(found.name, found.modules))
-    without = next((block for _, block in leaves if not _has_linear(block)), None)
+    names, blocks = zip(*_leaves(found.name, found.modules), strict=True)
+    without = next((block for block in blocks if not _has_linear(block)), None)
     if without is not None:
         raise UserError(
             f"model {type(model).__name__}: block {type(without).__name__} has no linear; models of convolutions "
             "alone cannot be pruned, take one with linears in all of its blocks, such as ViT, DINOv2, Swin or ConvNeXt"
         )
-    return Blocks(_common([name for name, _ in leaves]), tuple(name for name, _ in leaves), nn.ModuleList(
-        block for _, block in leaves
-    ))  # fmt: skip
+    # The name of the lists: the names of their blocks without the index, with `*` for parts that differ.
+    rows = {tuple(name.split(".")[:-1]) for name in names}
+    if len({len(row) for row in rows}) > 1:
+        return Blocks(min(rows)[0], names, nn.ModuleList(blocks))
+    common = ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*rows, strict=True))
+    return Blocks(common, names, nn.ModuleList(blocks))
 
 
 def _largest(model: nn.Module, part: nn.Module) -> Blocks:
@@ -367,11 +370,3 @@ def _lists(name: str, module: nn.Module) -> Iterator[tuple[str, nn.ModuleList | 
 
 def _has_linear(module: nn.Module) -> bool:
     return any(isinstance(inner, nn.Linear) for inner in module.modules())
-
-
-def _common(names: list[str]) -> str:
-    """The name of the lists: the names of their blocks without the index, with `*` for parts that differ."""
-    rows = {tuple(name.split(".")[:-1]) for name in names}
-    if len({len(row) for row in rows}) > 1:
-        return min(rows)[0]
-    return ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*rows, strict=True))

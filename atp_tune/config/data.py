@@ -85,6 +85,10 @@ class Source(SettingsTable):
         is_met = self.part[0] < other.part[1] and other.part[0] < self.part[1]
         return is_like and (is_met or self._is_cut_unlike(other))
 
+    def of_length(self, nsamples: int) -> Self:
+        """The data with so many items, and none left out between them."""
+        return self.model_copy(update={"nsamples": nsamples, "stride": 1})
+
     def _has_same_source(self, other: Any) -> bool:
         """Whether the other, which is alike, reads the same source."""
         raise NotImplementedError

@@ -63,12 +63,12 @@ class LabelledImages(InputKind):
             )
         pool = _pool_size(text, positions, folder, base)
         per = min(max(nsamples, pool if positions else 0), part // count)
-        more = text.model_copy(update={"nsamples": count * per, "stride": 1})
+        more = text.of_length(count * per)
         return cut_draws(read_images("calibration", more, folder, base), count, nsamples, text.stride, pool)
 
     def many(self, text: ImageSet, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Items:
         """Reads as many calibration images as hold `positions` hidden states: the first that are drawn."""
-        more = text.model_copy(update={"nsamples": _pool_size(text, positions, folder, base), "stride": 1})
+        more = text.of_length(_pool_size(text, positions, folder, base))
         return read_images("calibration", more, folder, base, at_most=True)
 
     def check_disjoint(self, items: ByRole) -> None:
@@ -94,7 +94,7 @@ LABELLED_IMAGES = LabelledImages()
 
 def _pool_size(text: ImageSet, positions: int, folder: ModelFolder, base: Path) -> int:
     """How many images hold `positions` hidden states."""
-    one = read_images("calibration", text.model_copy(update={"nsamples": 1, "stride": 1}), folder, base)
+    one = read_images("calibration", text.of_length(1), folder, base)
     return max(1, positions // one.positions)
 
 

@@ -210,7 +210,14 @@ class PackageText(TextSource):
         module, colon, attribute = name.partition(":")
         try:
             if colon:
-                return _strings(getattr(importlib.import_module(module), attribute), text)
+                # A str, a list or tuple of str, or a dict of str, sorted by key.
+                value = getattr(importlib.import_module(module), attribute)
+                if isinstance(value, dict):
+                    value = [value[key] for key in sorted(value)]
+                strings = [value] if isinstance(value, str) else value
+                if not isinstance(strings, list | tuple) or not all(isinstance(item, str) for item in strings):
+                    raise UserError(f"source: {text.source} is neither a str nor a list, tuple or dict of str")
+                return list(strings)
             module, _, inner = name.partition("/")
             return [importlib.resources.files(module).joinpath(inner).read_text(encoding="utf-8")]
         except ModuleNotFoundError as error:
@@ -263,16 +270,6 @@ def read_parquet(path: Path, text: Text) -> list[str]:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"source: {path} is no Parquet file: {one_line(error)}") from None
     return [value or "" for value in column.to_pylist()]
-
-
-def _strings(value: object, text: Text) -> list[str]:
-    """Documents of a Python value: a str, a list or tuple of str, or a dict of str, sorted by key."""
-    if isinstance(value, dict):
-        value = [value[key] for key in sorted(value)]
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list | tuple) or not all(isinstance(item, str) for item in strings):
-        raise UserError(f"source: {text.source} is neither a str nor a list, tuple or dict of str")
-    return list(strings)
 
 
 READERS = {

@@ -417,11 +417,11 @@ class TokenWindows:
         pool = max(1, positions // text.seqlen)
         per = max(text.nsamples, pool if positions else 0)
         if text.sampling == "random":
-            more = text.model_copy(update={"nsamples": per, "stride": 1})
+            more = text.of_length(per)
             windows = read_text("calibration", more, folder, base, bos, count)
         else:
             try:
-                whole = text.model_copy(update={"nsamples": count * text.nsamples, "stride": 1})
+                whole = text.of_length(count * text.nsamples)
                 windows = read_text("calibration", whole, folder, base, bos)
             except UserError as error:
                 raise UserError(
@@ -436,7 +436,7 @@ class TokenWindows:
         """Items of a calibration text with `positions` tokens: the first that are drawn, or of the text."""
         count = max(1, positions // text.seqlen)
         if text.sampling == "random":
-            return read_text("calibration", text.model_copy(update={"nsamples": count, "stride": 1}), folder, base, bos)
+            return read_text("calibration", text.of_length(count), folder, base, bos)
         return first_windows(text, folder.path, base, count, folder.trusted, bos)
 
     def check_disjoint(self, items: ByRole) -> None:
