@@ -168,8 +168,11 @@ def _write(folder: Path, first: optuna.Study, shares: Sequence[Share], trials: S
         # Attributes of the system, without invalid artifacts and those that `serve` makes anew.
         new_ids = {trial._trial_id: ids[share.numbers[trial.number]] for trial in share.trials}
         anew = {of for of, file in database.file_names(share.attrs).items() if file in database.MADE_ANEW}
-        own = {key for key, value in share.attrs.items() if database.is_kept(key, value)}
-        own = {key for key in own if database.name_in(key) not in anew and not NOTE.fullmatch(key)}
+        own = {
+            key
+            for key, value in share.attrs.items()
+            if database.is_kept(key, value) and database.name_in(key) not in anew and not NOTE.fullmatch(key)
+        }
         for key in own:
             match = database.OF_TRIAL.fullmatch(key)
             if match and int(match["trial"]) in new_ids:

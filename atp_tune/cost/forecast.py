@@ -12,7 +12,7 @@ The document (`atp_tune.plan/2`) is published: keys are added under the same num
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
@@ -119,34 +119,26 @@ def problems(held: Bytes, needed: Memory, offload: Offload, windows: int) -> tup
     """A line for each peak that does not fit, with the key to change; `windows`: of the calibration text."""
     lines = []
 
-    def check(where: str, size: int, free: int | None, advice: Callable[[int], str]) -> None:
-        if free is not None and size > free:
-            sizes = f"{size / GIB:.1f} GiB are needed, {free / GIB:.1f} GiB are free"
-            lines.append(f"{where} memory: {sizes}; {advice(size - free)}")
+    def check(where: str, size: int, free: int | None, spared: int, way: str, otherwise: str = "") -> None:
+        """`spared`: the bytes that `way` sets free; else fewer calibration windows, if that is enough."""
+        if free is None or size <= free:
+            return
+        each = (2 * held.calibration + held.sequential) / windows
+        fitting = windows - math.ceil((size - free) / each) if each else 0
+        fewer = f"set texts.calibration.nsamples = {fitting}" if fitting > 0 else otherwise
+        sizes = f"{size / GIB:.1f} GiB are needed, {free / GIB:.1f} GiB are free"
+        lines.append(f"{where} memory: {sizes}; {way if spared >= size - free else fewer}")
 
-    def on_device(over: int) -> str:
-        if offload == "none" and held.blocks - 2 * held.largest >= over:
-            return 'set model.offload = "auto"'
-        return _fewer(held, over, windows) or "take shorter windows or a larger device"
-
-    def on_host(over: int) -> str:
-        if offload == "cpu" and held.blocks >= over:
-            return 'set model.offload = "disk"'
-        return _fewer(held, over, windows) or "free some, or take a smaller model"
-
-    converts = "give the model in the number format that it is computed in, or set model.dtype to its own"
-    check("device", needed.device or 0, needed.device_free, on_device)
-    check("host", needed.host - held.process, needed.host_free, on_host)  # the process holds its memory already
+    spared = held.blocks - 2 * held.largest if offload == "none" else 0
+    otherwise = "take shorter windows or a larger device"
+    check("device", needed.device or 0, needed.device_free, spared, 'set model.offload = "auto"', otherwise)
+    spared = held.blocks if offload == "cpu" else 0
+    otherwise, size = "free some, or take a smaller model", needed.host - held.process  # which it holds already
+    check("host", size, needed.host_free, spared, 'set model.offload = "disk"', otherwise)
     if held.converts:
-        check("host", held.total, needed.host_free, lambda _: f"loading converts the weights: {converts}")
+        converts = "give the model in the number format that it is computed in, or set model.dtype to its own"
+        check("host", held.total, needed.host_free, held.total, f"loading converts the weights: {converts}")
     return tuple(lines)
-
-
-def _fewer(held: Bytes, over: int, windows: int) -> str:
-    """The advice to take fewer calibration windows; "" if that is not enough."""
-    each = (2 * held.calibration + held.sequential) / windows
-    fitting = windows - math.ceil(over / each) if each else 0
-    return f"set texts.calibration.nsamples = {fitting}" if fitting > 0 else ""
 
 
 FORMAT: Literal["atp_tune.plan/2"] = "atp_tune.plan/2"
@@ -327,12 +319,8 @@ class Amounts:
     @property
     def screened(self) -> int:
         """Tokens that a trial of the screening is evaluated on; 0 without a screening."""
-        screen = self.study.search.screen
-        return 0 if screen is None else self.tokens.validation // self.windows_at(1) * self.windows_at(screen.stride)
-
-    def windows_at(self, stride: int) -> int:
-        """Number of validation windows of which one in `stride` is taken."""
-        return -(-self.validation_windows // stride)
+        screen, windows = self.study.search.screen, self.validation_windows
+        return 0 if screen is None else self.tokens.validation // windows * -(-windows // screen.stride)
 
 
 @dataclass(frozen=True)
