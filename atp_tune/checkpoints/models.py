@@ -167,7 +167,8 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
         return _from_folder(target, model, revision, notify, ask)
     method = files.find_method(path, model.source)
     weights = files.find_weights(path, model.allow_pickle)
-    if method is not None and weights[0].suffix == ".bin":
+    is_pickled = weights[0].suffix == ".bin"
+    if method is not None and is_pickled:
         raise UserError(
             f"model.source: {model.source} has quantized weights in pickles, which is not supported; take safetensors"
         )
@@ -175,7 +176,7 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
     ask(path, sum(file.stat().st_size for file in weights))
     code = sorted(path.glob(files.CODE)) if model.trust_remote_code else []
     content = sha256_of_json(sha256_of_files([*weights, path / "config.json", *code], notify))
-    if method is not None or weights[0].suffix == ".bin":
+    if method is not None or is_pickled:
         # Converts quantized or pickled weights into the cache, if not done yet; returns the folder there.
         target = _converted("bin" if method is None else "quantized", path, content)
         if not target.is_dir():

@@ -331,7 +331,7 @@ def limit_words(limit: Limit) -> str:
         return f"{percent(value)} more perplexity than dense"
     if key == "max_drop":
         return f"{100 * value:g} point{'s' * (value != 0.01)} of accuracy less than dense"
-    name = key.removeprefix("max_").removeprefix("min_").replace("_", " ")
+    name = key.removeprefix("max_")
     return f"{'KL' if name == 'kl' else name} {value:g}"
 
 

@@ -9,7 +9,6 @@ full, each within the limit or beyond it.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import optuna
@@ -201,13 +200,13 @@ class OverInterval(AtSparsity):
         """The knee of the front of ranked trials over sparsity; None without one."""
         # The logs of perplexities count, in nats as KL does.
         of_logs = stored_objectives(facts_in(self.study))[0] == PERPLEXITY.name
-        front, lowest = Trials(), math.inf
+        front, points, lowest = Trials(), list[tuple[float, float]](), math.inf
         for trial in sorted(done, key=lambda trial: target_sparsity(trial) or 0.0, reverse=True):
             value = objective_values(trial)[0]
             if value < lowest and (value > 0 or not of_logs):
                 front, lowest = [trial, *front], value
-        heights = [math.log(value) if of_logs else value for value in (objective_values(trial)[0] for trial in front)]
-        index = knee([(target_sparsity(trial) or 0.0, height) for trial, height in zip(front, heights, strict=True)])
+                points.insert(0, (target_sparsity(trial) or 0.0, math.log(value) if of_logs else value))
+        index = knee(points)
         return None if index is None else front[index]
 
     def _within(self, done: Sequence[FrozenTrial], limit: Limit) -> FrozenTrial | None:
@@ -391,8 +390,11 @@ class WithinLimit(OverInterval):
 
     def columns(self, summary: "Summary") -> Iterator[Column]:
         """The change from dense on the text where the limit holds; uniform has rows of its own."""
-        change = partial(summary.results.change, DENSE, on="validation")
-        yield ("against dense, validation", lambda m: None if m == DENSE else (against := change(m)) and against.change)
+        change = summary.results.change
+        yield (
+            "against dense, validation",
+            lambda m: None if m == DENSE else (found := change(DENSE, m, on="validation")) and found.change,
+        )
         yield "against uniform", summary.results.against_uniform
 
     def _outcome(self, summary: "Summary", best: Point) -> str:

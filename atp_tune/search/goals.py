@@ -376,9 +376,12 @@ class WithinLimit(OverInterval):
             return None
         return dict(uniform.params)
 
-    def _measured(self, study: optuna.Study, only_uniform: bool = False) -> dict[float, float]:
-        """The lowest excess at each measured sparsity; a plan that failed is beyond any limit."""
-        excesses = dict[float, float]()
+    def _measured(self, study: optuna.Study, of_leader: bool = False) -> dict[float, float]:
+        """The lowest excess at each measured sparsity; a plan that failed is beyond any limit.
+
+        `of_leader`: those of uniform alone, if it leads.
+        """
+        excesses, only_uniform = dict[float, float](), of_leader and self._leader(study) is not None
         for trial in trials_in(study):
             sparsity = progress.target_sparsity(trial)
             if sparsity is not None and progress.counts(trial) and (is_uniform(trial) or not only_uniform):
@@ -388,7 +391,7 @@ class WithinLimit(OverInterval):
     def _free(self, study: optuna.Study) -> list[float]:
         """The sparsities that no trial measures now, between the sparsest trial within the limit and one beyond it."""
         low = max((sparsity for sparsity, excess in self._measured(study).items() if excess <= 0), default=0.0)
-        excesses = self._measured(study, only_uniform=self._leader(study) is not None)
+        excesses = self._measured(study, of_leader=True)
         high = min((sparsity for sparsity, excess in excesses.items() if excess > 0 and sparsity > low), default=1.0)
         busy = [progress.target_sparsity(trial) for trial in progress.running(study)]
         return [
@@ -404,7 +407,7 @@ class WithinLimit(OverInterval):
         if any(value is None for value in predicted.values()):
             # One of these sparsities without a model: the log of the increase is linear.
             allowed = self._excess(0.0)
-            measured = self._measured(study, only_uniform=self._leader(study) is not None).items()
+            measured = self._measured(study, of_leader=True).items()
             points = [
                 (math.log(max(1 - excess / allowed, SMALLEST)), sparsity)
                 for sparsity, excess in sorted(measured, key=lambda pair: pair[0])

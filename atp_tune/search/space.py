@@ -138,12 +138,11 @@ class Space:
 
     def grid(self, step: float) -> list[Params]:
         """The points of a grid, without uniform: β = step, 2·step, … up to the bound; with `both_signs` -β too."""
-        betas = {allocation: self._betas(allocation, step) for allocation in self.intervals}
         return [
             {self.method: pruner, "allocation": allocation, **beta}
             for pruner in self.pruners
             for allocation in self.intervals
-            for beta in betas[allocation]
+            for beta in self._betas(allocation, step)
         ]
 
     def _betas(self, allocation: str, step: float) -> list[Params]:

@@ -87,9 +87,7 @@ def is_new(study: optuna.Study) -> bool:
 def take_plugins(study: optuna.Study, facts: Facts) -> None:
     """Takes over the hashes of changed plug-ins as long as no trial is measured: none of its values depends on them."""
     stored = facts_in(study)
-    changed = {
-        key: facts[key] for key in facts if key.startswith(PLUGINS) and key in stored and stored[key] != facts[key]
-    }
+    changed = {key: fact for key, fact in facts.items() if key.startswith(PLUGINS) and stored.get(key, fact) != fact}
     if changed and not measured(study):
         study.set_user_attr("fingerprint", {**stored, **changed})
 
