@@ -28,69 +28,16 @@ if TYPE_CHECKING:
     from atp_tune.api.configuration import Configuration
     from atp_tune.measures import Perplexity
 
-# --- Rows of trials and of a front's points, for notebooks: flat, one value in a cell.
-
-Row = dict[str, Any]
+Row = dict[str, Any]  # of a trial or a point, for notebooks: flat, one value in a cell
 
 
-def trials(summary: Summary) -> list[Row]:
-    """A row for each trial: number, state, plan, sparsity, scores with errors, seconds and parameters.
-
-    Where weights are rounded alone `effective_bits` are in the place of sparsity: per weight, with scales.
-    """
-    name, key = summary.amount.row
-    return [
-        {
-            "trial": trial.number,
-            "state": trial.state.name.lower(),
-            "plan": plan_words(trial),
-            name: trial.user_attrs.get(key),
-            **dict(summary.results.record(trial)),
-            "seconds": round(sum(spent(trial).values()), 3) if spent(trial) else None,
-            **trial.params,
-            **({"allocation": allocation_name(trial)} if "allocation" in trial.params else {}),
-            "remark": trial_remark(trial, summary) or None,
-        }
-        for trial in summary.trials
-    ]
-
-
-def points(summary: Summary) -> list[Row]:
-    """A row for each point: sparsity, method, scores, uniform's, and changes against dense and uniform with errors."""
-    results, rows = summary.results, list[Row]()
-    for point in summary.points:
-        uniform = results.uniform(point.trial)
-        beside = {f"{'test_' * (text == 'test')}uniform_perplexity": results.score(uniform, text) for text in TEXTS}
-        changes = {"against_dense": results.change(DENSE, point.trial)}
-        for by in results.measures:
-            name = "against_uniform" if by is PERPLEXITY else f"{by.name}_against_uniform"
-            changes[name] = results.against_uniform(point.trial, by)
-        against = [(name, difference and difference.change) for name, difference in changes.items()]
-        rows.append(
-            {
-                "trial": point.trial.number,
-                "sparsity": point.sparsity,
-                "method": method_words(point.trial),
-                **dict(results.record(point.trial)),
-                **{name: score and score.value for name, score in beside.items()},
-                **{name: change and change.value for name, change in against},
-                **{f"{name}_stderr": change and (change.stderr or None) for name, change in against},
-                "excess": point.excess,
-                "packed_bytes": point.packed_bytes,
-                f"{summary.results.words.rate}_per_second": point.speed and point.speed.fastest,
-                "best": point.is_best,
-            }
-        )
-    return rows
-
-
-def frame(rows: Sequence[Row]) -> Any:
+def frame(rows: list[Row]) -> Any:
     """The rows as a `pandas.DataFrame`, or as they are without pandas."""
     try:
         from pandas import DataFrame
     except ImportError:
-        return list(rows)
-    return DataFrame(list(rows))
+        return rows
+    return DataFrame(rows)
 
 
 HERE = Path("best.json")  # a configuration that is not written is as if it lay in the current folder
@@ -131,16 +78,63 @@ class Result:
 
     @property
     def trials(self) -> Any:
-        """All trials, one row each: a `pandas.DataFrame` where pandas is installed, else a list of dicts."""
-        return frame(trials(self.summary))
+        """All trials, one row each: a `pandas.DataFrame` where pandas is installed, else a list of dicts.
+
+        Number, state, plan, sparsity, scores with errors, seconds and parameters. Where weights are rounded alone
+        `effective_bits` are in the place of sparsity: per weight, with scales.
+        """
+        summary = self.summary
+        name, key = summary.amount.row
+        return frame(
+            [
+                {
+                    "trial": trial.number,
+                    "state": trial.state.name.lower(),
+                    "plan": plan_words(trial),
+                    name: trial.user_attrs.get(key),
+                    **dict(summary.results.record(trial)),
+                    "seconds": round(sum(spent(trial).values()), 3) if spent(trial) else None,
+                    **trial.params,
+                    **({"allocation": allocation_name(trial)} if "allocation" in trial.params else {}),
+                    "remark": trial_remark(trial, summary) or None,
+                }
+                for trial in summary.trials
+            ]
+        )
 
     @property
     def front(self) -> Any:
         """The points of a study over an interval of sparsities, the least sparse first, in the form of `trials`.
 
-        Empty for a study at one sparsity.
+        Each has sparsity, method, scores, uniform's, and changes against dense and uniform with errors. Empty for a
+        study at one sparsity.
         """
-        return frame(points(self.summary))
+        summary, rows = self.summary, list[Row]()
+        results = summary.results
+        for point in summary.points:
+            uniform = results.uniform(point.trial)
+            beside = {f"{'test_' * (text == 'test')}uniform_perplexity": results.score(uniform, text) for text in TEXTS}
+            changes = {"against_dense": results.change(DENSE, point.trial)}
+            for by in results.measures:
+                name = "against_uniform" if by is PERPLEXITY else f"{by.name}_against_uniform"
+                changes[name] = results.against_uniform(point.trial, by)
+            against = [(name, difference and difference.change) for name, difference in changes.items()]
+            rows.append(
+                {
+                    "trial": point.trial.number,
+                    "sparsity": point.sparsity,
+                    "method": method_words(point.trial),
+                    **dict(results.record(point.trial)),
+                    **{name: score and score.value for name, score in beside.items()},
+                    **{name: change and change.value for name, change in against},
+                    **{f"{name}_stderr": change and (change.stderr or None) for name, change in against},
+                    "excess": point.excess,
+                    "packed_bytes": point.packed_bytes,
+                    f"{results.words.rate}_per_second": point.speed and point.speed.fastest,
+                    "best": point.is_best,
+                }
+            )
+        return frame(rows)
 
     def plot(self, figure: str | None = None) -> go.Figure:
         """A Plotly figure: "perplexity", "points", "front", "sparsity", "error" or "seconds".
