@@ -27,7 +27,7 @@ Break = Callable[[pytest.MonkeyPatch], None]
 
 def infinite_gradient(patch: pytest.MonkeyPatch) -> None:
     """One weight's gradient is infinite, in one block."""
-    own = gradients._Visit._gradients
+    own = gradients.BlockGradients._gradients
 
     def broken(self: Any, index: int, *more: Any) -> Any:
         by_states, by_weights = own(self, index, *more)
@@ -35,7 +35,7 @@ def infinite_gradient(patch: pytest.MonkeyPatch) -> None:
             next(iter(by_weights.values()))[0, 0] = math.inf
         return by_states, by_weights
 
-    patch.setattr(gradients._Visit, "_gradients", broken)
+    patch.setattr(gradients.BlockGradients, "_gradients", broken)
 
 
 def infinite_norm(patch: pytest.MonkeyPatch) -> None:

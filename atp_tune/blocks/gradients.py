@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -135,46 +134,31 @@ class BlockGradients:
 
         `each`: of each item's own loss, item by item in order. What no token reaches has gradient 0.
         """
-        visit = _Visit(self, change, KeptRuns(0 if each else room(self.checkpoint)))
-        with torch.inference_mode(False), torch.no_grad():
-            entering = visit.forward(sample.items)
-            hidden = entering.pop()
+        self._change, self._kept = change, KeptRuns(0 if each else room(self.checkpoint))
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                entering = self.forward(sample.items)
+                hidden = entering.pop()
 
-            def step(rows: slice) -> Tensor:
-                return self.gradient(self.replay, sample.items[rows], hidden[rows], sample.states(rows), sample.share)
+                def step(rows: slice) -> Tensor:
+                    return self.gradient(
+                        self.replay, sample.items[rows], hidden[rows], sample.states(rows), sample.share
+                    )
 
-            gradient = torch.cat(self.heads.over(len(hidden), step))  # of the sum of the items' losses
-            gradient = gradient.float() if gradient.dtype == torch.float16 else gradient
-            gradient = gradient / (1 if each else len(sample.items))
-            while entering:
-                gradient = visit.backward(len(entering) - 1, entering.pop(), gradient, take, each)
-
-
-def room(checkpoint: Checkpoint) -> int:
-    """Bytes for what blocks keep from the first pass to the second."""
-    return int(SHARE * free_memory(checkpoint.device)) if checkpoint.offload == "none" else 0
-
-
-def passes(checkpoint: Checkpoint, positions: int) -> float:
-    """Estimate of the forward passes that gradients cost, by items of so many positions in all."""
-    size = len(checkpoint.blocks) * positions * block_bytes(checkpoint)
-    return PASSES - min(1.0, room(checkpoint) / size)
-
-
-class _Visit:
-    """One way through the blocks of a changed model, and back; `kept`: for runs of the first that the second needs."""
-
-    def __init__(self, of: BlockGradients, change: Change, runs: KeptRuns) -> None:
-        self._checkpoint, self._replay, self._batch = of.checkpoint, of.replay, of.batch
-        self._change = change
-        self._kept = runs
+                gradient = torch.cat(self.heads.over(len(hidden), step))  # of the sum of the items' losses
+                gradient = gradient.float() if gradient.dtype == torch.float16 else gradient
+                gradient = gradient / (1 if each else len(sample.items))
+                while entering:
+                    gradient = self.backward(len(entering) - 1, entering.pop(), gradient, take, each)
+        finally:
+            self._kept = KeptRuns(0)  # an error must not keep what waits for its gradient
 
     def forward(self, items: Batch) -> list[Tensor]:
         """Hidden states [items, positions, width] that enter each block of the changed model, then the final ones."""
-        states = [embed(self._replay, self._batch, items)]
-        for index in range(len(self._checkpoint.linears)):
+        states = [embed(self.replay, self.batch, items)]
+        for index in range(len(self.checkpoint.linears)):
             step = partial(self._through, index, self._changed(index), states[-1])
-            states.append(torch.cat(self._batch.over(len(states[-1]), step)))
+            states.append(torch.cat(self.batch.over(len(states[-1]), step)))
         return states
 
     def backward(self, index: int, entering: Tensor, leaving: Tensor, take: Take, each: bool) -> Tensor:
@@ -197,7 +181,7 @@ class _Visit:
 
         if each:
             return torch.cat([step(slice(item, item + 1)) for item in range(len(entering))])
-        before = torch.cat(self._batch.over(len(entering), step))
+        before = torch.cat(self.batch.over(len(entering), step))
         take(index, total)
         return before
 
@@ -214,21 +198,21 @@ class _Visit:
     def _through(self, index: int, weights: Tensors, entering: Tensor, rows: slice) -> Tensor:
         """The states of some items after a block; their run is kept if there is room."""
         if not self._kept.has_room:
-            return self._replay.run(index, weights, entering[rows])
+            return self.replay.run(index, weights, entering[rows])
         run = self._run(index, weights, entering, rows)
         self._kept.add(index, rows.start, run)
         return run.leaving.detach()
 
     def _run(self, index: int, weights: Tensors, entering: Tensor, rows: slice) -> Run:
         """Runs some of the items through a block, with the graph that their gradient needs."""
-        leaves = {linear.key: weights[linear.key].requires_grad_() for linear in self._checkpoint.linears[index]}
+        leaves = {linear.key: weights[linear.key].requires_grad_() for linear in self.checkpoint.linears[index]}
         hidden = entering[rows].detach().requires_grad_()
         with torch.enable_grad():
-            return Run(hidden, leaves, self._replay.run(index, weights, hidden))
+            return Run(hidden, leaves, self.replay.run(index, weights, hidden))
 
     def _changed(self, index: int) -> Tensors:
         """The tensors of a block, its linears changed, none of them of the inference mode."""
-        linears, weights = self._checkpoint.linears[index], self._checkpoint.weights(index)
+        linears, weights = self.checkpoint.linears[index], self.checkpoint.weights(index)
         keys = {linear.key for linear in linears}
         tensors = {
             name: torch.empty_like(tensor) if name in keys else tensor.clone() if tensor.is_inference() else tensor
@@ -237,6 +221,17 @@ class _Visit:
         for linear in linears:
             linear.matrix(tensors[linear.key]).copy_(self._change(index, linear, linear.matrix(weights[linear.key])))
         return tensors
+
+
+def room(checkpoint: Checkpoint) -> int:
+    """Bytes for what blocks keep from the first pass to the second."""
+    return int(SHARE * free_memory(checkpoint.device)) if checkpoint.offload == "none" else 0
+
+
+def passes(checkpoint: Checkpoint, positions: int) -> float:
+    """Estimate of the forward passes that gradients cost, by items of so many positions in all."""
+    size = len(checkpoint.blocks) * positions * block_bytes(checkpoint)
+    return PASSES - min(1.0, room(checkpoint) / size)
 
 
 def _by(leaving: Tensor, leaves: Sequence[Tensor], above: Tensor) -> Sequence[Tensor]:
@@ -374,41 +369,41 @@ class ByPruner:
 Levels = ByPlaces | ByPruner  # of the linears of a dense checkpoint
 
 
+Key = tuple[int, str]  # of a linear: its block and its name
+
+
 @dataclass(eq=False)
 class Pricing:
     """Measures the prices of all linears of a dense checkpoint, pruned to given sparsities."""
 
     gradients: BlockGradients
     levels: Levels
+    called = "prices"  # in messages
 
     def prices(self, sparsities: Sequence[Sequence[float]], sample: Sample) -> Prices:
         """Price of each linear of each block in nats per weight, for the mean loss of the sample."""
-        checkpoint, rows = self.gradients.checkpoint, dict[int, Tensor]()
-        shares = [
-            {linear.name: s for linear, s in zip(linears, row, strict=True)}
-            for linears, row in zip(checkpoint.linears, sparsities, strict=True)
-        ]
-
-        def pruned(index: int, linear: Linear, weight: Tensor) -> Tensor:
-            _, level, _ = self.levels.around(weight.shape[1], shares[index][linear.name])
-            return self.levels.pruned(index, linear, weight, level)
+        checkpoint, prices = self.gradients.checkpoint, dict[Key, Tensor]()
+        shares = {
+            (index, linear.name): s
+            for index, (linears, row) in enumerate(zip(checkpoint.linears, sparsities, strict=True))
+            for linear, s in zip(linears, row, strict=True)
+        }
 
         def price(index: int, total: Mapping[str, Tensor]) -> None:
-            dense, own = checkpoint.weights(index), []
+            dense = checkpoint.weights(index)
             for linear in checkpoint.linears[index]:
-                weight = linear.matrix(dense[linear.key])
-                columns = weight.shape[1]
-                low, _, high = self.levels.around(columns, shares[index][linear.name])
-                before, after = (self.levels.pruned(index, linear, weight, level).float() for level in (low, high))
-                zeroed = weight.numel() * (high - low) / self.levels.number(columns)
-                change = (linear.matrix(total[linear.key]) * (after - before)).sum()
-                own.append(change / max(1, zeroed))  # none where all weights of few are zero
-            rows[index] = torch.stack(own)
+                weight, gradient = (linear.matrix(tensors[linear.key]) for tensors in (dense, total))
+                key = index, linear.name
+                prices[key] = self._price(index, linear, weight, gradient, shares[key])
 
-        self.gradients.visit(sample, pruned, price)
-        prices = tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
-        check_finite(chain.from_iterable(prices), "prices")
-        return prices
+        self.gradients.visit(
+            sample, lambda index, x, dense: self._pruned(index, x, dense, shares[index, x.name]), price
+        )
+        found = {key: float(own) for key, own in prices.items()}
+        check_finite(found.values(), self.called)
+        return tuple(
+            tuple(found[index, linear.name] for linear in linears) for index, linears in enumerate(checkpoint.linears)
+        )
 
     def state(self) -> Tensors:
         """The state is empty: prices depend on sparsities and sample alone."""
@@ -417,68 +412,68 @@ class Pricing:
     def resume(self, state: Tensors) -> None:
         """Goes on from a state."""
 
+    def _pruned(self, index: int, linear: Linear, weight: Tensor, sparsity: float) -> Tensor:
+        """The weight of a linear as it is pruned."""
+        _, level, _ = self.levels.around(weight.shape[1], sparsity)
+        return self.levels.pruned(index, linear, weight, level)
 
-Key = tuple[int, str]  # of a linear: its block and its name
+    def _price(self, index: int, linear: Linear, weight: Tensor, gradient: Tensor, sparsity: float) -> Tensor:
+        """The price of a linear, by its dense weight and the gradient by the pruned one."""
+        columns = weight.shape[1]
+        low, _, high = self.levels.around(columns, sparsity)
+        before, after = (self.levels.pruned(index, linear, weight, level).float() for level in (low, high))
+        zeroed = weight.numel() * (high - low) / self.levels.number(columns)
+        return (gradient * (after - before)).sum() / max(1, zeroed)  # none where all weights of few are zero
 
 
-class RowPricing:
+class RowPricing(Pricing):
     """Measures prices of all linears, pruned by the lowest scores of their rows, and moves the rows by their own.
 
     `places`: places [out, in] of a linear's scores in their rows.
     """
 
+    called = "prices of rows"
+
     def __init__(self, gradients: BlockGradients, places: Places) -> None:
-        self._gradients = gradients
+        super().__init__(gradients, ByPlaces(places))
         self._places = places
         linears = gradients.checkpoint.linears
         keys = {(index, x.name): x.out_features for index, block in enumerate(linears) for x in block}
         self._offsets = {key: torch.zeros(rows) for key, rows in keys.items()}  # shares of the inputs
         self._smooth = {key: torch.zeros(rows) for key, rows in keys.items()}
+        self._rows = dict[Key, Tensor]()  # their prices by the last sample
 
     def prices(self, sparsities: Sequence[Sequence[float]], sample: Sample) -> Prices:
         """Price of each linear of each block in nats per weight, for the mean loss of the sample; then rows move."""
-        checkpoint, prices = self._gradients.checkpoint, dict[Key, tuple[float, Tensor]]()
-        shares = {
-            (index, linear.name): s
-            for index, (linears, row) in enumerate(zip(checkpoint.linears, sparsities, strict=True))
-            for linear, s in zip(linears, row, strict=True)
-        }
-
-        def pruned(index: int, linear: Linear, weight: Tensor) -> Tensor:
-            places = self._places(index, linear, weight)
-            return zeroed(weight, places <= self._last((index, linear.name), places, shares[index, linear.name]))
-
-        def price(index: int, total: Mapping[str, Tensor]) -> None:
-            dense = checkpoint.weights(index)
-            for linear in checkpoint.linears[index]:
-                key, weight = (index, linear.name), linear.matrix(dense[linear.key])
-                # The weights of a row that go next or went last: as `ByPlaces.around`, row by row.
-                places = self._places(index, linear, weight)
-                reach = max(1, int(BAND * places.shape[1]))
-                first, last = (self._last(key, places, shares[key], further) for further in (1 - reach, reach))
-                others = (places <= first) | (places > last)
-                costs = -(linear.matrix(total[linear.key]) * zeroed(weight, others).float()).sum(1)
-                number = (last.int() - first).squeeze(1)  # of those places; each is that of one weight
-                mean = costs.sum() / number.sum().clamp(min=1)
-                prices[key] = float(mean), torch.where(number > 0, costs / number.clamp(min=1), mean).cpu()
-
-        self._gradients.visit(sample, pruned, price)
-        check_finite((float(rows.sum()) for _, rows in prices.values()), "prices of rows")
-        for key, (_, rows) in prices.items():
+        prices = super().prices(sparsities, sample)
+        for key, rows in self._rows.items():
             smooth = self._smooth[key] = KEPT * self._smooth[key] + (1 - KEPT) * rows
             apart = smooth - smooth.mean()
             deviation = apart.square().mean().sqrt()
             if deviation:
                 moved = self._offsets[key] - DISTANCE * (apart / deviation).clamp(-LARGEST, LARGEST)
                 self._offsets[key] = moved - moved.mean()
-        return tuple(
-            tuple(prices[index, linear.name][0] for linear in linears)
-            for index, linears in enumerate(checkpoint.linears)
-        )
+        return prices
+
+    def _pruned(self, index: int, linear: Linear, weight: Tensor, sparsity: float) -> Tensor:
+        places = self._places(index, linear, weight)
+        return zeroed(weight, places <= self._last((index, linear.name), places, sparsity))
+
+    def _price(self, index: int, linear: Linear, weight: Tensor, gradient: Tensor, sparsity: float) -> Tensor:
+        # The weights of a row that go next or went last: as `ByPlaces.around`, row by row.
+        key, places = (index, linear.name), self._places(index, linear, weight)
+        reach = max(1, int(BAND * places.shape[1]))
+        first, last = (self._last(key, places, sparsity, further) for further in (1 - reach, reach))
+        others = (places <= first) | (places > last)
+        costs = -(gradient * zeroed(weight, others).float()).sum(1)
+        number = (last.int() - first).squeeze(1)  # of those places; each is that of one weight
+        mean = costs.sum() / number.sum().clamp(min=1)
+        self._rows[key] = torch.where(number > 0, costs / number.clamp(min=1), mean).cpu()
+        return mean
 
     def offsets(self) -> RowOffsets:
         """The offsets that the rows have reached."""
-        linears = self._gradients.checkpoint.linears
+        linears = self.gradients.checkpoint.linears
         return RowOffsets.of(
             [[self._offsets[index, x.name].numpy() for x in block] for index, block in enumerate(linears)]
         )
