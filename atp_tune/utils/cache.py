@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -196,27 +196,22 @@ def alone_with(path: Path) -> Iterator[None]:
     One process of those that share a cache; without a lock where there can be none. A warning says if another process
     takes long: its lock is not broken.
     """
-    from filelock import FileLock, Timeout
-
     with ExitStack() as stack:
-        with suppress(OSError, NotImplementedError, UserError):
-            lock = FileLock(cache_dir("running") / f"{sha256_of_json(str(path.resolve()))}.lock")
-            try:
-                lock.acquire(timeout=PATIENCE)
-            except Timeout:
-                logging.getLogger(__name__).warning(
-                    "waiting for another process that writes %s; it holds %s", path, lock.lock_file
-                )
-                lock.acquire()
-            stack.callback(lock.release)
+        with suppress(UserError):
+            name = cache_dir("running") / sha256_of_json(str(path.resolve()))
+            said = partial(
+                logging.getLogger(__name__).warning, "waiting for another process that writes %s; it holds %s", path
+            )
+            stack.enter_context(made_once(name, said, PATIENCE))
         yield
 
 
 @contextmanager
-def made_once(path: Path, waiting: Callable[[Path], None]) -> Iterator[None]:
+def made_once(path: Path, waiting: Callable[[Path], None], patience: float = 0) -> Iterator[None]:
     """Runs the body in one process at a time for `path`, so that the others find what the first one writes.
 
-    `waiting` is called, with the lock's file, if another process is at it. Without a lock where there can be none.
+    `waiting` is called, with the lock's file, if another process is at it for so many seconds (`patience`). Without a
+    lock where there can be none.
     """
     from filelock import FileLock, Timeout
 
@@ -225,7 +220,7 @@ def made_once(path: Path, waiting: Callable[[Path], None]) -> Iterator[None]:
     with suppress(OSError, NotImplementedError):
         while not (lock.is_locked or path.exists()):
             try:
-                lock.acquire(timeout=POLL if is_said else 0)
+                lock.acquire(timeout=POLL if is_said else patience)
             except Timeout:
                 if not is_said:
                     waiting(file)
