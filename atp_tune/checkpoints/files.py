@@ -162,9 +162,7 @@ class ModelSizes:
 
 def read_sizes(folder: Path) -> ModelSizes:
     """The sizes of a model in a folder; UserError if a file has no header or there are no blocks."""
-    tensors = {
-        name: entry for file in sorted(folder.glob("*.safetensors")) for name, entry in read_header(file).items()
-    }
+    tensors = read_headers(folder)
     counts = {name: prod(entry["shape"]) for name, entry in tensors.items()}
     stored = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in tensors.items()}
     lists = dict[str, Counter[int]]()
@@ -218,16 +216,25 @@ def check_claims(folder: Path) -> None:
 
 def offsets(file: Path) -> dict[str, int]:
     """Offset in the file of each tensor's bytes; UserError if the file has no header."""
-    with file.open("rb") as stream:
-        data = 8 + int.from_bytes(stream.read(8), "little")
-    return {name: data + entry["data_offsets"][0] for name, entry in read_header(file).items()}
+    text = header_text(file)
+    return {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in parse_header(text, file).items()}
+
+
+def read_headers(folder: Path) -> Table:
+    """Dtype, shape and offsets of each tensor of all files of a folder; UserError if one has no header."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: entry for file in files for name, entry in read_header(file).items()}
 
 
 def read_header(file: Path) -> Table:
     """Dtype, shape and offsets of each tensor of a file; UserError if the file has no header."""
+    return parse_header(header_text(file), file)
+
+
+def header_text(file: Path) -> bytes:
+    """The header as it stands in a file, or what stands in its place."""
     with file.open("rb") as stream:
-        text = stream.read(min(int.from_bytes(stream.read(8), "little"), LONGEST))
-    return parse_header(text, file)
+        return stream.read(min(int.from_bytes(stream.read(8), "little"), LONGEST))
 
 
 def parse_header(text: bytes, file: Path) -> Table:

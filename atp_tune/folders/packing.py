@@ -34,7 +34,7 @@ from atp_tune.checkpoints.convert import (
     unpack_folder,
 )
 from atp_tune.checkpoints.devices import DTYPES, Tensors, find_device
-from atp_tune.checkpoints.files import Table, find_weights, is_slim, read_header, read_table, write_table
+from atp_tune.checkpoints.files import Table, find_weights, header_text, is_slim, parse_header, read_table, write_table
 from atp_tune.checkpoints.models import Ask, resolve
 from atp_tune.config.best import Config
 from atp_tune.config.manifest import sha256_by_name
@@ -276,9 +276,9 @@ class _Packing:
         if len(self.shards) > 1:
             number, count = self.shards.index(shard) + 1, len(self.shards)
             out = folder / f"model.packed-{number:05}-of-{count:05}.safetensors"
-        read_header(file)  # UserError if it is none
-        with file.open("rb") as stream:
-            self._original.headers[shard] = stream.read(int.from_bytes(stream.read(8), "little")).decode()
+        header = header_text(file)
+        parse_header(header, file)  # UserError if it is none
+        self._original.headers[shard] = header.decode()
         self._weight_map.update(dict.fromkeys(rewrite(file, out, self._pack), out.name))
         self._original.sha256[shard] = sha256_of(file) if self._kind == "same" else None
 

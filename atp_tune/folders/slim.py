@@ -24,7 +24,7 @@ from atp_tune.checkpoints.blocks import auto_class, classifies_images, model_con
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import as_user_error, quiet
 from atp_tune.checkpoints.devices import device_name, free_memory, host_memory
-from atp_tune.checkpoints.files import CODE, FITS, Table, is_slim, read_header, read_table, write_table
+from atp_tune.checkpoints.files import CODE, FITS, Table, is_slim, read_headers, read_table, write_table
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.prune import parse
 from atp_tune.errors import UserError
@@ -218,7 +218,7 @@ class _Cuts:
 
     def tensors(self, folder: Path) -> dict[str, Cut]:
         """Cuts by the names of tensors in a folder's files; of biases only rows are cut."""
-        there = {name for file in folder.glob("*.safetensors") for name in read_header(file)}
+        there = read_headers(folder)
         prefix = f"{self.checkpoint.model.base_model_prefix}."
         cuts = dict[str, Cut]()
         for name, cut in self.linears.items():

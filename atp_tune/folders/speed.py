@@ -29,7 +29,7 @@ from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.blocks import classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import arithmetic, device_name, find_device, find_dtype, oom_as_user_error
-from atp_tune.checkpoints.files import check_claims, read_header
+from atp_tune.checkpoints.files import check_claims, read_headers
 from atp_tune.checkpoints.models import ModelFolder, check_files, resolve
 from atp_tune.config.best import Config
 from atp_tune.config.prune import parse
@@ -543,18 +543,15 @@ def in_format_of(sparse: Path, dense: Path) -> Iterator[Path]:
 
     The files of a .gguf model are in float32, its sparse model is as the study computed.
     """
-    wanted, there = (
-        {entry["dtype"] for file in folder.glob("*.safetensors") for entry in read_header(file).values()}
-        for folder in (sparse, dense)
-    )
+    headers = read_headers(dense)
+    wanted, there = ({entry["dtype"] for entry in own.values()} for own in (read_headers(sparse), headers))
     if wanted == there or len(wanted) != 1:
         yield dense
         return
-    files, dtype = list(dense.glob("*.safetensors")), convert.dtypes()[next(iter(wanted))]
+    dtype = convert.dtypes()[next(iter(wanted))]
     with temporary_folder(cache_dir("sparse") / "dense") as folder:
-        shapes = (entry["shape"] for file in files for entry in read_header(file).values())
-        check_room(folder, sum(map(prod, shapes)) * dtype.itemsize)
-        for file in files:
+        check_room(folder, sum(prod(entry["shape"]) for entry in headers.values()) * dtype.itemsize)
+        for file in dense.glob("*.safetensors"):
             cast(file, folder / file.name, dtype)
         yield folder
 
