@@ -307,7 +307,7 @@ class Pass:
         make = partial(Pruning, linears, weights, self.pruner, levels, self.keeps_grids)
         measured = partial(measure, self.replay, self.batch, index, weights, hidden)
         kind = (channels or self.pruner).measures
-        pruned: Pruning | PrunedChannels
+        pruned: PrunedChannels
         if self.in_one_pass and kind is not None:  # never of channels
             pruned = self._prune_sequentially(index, hidden, kind, make, timer)
         else:
@@ -324,9 +324,9 @@ class Pass:
                 elif kind is not None:
                     statistics = measured(kind)
                 timer.lap("calibrate")
-                pruned = make()
+                pruned = pruning = make()
                 for linear in linears:
-                    pruned.prune(linear, statistics.get(linear.name))
+                    pruning.prune(linear, statistics.get(linear.name))
             del statistics  # they may be larger than the block, which runs now
             timer.lap("prune")
             self.after = advance(self.replay, self.batch, index, pruned.weights, hidden)
@@ -366,7 +366,7 @@ class Pass:
         return self.batch.run(step)
 
 
-class Pruning:
+class Pruning(PrunedChannels):
     """The tensors of a block, whose linears are pruned one by one; the dense weights are not changed."""
 
     def __init__(
@@ -377,13 +377,11 @@ class Pruning:
         """
         keys = {linear.key for linear in linears}
         room = {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
-        self.weights = weights | room
-        self.experts_without_tokens = list[str]()
-        self.channels: Tensors = {}
+        super().__init__(weights | room, {})
         self._dense = weights
         self._pruner = pruner
         self._levels = dict(zip((linear.name for linear in linears), levels, strict=True))
-        self.bits, self.grids, self._keeps_grids = dict[str, int](), dict[str, Grid](), keeps_grids
+        self._keeps_grids = keeps_grids
         self._kept: Tensors = {}
         self._sizes = {linear.name: linear.size for linear in linears}
 
@@ -482,31 +480,32 @@ def measure(
 
     `only`: these linears, in the place of all.
     """
-    block = replay.checkpoint.blocks[index]
-
-    def step(windows: int) -> BlockStatistics:
-        linears = replay.checkpoint.linears[index] if only is None else only
-        collector = InputCollector(linears, kind, stop_when_all_seen(linears))
-        with collector.attached(block):
-            for rows in torch.split(hidden, windows):
-                with suppress(AllInputsSeen):
-                    replay.run(index, weights, rows)
-        return collector.result()
-
-    return batch.run(step)
+    return measure_and_advance(replay, batch, index, weights, hidden, kind, only, stops=True)[0]
 
 
 def measure_and_advance(
-    replay: Replay, batch: AutoBatch, index: int, weights: Tensors, hidden: Tensor, kind: type[Statistics]
+    replay: Replay,
+    batch: AutoBatch,
+    index: int,
+    weights: Tensors,
+    hidden: Tensor,
+    kind: type[Statistics],
+    only: list[Linear] | None = None,
+    stops: bool = False,
 ) -> tuple[BlockStatistics, Tensor]:
-    """`measure` and `advance` in one pass for a dense block; overwrites hidden [windows, tokens, width]."""
-    block, linears = replay.checkpoint.blocks[index], replay.checkpoint.linears[index]
+    """`measure` and `advance` in one pass for a dense block; overwrites hidden [windows, tokens, width].
+
+    `stops`: the block runs until all linears have their inputs, and the states stay as they are.
+    """
 
     def step(windows: int) -> tuple[BlockStatistics, Tensor]:
-        collector = InputCollector(linears, kind, lambda seen: None)
-        with collector.attached(block):
-            after = [replay.run(index, weights, rows) for rows in torch.split(hidden, windows)]
-        return collector.result(), joined(after, hidden)
+        linears, after = replay.checkpoint.linears[index] if only is None else only, list[Tensor]()
+        collector = InputCollector(linears, kind, stop_when_all_seen(linears) if stops else lambda seen: None)
+        with collector.attached(replay.checkpoint.blocks[index]):
+            for rows in torch.split(hidden, windows):
+                with suppress(AllInputsSeen):
+                    after.append(replay.run(index, weights, rows))
+        return collector.result(), hidden if stops else joined(after, hidden)
 
     return batch.run(step)
 
