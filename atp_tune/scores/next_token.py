@@ -49,7 +49,7 @@ COMPARED = 1 << 28  # the same for KL on other devices (1 GB)
 
 def token_nlls(logits: Tensor, targets: Tensor) -> Tensor:
     """NLL [tokens] in float32 of logits z [tokens, vocabulary]: ln Σ exp(z - max z) - (z_target - max z)."""
-    rows = rows_at_a_time(logits) or len(logits)
+    rows = rows_at_a_time(logits, len(logits))
     nlls = []
     for part, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True):
         z = part.float()
@@ -61,7 +61,7 @@ def token_nlls(logits: Tensor, targets: Tensor) -> Tensor:
 
 def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
     """KL(p ‖ q) [tokens] in float32, p from dense logits [tokens, vocabulary], q from `logits`; never negative."""
-    rows = rows_compared(logits)
+    rows = rows_at_a_time(logits, COMPARED // logits.shape[1])
     kls = []
     for one, other in zip(torch.split(dense, rows), torch.split(logits, rows), strict=True):
         p, q = one.float().log_softmax(1), other.float().log_softmax(1)
@@ -79,7 +79,7 @@ def loss_gradient(
     logits: Tensor, targets: Tensor, dense: Tensor | None, weight: float = 1.0, share: float = 0.5
 ) -> Tensor:
     """Gradient of `weight` times the summed loss by the logits, in their format; without `dense` logits of the NLL."""
-    gradient, rows = torch.empty_like(logits), rows_compared(logits)
+    gradient, rows = torch.empty_like(logits), rows_at_a_time(logits, COMPARED // logits.shape[1])
     for start in range(0, len(logits), rows):
         here = slice(start, start + rows)
         q, target = logits[here].float().softmax(1), targets[here]
@@ -90,16 +90,9 @@ def loss_gradient(
     return gradient
 
 
-def rows_at_a_time(logits: Tensor) -> int | None:
-    """Number of float32 rows of logits [tokens, vocabulary] that fit in a CPU's caches; None on other devices."""
-    if logits.device.type != "cpu":
-        return None
-    return torch.get_num_threads() * max(1, CACHED // logits.shape[1])
-
-
-def rows_compared(logits: Tensor) -> int:
-    """Number of rows of logits [tokens, vocabulary] whose distribution is compared with the dense model's at a time."""
-    return rows_at_a_time(logits) or max(1, COMPARED // logits.shape[1])
+def rows_at_a_time(logits: Tensor, most: int) -> int:
+    """Number of float32 rows of logits [tokens, vocabulary] that fit in a CPU's caches; `most` on other devices."""
+    return torch.get_num_threads() * max(1, CACHED // logits.shape[1]) if logits.is_cpu else max(1, most)
 
 
 SCALE = 256.0  # of gradients by logits in float16, per predicted token, whose largest is then near it
