@@ -85,7 +85,12 @@ class _Probe:
 
     def channels(self, settings: ChannelSettings) -> BlockChannels:
         """The block's channels; UserError if it has no MLP channels, or no heads where heads are asked for."""
-        sets = [channel_set for reader, writers in self._pairs().items() if (channel_set := self._set(reader, writers))]
+        by_reader = dict[str, list[str]]()  # the writers of each reader
+        for name in self._plain.outputs:
+            changed = self._changed(self._run({name: self._noise(name, slice(None))}))
+            if reader := next((other for other in changed if other != name), None):
+                by_reader.setdefault(reader, []).append(name)
+        sets = [channel_set for pair in by_reader.items() if (channel_set := self._set(*pair))]
         seen = set[str]()
         for name in (name for one in sets for name in one.linears):
             if name in seen:
@@ -101,15 +106,6 @@ class _Probe:
 
     def _refuse(self, reason: str) -> NoReturn:
         raise UserError(UNSUITED.format(kind=f"block {self._index} ({type(self._block).__name__})", reason=reason))
-
-    def _pairs(self) -> dict[str, list[str]]:
-        """The writers of each reader."""
-        by_reader = dict[str, list[str]]()
-        for name in self._plain.outputs:
-            changed = self._changed(self._run({name: self._noise(name, slice(None))}))
-            if reader := next((other for other in changed if other != name), None):
-                by_reader.setdefault(reader, []).append(name)
-        return by_reader
 
     def _set(self, reader: str, writers: list[str]) -> ChannelSet | None:
         """The channels between writers and reader; None if they have fewer than two."""

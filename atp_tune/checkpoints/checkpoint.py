@@ -80,8 +80,7 @@ class ModelState:
             (module, module.training, vars(module).get("forward"), [*module._forward_pre_hooks])
             for module in model.modules()
         ]
-        self._tensors = [(tensor, tensor.device) for tensor in (*model.parameters(), *model.buffers())]
-        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._tensors = [(each, each.device, each.requires_grad) for each in (*model.parameters(), *model.buffers())]
         self._config: Any = getattr(model, "config", None)
         self.gives_router_logits = bool(getattr(self._config, "output_router_logits", False))
 
@@ -94,10 +93,9 @@ class ModelState:
                 del module._forward_pre_hooks[left]
         if self.gives_router_logits:
             self._config.output_router_logits = True
-        for tensor, device in self._tensors:
+        for tensor, device, flag in self._tensors:
             tensor.data = tensor.data.to(device)
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
+            tensor.requires_grad_(flag)
 
 
 class Checkpoint(Released):

@@ -34,10 +34,6 @@ class _Finder(MetaPathFinder, Loader):
             self._loader, spec.loader = spec.loader, self
         return spec
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        module: ModuleType | None = self._loader.create_module(spec)
-        return module
-
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         import_module(REGISTER)  # nothing more to do where this import is what brought transformers

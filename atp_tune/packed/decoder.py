@@ -71,7 +71,7 @@ class Blocks:
             raise ValueError(f"its blocks are not like Llama's: {min(unlike)}")
         self.roots, self.dtype = [*layers, *([] if norm is None else [norm])], dtype
         self._every = [module for root in self.roots for module in root.modules()]
-        self._own = [vars(module) for module in self._every]
+        self.own = [vars(module) for module in self._every]
         self._packed = [module for module in self._every if hasattr(module, "_of_kernel")]
         self._norms = [module for module in self._every if hasattr(module, "variance_epsilon")]
         self._attentions = [layer.self_attn for layer in layers]
@@ -113,10 +113,10 @@ class Blocks:
 
     def now(self) -> tuple[list[Any], ...]:
         """State that the addresses hold for: modules and their code, the kernel's matrices, tensors and versions."""
-        parts = [part for own in self._own for part in own["_parameters"].values()]
+        parts = [part for own in self.own for part in own["_parameters"].values()]
         changing = [part for module in self._packed for part in module._parameters.values()]
         return (
-            [child for own in self._own for child in own["_modules"].values()],
+            [child for own in self.own for child in own["_modules"].values()],
             [type(module).forward for module in self._every],
             [module._matrix for module in self._packed],  # held: they have what they computed of the tensors
             [part if part is None else part.data_ptr() for part in parts],
@@ -124,10 +124,6 @@ class Blocks:
             [module.variance_epsilon for module in self._norms],
             [module.scaling for module in self._attentions],
         )
-
-    def is_watched(self) -> bool:
-        """Whether a module has hooks, or a forward of its own as accelerate gives."""
-        return any(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own for own in self._own)
 
     def next(self, x: Tensor, turn: tuple[Tensor, ...], seen: Tensor | None, past: Any) -> Tensor | None:
         """States [texts, 1, width] behind the blocks of x [texts, 1, width]; its keys and values join those of `past`.
@@ -230,7 +226,9 @@ class Decoder:
                 if {*(kinds or ())} - {"full_attention"} or (window is not None and not kinds):
                     raise ValueError("it attends to a window")  # beyond which a block computes something else
                 blocks, self._blocks = Blocks(layers, model.norm, model.embed_tokens.weight.dtype), None
-            if blocks.is_watched() or config._attn_implementation not in ("eager", "sdpa"):
+            # Modules may have hooks, or a forward of their own as accelerate gives.
+            hooked = (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own for own in blocks.own)
+            if any(hooked) or config._attn_implementation not in ("eager", "sdpa"):
                 return None
             # What the family's forward makes of its inputs.
             x, length = model.embed_tokens(ids), past.get_seq_length()

@@ -7,8 +7,7 @@ within seconds, only the cache is used.
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -78,7 +77,9 @@ def find_tasks(names: Sequence[str], watch: EventHandler, multimodal: bool = Fal
         reasons = (f"{name}: {reason}" for name, reason in missing.items())
         raise UserError(f"--tasks: none can be run: {'; '.join(reasons)}")
     # lm-eval would join tasks of which some ask about images and others about text.
-    written_by = [one for task in loaded for one in _members(task) if one.OUTPUT_TYPE == "generate_until"]
+    members = [one for task in loaded for one in _members(task)]
+    about_images = next((str(one.task_name) for one in members if getattr(one, "MULTIMODAL", False)), "")
+    written_by = [one for one in members if one.OUTPUT_TYPE == "generate_until"]
     text, image = (
         next((one.task_name for one in written_by if bool(getattr(one, "MULTIMODAL", False)) == wanted), None)
         for wanted in (False, True)
@@ -88,8 +89,6 @@ def find_tasks(names: Sequence[str], watch: EventHandler, multimodal: bool = Fal
     for name, reason in missing.items():
         watch(Message(f"{name}: left out, {reason}"))
     rows = dict.fromkeys(row for task in loaded for row in _rows(task))
-    members = (one for task in loaded for one in _members(task))
-    about_images = next((str(one.task_name) for one in members if getattr(one, "MULTIMODAL", False)), "")
     return Tasks(loaded, tuple(rows), missing, manager, about_images)
 
 
@@ -124,47 +123,39 @@ def _inside(folder: Path, manager: TaskManager) -> list[str]:
 
 
 def _load(manager: TaskManager, names: Sequence[str], multimodal: bool) -> tuple[list[Any], dict[str, str]]:
+    """Tasks and groups, and reasons why others cannot run."""
     loaded = list[Any]()
     missing = dict[str, str]()
-    with _hub_or_cache():
+    # In offline mode if the hub does not answer: its client would retry for minutes.
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not any(before) and not is_hub_in_reach():
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
         for name in names:
             try:
                 entry = manager.load([name])
-                _check_inputs(entry["tasks"], multimodal)
+                for task in entry["tasks"].values():
+                    if getattr(task, "UNSAFE_CODE", False):
+                        raise ValueError("it runs code that the model writes")
+                    if not getattr(task, "MULTIMODAL", False):
+                        continue
+                    if not multimodal or task.config.doc_to_audio:
+                        raise ValueError("it needs inputs other than text" + " and images" * multimodal)
+                    if task.OUTPUT_TYPE != "generate_until":
+                        what = f"it is of type {task.OUTPUT_TYPE}"
+                        raise ValueError(f"{what}, and lm-eval asks about images by generate_until alone")
             except Exception as error:  # whatever readers, network and a task's own code raise
                 missing[name] = OUT_OF_REACH if isinstance(error, ConnectionError) else one_line(error)
                 continue
             loaded += [entry["groups"][name]] if name in entry["groups"] else entry["tasks"].values()
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
     return loaded, missing
-
-
-def _check_inputs(tasks: Mapping[str, Any], multimodal: bool) -> None:
-    for task in tasks.values():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise ValueError("it runs code that the model writes")
-        if not getattr(task, "MULTIMODAL", False):
-            continue
-        if not multimodal or task.config.doc_to_audio:
-            raise ValueError("it needs inputs other than text" + " and images" * multimodal)
-        if task.OUTPUT_TYPE != "generate_until":
-            raise ValueError(f"it is of type {task.OUTPUT_TYPE}, and lm-eval asks about images by generate_until alone")
 
 
 def _members(task: Any) -> list[Any]:
     """The tasks of a group, or the task itself."""
     return list(task.get_all_tasks()) if isinstance(task, Group) else [task]
-
-
-@contextmanager
-def _hub_or_cache() -> Iterator[None]:
-    """Sets the libraries to offline mode if the hub does not answer: its client would retry for minutes."""
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if not any(before) and not is_hub_in_reach():
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _rows(task: Any) -> list[str]:

@@ -103,7 +103,7 @@ def launches(launch: Callable[[], object], without: str) -> bool:
 # Logs, bars and warnings of the libraries that do the work; their exceptions still reach the caller.
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}  # read when they are imported
-LOGGERS = ("bitsandbytes",)  # PEFT imports it; on a CPU with AVX-512 BF16 it then asks for a package, with a warning
+LOGGERS = ("optuna", "bitsandbytes")  # PEFT imports the latter; on a CPU with AVX-512 BF16 it then asks for a package
 
 
 @contextmanager
@@ -122,19 +122,16 @@ def errors_alone(*libraries: str) -> Iterator[None]:
 @contextmanager
 def silenced() -> Iterator[None]:
     """Silences them within; what is said, shown and warned of is as before at the end."""
-    import optuna
+    import optuna  # noqa: F401  (which sets the level of its log)
 
     before = _of_transformers()
     variables = {name: value for name, value in QUIET.items() if name not in os.environ}
     os.environ.update(variables)
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     _set(("ERROR", False))
     try:
         with errors_alone(*LOGGERS), warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        optuna.logging.set_verbosity(verbosity)
         for name in variables:
             os.environ.pop(name, None)
         _set(before)
