@@ -208,13 +208,12 @@ class _Cuts:
             self.counts[-1].append((each, int(kept.sum())))
             if mask is None:
                 continue
-            for name, rows in each.writers:
-                indices = kept.repeat_interleave(rows).nonzero()[:, 0]
-                shape = [len(indices), by_name[name].in_features]
-                self.linears[prefix + name] = Cut(indices, None, by_name[name].transposed, shape)
-            columns = kept.repeat_interleave(each.columns).nonzero()[:, 0]
-            shape = [by_name[each.reader].out_features, len(columns)]
-            self.linears[prefix + each.reader] = Cut(None, columns, by_name[each.reader].transposed, shape)
+            for name, size in (*each.writers, (each.reader, each.columns)):
+                linear, indices = by_name[name], kept.repeat_interleave(size).nonzero()[:, 0]
+                is_reader, shape = name == each.reader, [linear.out_features, linear.in_features]
+                shape[is_reader] = len(indices)
+                rows, columns = (None, indices) if is_reader else (indices, None)
+                self.linears[prefix + name] = Cut(rows, columns, linear.transposed, shape)
 
     def tensors(self, folder: Path) -> dict[str, Cut]:
         """Cuts by the names of tensors in a folder's files; of biases only rows are cut."""

@@ -90,9 +90,18 @@ def pictures(wanted: ImageSet, base: Path) -> Pictures:
     kind = wanted.kind
     if kind == "hub":
         return _hub(wanted)
-    path = _in_package(wanted.place) if kind == "package" else written(wanted.place, base, "source")
     if kind == "package":
+        module, _, inside = wanted.place.partition("/")
+        try:
+            spec = find_spec(module)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None or spec.origin is None or not inside:
+            raise UserError(f"source: package:{wanted.place}: there is no module {module}, or no path after it")
+        path = Path(spec.origin).parent / inside
         kind = "folder" if path.is_dir() else "parquet" if path.suffix == ".parquet" else "idx"
+    else:
+        path = written(wanted.place, base, "source")
     return {"folder": _folder, "idx": _idx, "parquet": _parquet}[kind](path, wanted)
 
 
@@ -104,17 +113,6 @@ def pictures_in_files(files: Sequence[Path], key: str) -> Pictures:
             raise UserError(f"{key}: there is no file {file}; give pictures ({', '.join(SUFFIXES)})")
     names = list(map(str, files))
     return Pictures([""] * len(files), lambda index: names[index], lambda index: _bytes(files[index], key), key=key)
-
-
-def _in_package(path: str) -> Path:
-    module, _, inside = path.partition("/")
-    try:
-        spec = find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or spec.origin is None or not inside:
-        raise UserError(f"source: package:{path}: there is no module {module}, or no path after it")
-    return Path(spec.origin).parent / inside
 
 
 def _folder(path: Path, wanted: ImageSet) -> Pictures:
@@ -162,7 +160,7 @@ def _idx(path: Path, wanted: ImageSet) -> Pictures:
 
 def _array(path: Path, magic: int, dimensions: int) -> np.ndarray:
     """The array of an idx file, packed by gzip or not."""
-    if is_special(path) or not path.is_file():
+    if not path.is_file():
         raise UserError(f"source: there is no file {path}")
     start = 4 + 4 * dimensions
     try:
@@ -186,7 +184,7 @@ def _parquet(path: Path, wanted: ImageSet) -> Pictures:
     """A parquet file with a column of encoded images, as on the hub, and one of classes."""
     import pyarrow.parquet
 
-    if is_special(path) or not path.is_file():
+    if not path.is_file():
         raise UserError(f"source: there is no file {path}")
     with as_user_error(f"source: {path} is no parquet file"):
         table = pyarrow.parquet.read_table(path)
