@@ -1,6 +1,6 @@
 """Products with a packed weight on a GPU; `kernel` says what a packed weight is, `kernel_triton` has the loops."""
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ FLOATS = (torch.bfloat16, torch.float16)  # of x
 MOST_VALUES = 1 << 32  # places are numbers of 32 bits
 
 
-class GpuMatrix:
+class GpuMatrix(kernel.PackedParts):
     """A packed weight [R, C] on a GPU that has the kernel, checked once, and the product with it.
 
     Raises ValueError as `kernel.PackedMatrix` does, whose methods it has.
@@ -23,12 +23,9 @@ class GpuMatrix:
         offsets: Tensor | None = None,
     ) -> None:  # fmt: skip
         """`bias` [R] of a float type; `offsets`, if they are known; all lie on one device."""
-        kernel.check_parts(values, bitmask, columns, scales, bias, offsets, bitmask.device.type)
+        super().__init__(values, bitmask, columns, scales, bias, offsets, bitmask.device.type)
         if len(values) >= MOST_VALUES:
             raise ValueError(f"packed weight: has {len(values)} values, a GPU's kernel takes fewer than {MOST_VALUES}")
-        self.offsets = kernel.row_offsets(bitmask, columns, len(values)) if offsets is None else offsets
-        self.shape = (len(bitmask), columns)
-        self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
 
     def product(self, x: Tensor, forced: bool = False) -> Tensor | None:
         """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
@@ -89,10 +86,5 @@ def is_faster(tokens: int, rows: int, processors: int | None) -> bool:
     return tokens == 1 or (processors is not None and rows >= 2 * 32 * processors)
 
 
-def linear(x: Tensor, *parts: *kernel.Parts) -> Tensor:
-    """The operator atp_sparse::product on a GPU: x [..., C] to [..., R]; `offsets` as from `kernel.row_offsets`."""
-    values, bitmask, offsets, scales, bias = parts
-    return kernel.multiplied(GpuMatrix(values, bitmask, x.shape[-1], scales, bias, offsets), x, bias)
-
-
+linear = partial(kernel.linear, kind=GpuMatrix)  # the operator atp_sparse::product on a GPU
 kernel.OPERATORS.impl("product", linear, "CUDA")  # type: ignore[no-untyped-call]

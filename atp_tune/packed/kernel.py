@@ -197,12 +197,53 @@ def check_interface(version: int) -> None:
         raise ImportError(f"{difference}; pack the folder again")
 
 
-class PackedMatrix:
-    """A packed weight [R, C], checked once, and the product with it.
+class PackedParts:
+    """The parts of a packed weight [R, C], checked once.
 
     Raises ValueError if the tensors are no packed weight: another type, shape or device, or a bitmask that does not
     fit the values.
     """
+
+    def __init__(
+        self,
+        values: Tensor,
+        bitmask: Tensor,
+        columns: int,
+        scales: Tensor | None,
+        bias: Tensor | None,
+        offsets: Tensor | None,
+        device: str = "cpu",
+    ) -> None:
+        """`device`: the kind of device that they lie on; `offsets`, as from `row_offsets`, if they are known."""
+        parts = (values, bitmask, scales, bias, offsets)
+        if any(part is not None and part.device.type != device for part in parts):
+            places = " and ".join(sorted({part.device.type for part in parts if part is not None}))
+            raise ValueError(f"packed weight: lies on {places}; needed: {device}")
+        _check_bitmask(bitmask, columns)
+        rows = len(bitmask)
+        if offsets is not None and (
+            offsets.dtype != torch.int64 or offsets.shape != (rows + 1,) or not offsets.is_contiguous()
+        ):
+            raise ValueError(f"packed weight: offsets are {_words(offsets)}; needed: [{rows + 1}] int64")
+        if values.dim() != 1 or values.dtype not in (*FLOATS, torch.int8) or not values.is_contiguous():
+            raise ValueError(f"packed weight: values are {_words(values)}; needed: [count] of a float type or int8")
+        if (values.dtype == torch.int8) != (scales is not None):
+            raise ValueError("packed weight: int8 values need scales, others have none")
+        if scales is not None:
+            groups = scales.shape[1] if scales.dim() == 2 else 0
+            fits = groups == 1 or (groups > 1 and columns % groups == 0 and columns // groups % 32 == 0)
+            if not fits or len(scales) != rows or scales.dtype != torch.float32 or not scales.is_contiguous():
+                needed = f"[{rows}, groups of a multiple of 32 columns] float32"
+                raise ValueError(f"packed weight: scales are {_words(scales)}; needed: {needed}")
+        if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATS or not bias.is_contiguous()):
+            raise ValueError(f"packed weight: bias is {_words(bias)}; needed: [{rows}] of a float type")
+        self.offsets = row_offsets(bitmask, columns, len(values)) if offsets is None else offsets
+        self.shape = (rows, columns)
+        self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
+
+
+class PackedMatrix(PackedParts):
+    """A packed weight [R, C], checked once, and the product with it."""
 
     def __init__(
         self,
@@ -218,14 +259,19 @@ class PackedMatrix:
 
         `offsets`, as from `row_offsets`, if they are known: then a variant does not compare bitmask and values.
         """
-        check_parts(values, bitmask, columns, scales, bias, offsets)
+        super().__init__(values, bitmask, columns, scales, bias, offsets)
         self._name = name = variant or kernel_name()
-        self.offsets = row_offsets(bitmask, columns, len(values)) if offsets is None or name is None else offsets
-        self.shape = (len(bitmask), columns)
-        self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
+        if offsets is not None and name is None:
+            self.offsets = row_offsets(bitmask, columns, len(values))
         self._library = None if name is None else library()
         if name is not None:
-            self.weight = _weight(name, columns, values, bitmask, self.offsets, scales, bias)
+            parts, groups = (values, bitmask, self.offsets, scales, bias), 1 if scales is None else scales.shape[1]
+            self.weight = Weight(
+                *(None if part is None else part.data_ptr() for part in parts), parallel(),
+                len(bitmask), columns, len(values), groups,
+                FLOATS.get(values.dtype, INT8 if groups == 1 else GROUPED_INT8),
+                0 if bias is None else FLOATS[bias.dtype], VARIANTS[name], ALONE,
+            )  # fmt: skip
             self._at = ctypes.addressof(self.weight)
 
     def product(self, x: Tensor) -> Tensor | None:
@@ -278,8 +324,9 @@ def row_offsets(bitmask: Tensor, columns: int, count: int | None = None) -> Tens
     if loaded is not None:
         row = int(loaded.atp_offsets(bitmask.data_ptr(), len(bitmask), columns, offsets.data_ptr()))
     else:
-        offsets[1:] = _ones(bitmask).sum(dim=1, dtype=torch.int64).cumsum(dim=0)
-        after = (bitmask[:, -1].int() >> (columns - 1) % 8 + 1).nonzero()
+        bits = _bits(bitmask)
+        offsets[1:] = bits.sum(dim=1).cumsum(dim=0)
+        after = bits[:, columns:].any(1).nonzero()
         row = int(after[0]) if len(after) else -1
     if row >= 0:
         raise ValueError(f"packed weight: row {row} of the bitmask has a bit after its {columns} columns")
@@ -303,13 +350,13 @@ def followed(x: Tensor, *parts: *Parts) -> Tensor:
     return cast("Tensor", torch.ops.atp_sparse.product(x, *parts))
 
 
-def linear(x: Tensor, *parts: *Parts) -> Tensor:
-    """The operator atp_sparse::product: `followed` without its question.
+def linear(x: Tensor, *parts: *Parts, kind: Any = PackedMatrix) -> Tensor:
+    """The operator atp_sparse::product: `followed` without its question; `kind`: the class of the weight.
 
     Where `PackedMatrix.product` has none, x is multiplied by the unpacked weight, in its own type.
     """
     values, bitmask, offsets, scales, bias = parts
-    return multiplied(PackedMatrix(values, bitmask, x.shape[-1], scales, bias, offsets=offsets), x, bias)
+    return multiplied(kind(values, bitmask, x.shape[-1], scales, bias, offsets=offsets), x, bias)
 
 
 def multiplied(matrix: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -349,52 +396,6 @@ def product(loaded: ctypes.CDLL, weight: int, x: Tensor, kind: int, rows: int) -
     return y if done else None
 
 
-def _weight(variant: str, columns: int, *parts: *Parts) -> Weight:
-    """The arguments of the library for the parts of a weight."""
-    values, bitmask, _, scales, bias = parts
-    groups = 1 if scales is None else scales.shape[1]
-    return Weight(
-        *(None if part is None else part.data_ptr() for part in parts), parallel(),
-        len(bitmask), columns, len(values), groups,
-        FLOATS.get(values.dtype, INT8 if groups == 1 else GROUPED_INT8),
-        0 if bias is None else FLOATS[bias.dtype], VARIANTS[variant], ALONE,
-    )  # fmt: skip
-
-
-def check_parts(
-    values: Tensor,
-    bitmask: Tensor,
-    columns: int,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    offsets: Tensor | None = None,
-    device: str = "cpu",
-) -> None:
-    """ValueError unless the parts of a packed weight have the right types and shapes, and lie on a kind of device."""
-    parts = (values, bitmask, scales, bias, offsets)
-    if any(part is not None and part.device.type != device for part in parts):
-        places = " and ".join(sorted({part.device.type for part in parts if part is not None}))
-        raise ValueError(f"packed weight: lies on {places}; needed: {device}")
-    _check_bitmask(bitmask, columns)
-    rows = len(bitmask)
-    if offsets is not None and (
-        offsets.dtype != torch.int64 or offsets.shape != (rows + 1,) or not offsets.is_contiguous()
-    ):
-        raise ValueError(f"packed weight: offsets are {_words(offsets)}; needed: [{rows + 1}] int64")
-    if values.dim() != 1 or values.dtype not in (*FLOATS, torch.int8) or not values.is_contiguous():
-        raise ValueError(f"packed weight: values are {_words(values)}; needed: [count] of a float type or int8")
-    if (values.dtype == torch.int8) != (scales is not None):
-        raise ValueError("packed weight: int8 values need scales, others have none")
-    if scales is not None:
-        groups = scales.shape[1] if scales.dim() == 2 else 0
-        fits = groups == 1 or (groups > 1 and columns % groups == 0 and columns // groups % 32 == 0)
-        if not fits or len(scales) != rows or scales.dtype != torch.float32 or not scales.is_contiguous():
-            needed = f"[{rows}, groups of a multiple of 32 columns] float32"
-            raise ValueError(f"packed weight: scales are {_words(scales)}; needed: {needed}")
-    if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATS or not bias.is_contiguous()):
-        raise ValueError(f"packed weight: bias is {_words(bias)}; needed: [{rows}] of a float type")
-
-
 def _check_bitmask(bitmask: Tensor, columns: int) -> None:
     """ValueError unless it is one for so many columns."""
     length = (columns + 7) // 8
@@ -410,17 +411,14 @@ def _words(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}{order}"
 
 
-def _ones(bitmask: Tensor) -> Tensor:
-    """How many bits of each byte are set, by sums of bits, pairs and fours beside each other."""
-    pairs = bitmask - (bitmask >> 1 & 0x55)
-    fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
-    return fours + (fours >> 4) & 0x0F
+def _bits(bitmask: Tensor) -> Tensor:
+    """The bits of each row as a mask."""
+    return (bitmask[..., None] >> torch.arange(8, dtype=torch.uint8, device=bitmask.device) & 1).flatten(1).bool()
 
 
 def _unpacked(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None) -> Tensor:
     """The weight by torch's operations; float32 if it has scales."""
-    bits = (bitmask[..., None] >> torch.arange(8, dtype=torch.uint8, device=bitmask.device) & 1).flatten(1).bool()
-    kept = bits[:, :columns]
+    kept = _bits(bitmask)[:, :columns]
     weight = values.new_zeros(kept.shape).masked_scatter(kept, values)
     return weight if scales is None else weight * scales.repeat_interleave(columns // scales.shape[1], dim=1)
 
