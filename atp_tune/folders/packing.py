@@ -47,10 +47,8 @@ from atp_tune.folders.card import ABOUT, CARD, DESCRIPTIONS, FINETUNED, Packed, 
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed.layout import Coded, Kind, encode, fits_kernel, pack, spread, zero_share
 from atp_tune.packed.modeling_atp_sparse import (
-    BITMASK,
     LEAST,
     MODEL_TYPE,
-    SCALES,
     VALUES,
     VERSION,
     WEIGHTS,
@@ -58,7 +56,7 @@ from atp_tune.packed.modeling_atp_sparse import (
     auto_map,
     class_of,
     is_packable,
-    unpack_as,
+    read_packed,
 )
 from atp_tune.pruners.rounding import Grid
 from atp_tune.run.session import Setup
@@ -300,7 +298,7 @@ class _Packing:
         if coded is None:
             parts = pack(dense.T.contiguous() if about.get("transposed") else dense, self._kind, self._group_size)
             about["nonzeros"] = len(parts[VALUES])
-            again = unpack_as(about, parts[VALUES], parts[BITMASK], parts.get(SCALES)).to(dense.dtype)
+            again = read_packed(parts.get, "", about).to(dense.dtype)
         else:
             about, parts, again = {**about, **coded.about}, coded.parts, coded.decoded().to(dense.dtype)
             self._fits = self._fits and (not is_sparse or linear is None or (coded.fits and fits_kernel(about)))

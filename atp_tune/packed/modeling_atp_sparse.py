@@ -182,27 +182,23 @@ def _part(get: Get, name: str) -> Tensor:
 def _packed_shape(about: Table) -> list[int]:
     """The shape of a packed tensor in its file; `transposed`: the last two sides are exchanged there."""
     *more, rows, columns = about["shape"]
-    return [*more, columns, rows] if about.get("transposed", False) else [*more, rows, columns]
-
-
-def unpack_as(about: Table, values: Tensor, bitmask: Tensor, scales: Tensor | None = None) -> Tensor:
-    """The dense tensor by its entry in the table of a config; a `Conv1D`'s is packed transposed."""
-    dense = unpack(values, bitmask, _packed_shape(about)[-1], scales)
-    if [*dense.shape] != _packed_shape(about):
-        raise ValueError(f"packed weight: has the shape {list(dense.shape)}, not {about['shape']}")
-    return dense.mT.contiguous() if about.get("transposed", False) else dense
+    return [*more, columns, rows] if about.get("transposed") else [*more, rows, columns]
 
 
 def read_packed(get: Get, name: str, about: Table) -> Tensor:
-    """A packed tensor, dense; `get` gives its parts by name. ValueError if one is missing.
+    """A packed tensor, dense, by its entry in the table of a config; a `Conv1D`'s is packed transposed.
 
-    One of codes is float32.
+    `get` gives its parts by name. ValueError if one is missing. One of codes is float32.
     """
     if "codes" in about:
         codes, scales = read_codes(get, name, about)
         dense = codes * scales
-        return dense.mT.contiguous() if about.get("transposed", False) else dense
-    return unpack_as(about, _part(get, name + VALUES), _part(get, name + BITMASK), get(name + SCALES))
+    else:
+        shape = _packed_shape(about)
+        dense = unpack(_part(get, name + VALUES), _part(get, name + BITMASK), shape[-1], get(name + SCALES))
+        if [*dense.shape] != shape:
+            raise ValueError(f"packed weight: has the shape {list(dense.shape)}, not {about['shape']}")
+    return dense.mT.contiguous() if about.get("transposed") else dense
 
 
 def _expanded(get: Get, name: str, about: Table, table: Table) -> Iterator[tuple[str, Tensor]]:
@@ -322,15 +318,9 @@ class SparseLinear(nn.Module):
             return self._in_graph(x)
         learns = torch.is_grad_enabled() and x.requires_grad  # what is before it
         y = None if learns else cast("Tensor | None", matrix.product(x.reshape(-1, self.in_features)))
-        return self._by_tiles(x, matrix) if y is None else y.view(*x.shape[:-1], self.out_features)
-
-    def _in_graph(self, x: Tensor) -> Tensor:
-        """The product as an operator, for a graph that is compiled."""
-        parts = (self.weight_values, self.weight_bitmask, self._offsets, self.weight_scales, self.bias)
-        return cast("Tensor", torch.ops.atp_sparse.linear(x, *parts))
-
-    def _by_tiles(self, x: Tensor, matrix: Any) -> Tensor:
-        """Unpacks some rows at a time, which are multiplied while a CPU's cache holds them."""
+        if y is not None:
+            return y.view(*x.shape[:-1], self.out_features)
+        # Some rows at a time are unpacked, which are multiplied while a CPU's cache holds them.
         y = x.new_empty(*x.shape[:-1], self.out_features)
         step = max(1, TILE // (self.in_features * x.element_size())) if x.is_cpu else self.out_features
         for first in range(0, self.out_features, step):
@@ -338,6 +328,11 @@ class SparseLinear(nn.Module):
             bias = None if self.bias is None else self.bias[first:last].to(x.dtype)
             y[..., first:last] = nn.functional.linear(x, matrix.rows(first, last, x.dtype), bias)
         return y
+
+    def _in_graph(self, x: Tensor) -> Tensor:
+        """The product as an operator, for a graph that is compiled."""
+        parts = (self.weight_values, self.weight_bitmask, self._offsets, self.weight_scales, self.bias)
+        return cast("Tensor", torch.ops.atp_sparse.linear(x, *parts))
 
     def check(self) -> None:
         """ValueError if bits and values disagree."""
