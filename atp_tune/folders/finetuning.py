@@ -102,7 +102,7 @@ def read_items(
         with within("--test-images"):
             others = {role: image_items(other, folder, base) for role, other in measured.items()}
         doubles = duplicate_images({**others, "training": items})["training"]
-        return items.without(doubles) if doubles else items
+        return items.without(doubles)
     with within("--text"):
         whole_text = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
         items = first_windows(whole_text, folder.path, base, needed, bos=bos)

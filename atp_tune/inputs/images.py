@@ -48,7 +48,7 @@ class LabelledImages(InputKind):
             )
         items = {role: read_images(role, wanted, folder, base) for role, wanted in texts.items()}
         doubles = duplicate_images(items)
-        return {role: images.without(doubles[role]) if doubles[role] else images for role, images in items.items()}
+        return {role: images.without(doubles[role]) for role, images in items.items()}
 
     def draws(
         self, text: ImageSet, count: int, positions: int, folder: ModelFolder, base: Path, bos: bool

@@ -1,7 +1,7 @@
 """The ordered items of one role: windows of a text, pairs of an image and a text, or labelled images."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,8 +68,10 @@ class Items:
         """Every stride-th item of those from `start` to `end`, from the first."""
         return self.selected(slice(start, end, stride))
 
-    def without(self, rows: Iterable[int]) -> "Items":
+    def without(self, rows: Collection[int]) -> "Items":
         """All items but these."""
+        if not rows:
+            return self
         kept = torch.ones(len(self), dtype=torch.bool)
         kept[list(rows)] = False
         return self.selected(kept)
