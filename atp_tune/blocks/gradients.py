@@ -326,6 +326,7 @@ class ByPlaces:
         return zeroed(weight, self.places(index, linear, weight) < level)
 
 
+@dataclass(eq=False)
 class ByPruner:
     """Levels that a pruner makes of the dense weights; `statistics`: of a block's inputs in the dense model, prepared.
 
@@ -333,16 +334,15 @@ class ByPruner:
     bytes; those that were asked for last stay.
     """
 
-    def __init__(self, pruner: Pruner, statistics: Callable[[int], BlockStatistics], room: int) -> None:
-        self._pruner = pruner
-        self._statistics = statistics
-        self._group: int | None = getattr(pruner, "group", None)
-        self._free = room
-        self._kept = dict[tuple[int, str, int], Tensor]()  # the one that was asked for last is the last
+    pruner: Pruner
+    statistics: Callable[[int], BlockStatistics]
+    room: int
+    _kept: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)  # what was asked for last is the last
 
     def number(self, columns: int) -> int:
         """The level of sparsity 1: as many as a group has weights, or `GRID`."""
-        return self._group or GRID
+        group: int | None = getattr(self.pruner, "group", None)
+        return group or GRID
 
     def around(self, columns: int, sparsity: float) -> tuple[int, int, int]:
         """The nearest level, and those `BAND` away from it."""
@@ -355,14 +355,14 @@ class ByPruner:
         key = index, linear.name, level
         sparse = self._kept.pop(key, None)
         if sparse is None:
-            statistics = self._statistics(index).get(linear.name) if self._pruner.measures else None
-            lacks = self._pruner.measures is not None and statistics is None
-            pruner = unmeasured(self._pruner) if lacks else self._pruner
+            statistics = self.statistics(index).get(linear.name) if self.pruner.measures else None
+            lacks = self.pruner.measures is not None and statistics is None
+            pruner = unmeasured(self.pruner) if lacks else self.pruner
             sparse = pruner.prune(weight, level / self.number(weight.shape[1]), statistics).contiguous()
-            self._free -= sparse.nbytes
+            self.room -= sparse.nbytes
         self._kept[key] = sparse.cpu()
-        while self._free < 0:
-            self._free += self._kept.pop(next(iter(self._kept))).nbytes
+        while self.room < 0:
+            self.room += self._kept.pop(next(iter(self._kept))).nbytes
         return sparse.to(weight.device)
 
 

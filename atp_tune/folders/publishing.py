@@ -57,7 +57,7 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"{file}: is a link to {file.resolve()}, outside its folder; copy the file")
 
 
-def is_made_from(folder: Path, config: Config, packed: bool = False, slim: bool = False) -> bool:
+def is_made_from(folder: Path, config: Config, packed: bool, slim: bool) -> bool:
     """Whether a folder is the sparse checkpoint of a configuration: a whole one, since `apply` writes no part of it.
 
     `packed`: whether it is to be without its zeros; `slim`: without the pruned channels.

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from math import prod
@@ -216,26 +216,24 @@ EXACT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}  # diff
 Change = Callable[[Checkpoint], None]
 
 
+@dataclass(eq=False)
 class Eager:
-    """Both models in memory; a compiler decodes single tokens too, with a static cache, on CUDA in a graph."""
+    """Both models in memory; a compiler decodes single tokens too, with a static cache, on CUDA in a graph.
 
-    def __init__(
-        self,
-        about: About,
-        models: Mapping[Side, Any],
-        batch: Tensor,
-        task: Workload,
-        compiler: Mapping[str, Any] | None,
-    ) -> None:
-        """`batch`: ids [batch, tokens + steps], or pixels in the models' number format, on their device.
+    `batch`: ids [batch, tokens + steps], or pixels in the models' number format, on their device; `compiler`: arguments
+    of `torch.compile`.
+    """
 
-        `compiler`: arguments of `torch.compile`.
-        """
-        self.about = about
-        self._models, self._batch, self._task = models, batch, task
-        self._graphs: dict[Side, tuple[Any, StaticCache]] = {}
-        self.phases: tuple[Phase, ...] = ("prefill", "decode") if batch.dim() == 2 else ("classify",)
-        if compiler is not None and launches(lambda: self._compile(compiler), f"{about.engine}: {NO_GRAPH}"):
+    about: About
+    models: Mapping[Side, Any]
+    batch: Tensor
+    task: Workload
+    compiler: Mapping[str, Any] | None
+    _graphs: dict[Side, tuple[Any, StaticCache]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.phases: tuple[Phase, ...] = ("prefill", "decode") if self.batch.dim() == 2 else ("classify",)
+        if self.compiler is not None and launches(self._compile, f"{self.about.engine}: {NO_GRAPH}"):
             self.phases += (GRAPH,)
 
     def seconds(self, side: Side, phase: Phase) -> float:
@@ -246,35 +244,35 @@ class Eager:
         """Frees the models, their caches and what was compiled."""
         if self._graphs:
             torch.compiler.reset()
-        self._models, self._graphs = {}, {}
+        self.models, self._graphs = {}, {}
 
     def _run(self, side: Side, phase: Phase) -> tuple[float, Tensor]:
         """Seconds of one run of a phase, and its last logits."""
-        compute, cache = self._graphs[side] if phase == GRAPH else (self._models[side], None)
+        compute, cache = self._graphs[side] if phase == GRAPH else (self.models[side], None)
         with torch.no_grad() if phase == GRAPH else torch.inference_mode():
-            inputs: list[dict[str, Any]] = [{"pixel_values": self._batch}]
+            inputs: list[dict[str, Any]] = [{"pixel_values": self.batch}]
             if phase != "classify":
-                parts = torch.split(self._batch, [self._task.tokens, *[1] * self._task.steps], dim=1)
+                parts = torch.split(self.batch, [self.task.tokens, *[1] * self.task.steps], dim=1)
                 inputs = [{"input_ids": ids, "use_cache": True, "logits_to_keep": 1} for ids in parts]
                 # The prompt alone is timed, or what comes after it, from keys and values of its own.
                 prompt, inputs = inputs[0], inputs[:1] if phase == "prefill" else inputs[1:]
                 if cache is not None:
                     cache.reset()  # type: ignore[no-untyped-call]
                 if phase != "prefill":
-                    cache = self._models[side](**prompt, past_key_values=cache).past_key_values
+                    cache = self.models[side](**prompt, past_key_values=cache).past_key_values
                     inputs = [{**each, "past_key_values": cache} for each in inputs]
-            wait_for(self._batch.device)
+            wait_for(self.batch.device)
             began = perf_counter()
             for each in inputs:
                 output = compute(**each)
-            wait_for(self._batch.device)
+            wait_for(self.batch.device)
             return perf_counter() - began, output.logits.float().clone()
 
-    def _compile(self, compiler: Mapping[str, Any]) -> None:
+    def _compile(self) -> None:
         """Compiles the decoding of a token as one graph, and runs it; ValueError if it computes something else."""
-        for side, model in self._models.items():
-            cache = StaticCache(config=model.config, max_cache_len=self._batch.shape[1])
-            self._graphs[side] = torch.compile(model.__call__, fullgraph=True, **compiler), cache
+        for side, model in self.models.items():
+            cache = StaticCache(config=model.config, max_cache_len=self.batch.shape[1])
+            self._graphs[side] = torch.compile(model.__call__, fullgraph=True, **self.compiler or {}), cache
             for _ in range(3):  # is compiled, recorded, replayed
                 logits = self._run(side, GRAPH)[1]
             wanted = self._run(side, "decode")[1]
@@ -306,7 +304,16 @@ def opened(
     with pair.load("dense", dtype, device) as dense, pair.load("sparse", dtype, device) as sparse:
         batch, few = _inputs(pair, dense, task)
         if change is not None:
-            about = replace(about, logits=_difference(sparse, change, few, tolerance))
+            with torch.inference_mode():
+                before: Tensor = sparse.model(**few).logits.float()
+                change(sparse)
+                after: Tensor = sparse.model(**few).logits.float()
+            difference = relative(after, before) if before.isfinite().all() else None
+            if difference is not None and tolerance is not None and not difference <= tolerance:
+                raise UserError(
+                    f"speedup: the logits differ by {difference:.1g} of the largest from transformers'; report it"
+                )
+            about = replace(about, logits=difference)
         # The engine alone has the models, or they would outlive its closing.
         with closing(_engine(about, {"dense": dense.model, "sparse": sparse.model}, batch, task)) as engine:
             yield engine
@@ -339,26 +346,6 @@ def _inputs(pair: Pair, dense: Checkpoint, task: Workload) -> tuple[Tensor, dict
 
 def _engine(about: About, models: Mapping[Side, Any], batch: Tensor, task: Workload) -> Eager:
     return Eager(about, models, batch, task, COMPILER if batch.is_cuda and batch.dim() == 2 else None)
-
-
-@torch.inference_mode()
-def _difference(
-    checkpoint: Checkpoint, change: Change, arguments: Mapping[str, Any], tolerance: float | None
-) -> float | None:
-    """Modifies a model; the largest difference of its logits by it, over the largest logit; None for infinite logits.
-
-    UserError above the tolerance.
-    """
-    model: Any = checkpoint.model
-    before = model(**arguments).logits.float()
-    change(checkpoint)
-    after = model(**arguments).logits.float()
-    if not before.isfinite().all():
-        return None
-    difference = relative(after, before)
-    if tolerance is not None and not difference <= tolerance:
-        raise UserError(f"speedup: the logits differ by {difference:.1g} of the largest from transformers'; report it")
-    return difference
 
 
 def relative(actual: Tensor, wanted: Tensor) -> float:
@@ -417,28 +404,13 @@ def check_groups(name: str, weight: Tensor) -> None:
 PACKED = "packed"
 
 
-def check_packed(device: torch.device) -> None:
-    """UserError if the kernel does not run here."""
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--engine {PACKED}: runs on a CPU, not on {device.type}; give --device cpu")
-    if device.type == "cuda" and not has_kernel(device):
-        raise UserError(f"--engine {PACKED}: its Triton kernel does not run here; give --device cpu or --engine torch")
-    if device.type == "cpu" and kernel_name() is None:
-        raise UserError(
-            f"--engine {PACKED}: the kernel is not here; install with a C compiler (cc) or the wheel ziglang, "
-            "or give --engine torch"
-        )
-
-
 def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Opening]:
     """Opens both models in the fast number format of the device: with the weights as they are, then rounded."""
     dtype = find_dtype("auto", device)
     kinds: list[Kind] = ["same", "bf16", "int8"] if dtype == torch.float32 else ["same", "int8"]
-    names = {kind: PACKED if kind == "same" else f"{PACKED} {kind}" for kind in kinds}
-    limits: dict[Kind, float] = {"same": EXACT[dtype]}  # rounded weights differ by how far they are rounded
-    return [
-        opened(pair, task, device, dtype, names[kind], partial(packed, kind=kind), limits.get(kind)) for kind in kinds
-    ]
+    # Rounded weights differ by how far they are rounded.
+    ways = ((kind, (PACKED, EXACT[dtype]) if kind == "same" else (f"{PACKED} {kind}", None)) for kind in kinds)
+    return [opened(pair, task, device, dtype, name, partial(packed, kind=kind), limit) for kind, (name, limit) in ways]
 
 
 def measure_in_memory(session: Session, plan: Plan, task: Workload, watch: EventHandler) -> Speed:
@@ -490,16 +462,24 @@ def check(engine: str, pattern: str, device: str) -> None:
     if engine != "torch" and parse(pattern).channels:
         raise UserError(f"--engine {engine}: runs models with zeros, and this one has fewer channels; take torch")
     if engine == PACKED:
-        check_packed(target)
+        if target.type not in ("cpu", "cuda"):
+            raise UserError(f"--engine {PACKED}: runs on a CPU, not on {target.type}; give --device cpu")
+        if target.type == "cuda" and not has_kernel(target):
+            raise UserError(
+                f"--engine {PACKED}: its Triton kernel does not run here; give --device cpu or --engine torch"
+            )
+        if target.type == "cpu" and kernel_name() is None:
+            raise UserError(
+                f"--engine {PACKED}: the kernel is not here; install with a C compiler (cc) or the wheel ziglang, "
+                "or give --engine torch"
+            )
     if engine == SEMI_STRUCTURED:
         check_semi_structured(pattern, target)
 
 
 def check_positions(pair: Pair, task: Workload) -> None:
     """UserError if the prompt and the tokens after it exceed the model's positions."""
-    if pair.of_images:
-        return
-    config = model_config(pair.dense, pair.trusted).get_text_config()
+    config = None if pair.of_images else model_config(pair.dense, pair.trusted).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and task.tokens + task.steps > positions:
         raise UserError(

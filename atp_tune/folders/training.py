@@ -137,7 +137,7 @@ class ScaledLinear(nn.Module):
     columns: Tensor
     groups: Tensor
 
-    def __init__(self, base: nn.Module, linear: Linear, group_size: int | None = None) -> None:
+    def __init__(self, base: nn.Module, linear: Linear, group_size: int | None) -> None:
         super().__init__()
         self.base: Any = base
         rows, columns = linear.out_features, linear.in_features
@@ -183,7 +183,7 @@ class ScaledLinear(nn.Module):
 class Scales(Adapters):
     """Scales; the checkpoint's model is changed: its linears become `ScaledLinear`."""
 
-    def __init__(self, checkpoint: Checkpoint, group_size: int | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, group_size: int | None) -> None:
         """`group_size`: of the groups in which the weights are rounded; None: they are not."""
         super().__init__(checkpoint)
         if group_size is None:
@@ -412,9 +412,7 @@ class MemoryNeeded:
         return f"about {self.needed / GIB:.1f} GiB beside the weights, {self.free / GIB:.1f} GiB are free"
 
 
-def memory_needed(
-    adapters: Adapters, settings: Training, positions: int | None = None, teacher: int = 0
-) -> MemoryNeeded:
+def memory_needed(adapters: Adapters, settings: Training, positions: int | None, teacher: int) -> MemoryNeeded:
     """The memory of a run, with recomputed blocks if it is short; UserError if it is too small even then.
 
     `positions`: hidden states of an image in the first block, of an image classifier; `teacher`: bytes of the dense

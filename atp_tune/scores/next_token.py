@@ -7,6 +7,7 @@ KL(p ‖ q) likewise, p next-token distribution of the dense model and q of this
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
     return torch.cat(kls)
 
 
-def mean_loss(logits: Tensor, targets: Tensor, dense: Tensor | None, share: float = 0.5) -> Tensor:
+def mean_loss(logits: Tensor, targets: Tensor, dense: Tensor | None, share: float) -> Tensor:
     """The mean over items of the loss, in float32; without `dense` logits the mean NLL."""
     nll = token_nlls(logits, targets).mean()
     return nll if dense is None else share * nll + (1 - share) * token_kls(dense, logits).mean()
@@ -213,6 +214,7 @@ def is_causal(logits: Tensor, other: Tensor, is_routed: bool) -> bool:
 Block = tuple[int, dict[str, Tensor]]  # index, tensors by name
 
 
+@dataclass(eq=False)
 class Passing:
     """Hidden states of groups of items, while blocks pass by.
 
@@ -220,21 +222,22 @@ class Passing:
     the model's own code runs a tower as a whole when all of its blocks are known.
     """
 
-    def __init__(self, replay: Replay, batch: AutoBatch, groups: Sequence[Batch]) -> None:
-        self.states = [embed(replay, batch, group) for group in groups]
-        self._replay = replay
-        self._batch = batch
-        self._groups = groups
+    replay: Replay
+    batch: AutoBatch
+    groups: Sequence[Batch]
+
+    def __post_init__(self) -> None:
+        self.states = [embed(self.replay, self.batch, group) for group in self.groups]
         self._tower = list[dict[str, Tensor]]()
 
     def block(self, index: int, weights: dict[str, Tensor]) -> None:
         """Runs all groups through a block."""
-        if index < self._replay.in_tower:
+        if index < self.replay.in_tower:
             self._tower.append(weights)
             return
         for group, hidden in enumerate(self.states):
-            entered = entering(self._replay, self._batch, index, hidden, self._groups[group], self._tower)
-            self.states[group] = advance(self._replay, self._batch, index, weights, entered)
+            entered = entering(self.replay, self.batch, index, hidden, self.groups[group], self._tower)
+            self.states[group] = advance(self.replay, self.batch, index, weights, entered)
 
 
 def final_states(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], groups: Sequence[Batch]) -> list[Tensor]:
