@@ -215,14 +215,14 @@ def test_a_family_is_packed_loaded_saved_and_unpacked(name: str, make: Make, tmp
 
 def test_two_processes_unpack_one_folder_into_the_cache(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slower one takes what the other has written."""
-    model, begin = ModelConfig(source=str(make())), convert._reader
+    model, begin = ModelConfig(source=str(make())), convert._write_shard
 
     def late(*given: Any) -> Any:
-        monkeypatch.setattr(convert, "_reader", begin)
+        monkeypatch.setattr(convert, "_write_shard", begin)
         resolve(model, Path())
         return begin(*given)
 
-    monkeypatch.setattr(convert, "_reader", late)
+    monkeypatch.setattr(convert, "_write_shard", late)
     folder = resolve(model, Path()).path
     assert [*folder.parent.iterdir()] == [folder]
 

@@ -121,7 +121,7 @@ def weights_to_folder(source: Path, target: Path, method: str | None, trusted: b
             # Dequantizes with transformers, with the whole model in memory.
             from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-            check_scales(sorted(source.glob("*.safetensors")), str(source), is_quantized=True)
+            check_scales(source, str(source), is_quantized=True)
             options |= {"quantization_config": AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)}
             with warnings.catch_warnings(action="ignore"):  # about settings that are also in the folder's config
                 model = _complete_model(source, whole=True, use_safetensors=True, device_map={"": "cpu"}, **options)
@@ -261,13 +261,13 @@ def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
     try:
         with folder_atomically(out, shared) as folder:
             copy_small(source, folder, tuple(f"/{name}" for name in added))
+            from atp_tune.packed.modeling_atp_sparse import checked_table, read_packed, tensors_in
+
+            table = checked_table(read_table(source / "config.json"))
             if original is None:  # a folder that does not say how config and weights stood before it was packed
                 import transformers
 
-                from atp_tune.packed.modeling_atp_sparse import checked_table
-
-                kind = checked_table(read_table(source / "config.json"))["class"]
-                load = getattr(transformers, kind).from_pretrained
+                load = getattr(transformers, table["class"]).from_pretrained
                 with quiet("transformers"):
                     model = load(source, dequantize=True, local_files_only=True, trust_remote_code=False)
                     model.save_pretrained(folder)
@@ -276,33 +276,21 @@ def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
                 return
             for name, text in original.files.items():
                 (folder / name).write_bytes(as_bytes(text))
-            with _reader(source) as read:
+            packed = {**table["stored"], **table["linears"]}
+            with tensors_in(sorted(source.glob("model.packed*.safetensors"))) as (_, get):
+
+                def read(name: str, dtype: str) -> "Tensor":
+                    """A tensor, unpacked, by its name and as a dtype of safetensors; ValueError if it is damaged."""
+                    if (stored := get(name)) is not None:
+                        return stored
+                    if name not in packed or dtype not in dtypes():
+                        raise ValueError(f"it has no tensor {name} of {dtype}")
+                    return read_packed(get, name, packed[name]).to(dtypes()[dtype])
+
                 for shard in original.headers:
                     _write_shard(folder / shard, shard, original, read)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{source}: cannot be unpacked: {error}") from None
-
-
-@contextmanager
-def _reader(source: Path) -> "Iterator[Callable[[str, str], Tensor]]":
-    """Makes a function that reads a tensor of a packed folder, unpacked, by its name and as a dtype of safetensors.
-
-    ValueError if it is not there, or damaged.
-    """
-    from atp_tune.packed.modeling_atp_sparse import checked_table, read_packed, tensors_in
-
-    table = checked_table(read_table(source / "config.json"))
-    packed = {**table["stored"], **table["linears"]}
-    with tensors_in(sorted(source.glob("model.packed*.safetensors"))) as (_, get):
-
-        def read(name: str, dtype: str) -> "Tensor":
-            if (stored := get(name)) is not None:
-                return stored
-            if name not in packed or dtype not in dtypes():
-                raise ValueError(f"it has no tensor {name} of {dtype}")
-            return read_packed(get, name, packed[name]).to(dtypes()[dtype])
-
-        yield read
 
 
 def as_text(file: Path) -> str:

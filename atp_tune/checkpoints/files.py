@@ -324,12 +324,12 @@ def nested_configs(config: Table, depth: int = _DEPTH) -> Iterator[Table]:
             yield from nested_configs(part, depth - 1)
 
 
-def check_scales(weights: Iterable[Path], name: str, is_quantized: bool) -> None:
+def check_scales(folder: Path, name: str, is_quantized: bool) -> None:
     """UserError if a quantized tensor has no scale, which transformers would use as a weight.
 
     Unless `is_quantized`, by its config, if one has a scale.
     """
-    formats = {key: str(entry["dtype"]) for file in weights for key, entry in read_header(file).items()}
+    formats = {key: str(entry["dtype"]) for key, entry in read_headers(folder).items()}
     for key, kind in formats.items():
         scale = next((scale for scale in scale_names(key) if scale in formats), None)
         if kind in FULL or is_quantized != (scale is None):

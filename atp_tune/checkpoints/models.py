@@ -86,7 +86,7 @@ class ModelFolder:
         return sizes.bytes, sizes.itemsize
 
     def _stamps(self) -> dict[str, tuple[int, int, int]]:
-        files = [file for file in self.path.glob("*") if file.suffix == ".safetensors" or file.name == "config.json"]
+        files = (*self.path.glob("*.safetensors"), self.path / "config.json")
         stats = {file.name: file.stat() for file in files if file.exists()}
         return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
@@ -187,7 +187,7 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
             convert.weights_to_folder(path, target, method, model.trust_remote_code)
         path = target
     else:
-        files.check_scales(weights, model.source, is_quantized=False)
+        files.check_scales(path, model.source, is_quantized=False)
     return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
 
 
