@@ -54,18 +54,19 @@ RANK_SHARE = 0.3  # maximum share of the free memory for ranks
 RANK_BYTES = 2  # bytes of a rank, in rows of up to 32,768 weights (longer rows: 4)
 
 
+@dataclass(eq=False)
 class PerBlock(Sequence[BlockStatistics]):
     """A sequence of the statistics of each block, computed on access by `of`."""
 
-    def __init__(self, blocks: int, of: Callable[[int], BlockStatistics]) -> None:
-        self._blocks, self._of = blocks, of
+    blocks: int
+    of: Callable[[int], BlockStatistics]
 
     def __len__(self) -> int:
-        return self._blocks
+        return self.blocks
 
     def __getitem__(self, index: Any) -> Any:
-        indices = range(self._blocks)[index]  # raises IndexError
-        return self._of(indices) if isinstance(indices, int) else [self._of(each) for each in indices]
+        indices = range(self.blocks)[index]  # raises IndexError
+        return self.of(indices) if isinstance(indices, int) else [self.of(each) for each in indices]
 
 
 def cached_statistics(folder: Path, kind: type[Statistics], blocks: int, device: torch.device) -> PerBlock:

@@ -164,12 +164,11 @@ def find_linears(block: nn.Module, of_images: bool = False) -> list[Linear]:
     dense. Errors: UserError if there is none, or in a language model for a weight of an unknown kind.
     """
     if of_images:
-        linears = ((name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear))
-        # Whether a linear makes a bias of attention from positions, not from images, as SwinV2's.
+        # Without those that make a bias of attention from positions, not from images, as SwinV2's.
         return [
             Linear(name, part.out_features, part.in_features, False)
-            for name, part in linears
-            if "position_bias" not in name
+            for name, part in block.named_modules()
+            if isinstance(part, nn.Linear) and "position_bias" not in name
         ]
     experts = {name: _expert_linears(name, module) for name, module in block.named_modules() if holds_experts(module)}
     gates, prunable = find_gates(block), []

@@ -286,8 +286,7 @@ class Checkpoint(Released):
 
 def block_tensors(block: nn.Module) -> Tensors:
     """Parameters and buffers of a block by name, without gradients."""
-    tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    return {name: tensor.detach() for name, tensor in _tensors(block)}
 
 
 # --- Models in the caller's memory: a study calls one `memory:SHA256`, by the content of its weights and its config.

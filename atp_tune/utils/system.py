@@ -124,7 +124,11 @@ def silenced() -> Iterator[None]:
     """Silences them within; what is said, shown and warned of is as before at the end."""
     import optuna  # noqa: F401  (which sets the level of its log)
 
-    before = _of_transformers()
+    # The verbosity of transformers, and whether it shows bars; its defaults before it is imported.
+    module = sys.modules.get("transformers.utils.logging")
+    before: tuple[Any, bool] = os.environ.get("TRANSFORMERS_VERBOSITY", "warning").upper(), True
+    if module is not None:
+        before = module.get_verbosity(), bool(module.is_progress_bar_enabled())
     variables = {name: value for name, value in QUIET.items() if name not in os.environ}
     os.environ.update(variables)
     _set(("ERROR", False))
@@ -135,14 +139,6 @@ def silenced() -> Iterator[None]:
         for name in variables:
             os.environ.pop(name, None)
         _set(before)
-
-
-def _of_transformers() -> tuple[Any, bool]:
-    """The verbosity of transformers, and whether it shows bars; its defaults before it is imported."""
-    module = sys.modules.get("transformers.utils.logging")
-    if module is None:
-        return os.environ.get("TRANSFORMERS_VERBOSITY", "warning").upper(), True
-    return module.get_verbosity(), bool(module.is_progress_bar_enabled())
 
 
 def _set(what: tuple[Any, bool]) -> None:
