@@ -407,10 +407,9 @@ PACKED = "packed"
 def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Opening]:
     """Opens both models in the fast number format of the device: with the weights as they are, then rounded."""
     dtype = find_dtype("auto", device)
-    kinds: list[Kind] = ["same", "bf16", "int8"] if dtype == torch.float32 else ["same", "int8"]
-    # Rounded weights differ by how far they are rounded.
-    ways = ((kind, (PACKED, EXACT[dtype]) if kind == "same" else (f"{PACKED} {kind}", None)) for kind in kinds)
-    return [opened(pair, task, device, dtype, name, partial(packed, kind=kind), limit) for kind, (name, limit) in ways]
+    kinds: list[Kind] = ["bf16", "int8"] if dtype == torch.float32 else ["int8"]
+    rounded = [opened(pair, task, device, dtype, f"{PACKED} {kind}", partial(packed, kind=kind)) for kind in kinds]
+    return [opened(pair, task, device, dtype, PACKED, packed, EXACT[dtype]), *rounded]  # those differ by their rounding
 
 
 def measure_in_memory(session: Session, plan: Plan, task: Workload, watch: EventHandler) -> Speed:
