@@ -90,11 +90,10 @@ def test_a_bar_of_python_is_made_when_work_begins_and_has_the_whole_time(
     monkeypatch.setattr(arguments, "monotonic", lambda: now)
     lines = arguments.Lines(has_bar=True)
     lines(Message("loading"))
-    lines.close()
-    assert capsys.readouterr().err == ""
+    assert lines.bar is None and capsys.readouterr().err == ""
     lines(Ahead({"dense": (1, 10), "trial": (3, 20), "test": (2, 20)}))
     for title in ("dense model", "trial 0"):
         now += 10
         lines(TrialStarted(title, None))
-    lines.close()
+    lines.bar.close()
     assert "trial 0:  17%" in (said := capsys.readouterr().err) and said.rstrip().endswith("ETA 0:01:40")

@@ -128,11 +128,11 @@ def test_colours_stand_out_on_light_and_dark(colour: str, page: str) -> None:
 
 
 def test_a_browser_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fails(figures: object, kind: str) -> bytes:
+    async def fails(figures: object) -> bytes:
         raise RuntimeError("no browser.\nlong story")
 
     monkeypatch.setitem(EXTRAS, "png", {"plotly": "plotly"})  # is here, where kaleido need not be
     monkeypatch.setattr(report, "_draw", fails)
-    assert refusal(report.picture, [go.Figure()], "svg") == (
+    assert refusal(report.picture, [go.Figure()]) == (
         f"a picture could not be drawn (no browser); it needs: {install('png')} and {report.BROWSER}"
     )

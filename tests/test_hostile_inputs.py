@@ -158,12 +158,12 @@ def limited(home: Path) -> Iterator[None]:
         pipes.cancel()
 
 
-def visit(served: servers.Served, ended: list[bool]) -> None:
+def visit(port: int, ended: list[bool]) -> None:
     """Asks for what a browser would ask for."""
 
     def get(path: str) -> Any:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{served.port}{path}", timeout=HANGS) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=HANGS) as answer:
                 return answer.read()
         except urllib.error.HTTPError:
             return b"{}"
@@ -184,14 +184,15 @@ def short_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """`serve` ends when what it serves has been looked at."""
     real = servers.serve
 
-    def short(service: servers.Service, _: object, ready: Callable[[servers.Served], None], tell: Any) -> None:
+    def short(*place: Any) -> None:
+        *where, _, ready, tell = place
         ended: list[bool] = []
 
-        def begun(served: servers.Served) -> None:
-            ready(served)
-            Thread(target=visit, args=(served, ended)).start()
+        def begun(studies: list[str], port: int, grpc_port: int) -> None:
+            ready(studies, port, grpc_port)
+            Thread(target=visit, args=(port, ended)).start()
 
-        real(service, lambda: bool(ended), begun, tell)
+        real(*where, lambda: bool(ended), begun, tell)
 
     monkeypatch.setattr(servers, "serve", short)
 

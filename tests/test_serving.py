@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from tinystudy import HANGS, CommandLine, finish, go_silent, run, start, wait_until
 
 from atp_tune.config.best import read_config
-from atp_tune.report.servers import Served, Service, serve
+from atp_tune.report.servers import serve
 from atp_tune.storage import opening
 
 
@@ -66,14 +66,15 @@ class Dashboard:
 @contextmanager
 def served(database: Path) -> Iterator[Dashboard]:
     stop: list[bool] = []
-    ready: list[Served] = []
+    ready: list[tuple[list[str], int, int]] = []
     told: list[str] = []
-    service = Service(f"sqlite:///{database}", "127.0.0.1", 0, 0, database.with_suffix(".artifacts"))
-    thread = Thread(target=serve, args=(service, lambda: bool(stop), ready.append, told.append))
+    place = f"sqlite:///{database}", "127.0.0.1", (0, 0), database.with_suffix(".artifacts")
+    thread = Thread(target=serve, args=(*place, lambda: bool(stop), lambda *news: ready.append(news), told.append))
     thread.start()
     try:
         wait_until(lambda: bool(ready) or not thread.is_alive())
-        yield Dashboard(ready[0].port, told, ready[0].grpc_port)
+        _, port, grpc_port = ready[0]
+        yield Dashboard(port, told, grpc_port)
     finally:
         stop.append(True)
         thread.join(HANGS)

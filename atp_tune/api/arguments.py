@@ -205,9 +205,11 @@ def shown(progress: bool) -> Iterator[EventHandler]:
         logger.setLevel(logging.INFO)
     try:
         yield lines
-        lines.finish()
+        if lines.bar is not None and lines.bar.total:  # all is done
+            lines.bar.n = lines.bar.total
     finally:
-        lines.close()
+        if lines.bar is not None:
+            lines.bar.close()
         if own:
             logger.removeHandler(own)
             logger.setLevel(level)
@@ -217,7 +219,7 @@ class Lines:
     """Logs messages and results, and moves a bar, which is made when work begins."""
 
     def __init__(self, has_bar: bool = False) -> None:
-        self._bar: Any = None
+        self.bar: Any = None
         self._has_bar = has_bar
         self._title = self._plan = self._results = ""
         self._began = self._first = monotonic()
@@ -245,28 +247,18 @@ class Lines:
                 logger.info("%s", trial_line(event, self._plan, monotonic() - self._began, rest))
                 self._results = f"{event.done}/{event.total} {event.what}s, {best_so_far(event)}"
 
-    def finish(self) -> None:
-        """Fills the bar: all is done."""
-        if self._bar is not None and self._bar.total:
-            self._bar.n = self._bar.total
-
-    def close(self) -> None:
-        """Ends the bar, if there is one."""
-        if self._bar is not None:
-            self._bar.close()
-
     def _describe(self, text: str) -> None:
         now = monotonic()
         if not self._has_bar or now - self._shown <= PAUSE:
             return
         self._shown = now
-        if self._bar is None:
+        if self.bar is None:
             with warnings.catch_warnings(action="ignore"):  # in a notebook without widgets, that it has none
                 from tqdm.auto import tqdm
-            self._bar = tqdm(total=None, dynamic_ncols=True, bar_format="{l_bar}{bar}| {elapsed}{postfix}")
+            self.bar = tqdm(total=None, dynamic_ncols=True, bar_format="{l_bar}{bar}| {elapsed}{postfix}")
         left, took = self._remaining.left(now), round(now - self._first)
         if left is not None:  # of the whole call
-            self._bar.n, self._bar.total = took, took + ceil(left)
+            self.bar.n, self.bar.total = took, took + ceil(left)
         eta = "" if left is None else f"ETA {timedelta(seconds=ceil(left))}"
-        self._bar.set_postfix_str(", ".join(part for part in (self._results, eta) if part), refresh=False)
-        self._bar.set_description_str(text, refresh=True)
+        self.bar.set_postfix_str(", ".join(part for part in (self._results, eta) if part), refresh=False)
+        self.bar.set_description_str(text, refresh=True)

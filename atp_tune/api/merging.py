@@ -189,9 +189,9 @@ def _write(folder: Path, first: optuna.Study, shares: Sequence[Share], trials: S
     # Notes of the study and its trials, with people's words from all storages.
     notes = dict[int | None, dict[str, None]]()
     for share in shares:
-        notes.setdefault(None, {})[note_in(share.attrs)] = None
+        notes.setdefault(None, {})[note_in(share.attrs)[0]] = None
         for trial in share.trials:
-            body = note_in(share.attrs, trial._trial_id)
+            body, _ = note_in(share.attrs, trial._trial_id)
             notes.setdefault(ids[share.numbers[trial.number]], {})[body] = None
     for of, bodies in notes.items():
         written = [body for body in bodies if body]

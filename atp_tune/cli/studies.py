@@ -405,18 +405,17 @@ def serve(
     from atp_tune.report import servers
     from atp_tune.storage.database import without_password
 
-    service, signals = servers.choose(study, storage, listen, port, grpc_port, artifacts), list[int]()
+    (address, others), signals = servers.choose(study, storage), list[int]()
 
-    def show(served: servers.Served) -> None:  # the studies, the dashboard's address, and how workers join
-        named = (
-            served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
-        )
+    # Shows the studies, the dashboard's address, and how workers join.
+    def show(studies: list[str], port: int, grpc_port: int) -> None:
+        named = studies if len(studies) <= 5 else [*studies[:4], f"… {len(studies)} studies"]
         name = servers.reachable_host(listen)
-        echo(f"serving {without_password(service.address)}: {', '.join(map(printable, named)) or 'no study yet'}")
-        if service.others:
-            echo(f"not served:   {', '.join(map(printable, service.others))}; --study NAME serves its database")
-        echo(f"dashboard:    http://{name}:{served.port}")
-        echo(f"workers join: python tune.py --study NAME --storage grpc://{name}:{served.grpc_port}")
+        echo(f"serving {without_password(address)}: {', '.join(map(printable, named)) or 'no study yet'}")
+        if others:
+            echo(f"not served:   {', '.join(map(printable, others))}; --study NAME serves its database")
+        echo(f"dashboard:    http://{name}:{port}")
+        echo(f"workers join: python tune.py --study NAME --storage grpc://{name}:{grpc_port}")
         if not servers.is_loopback(listen):
             echo(
                 "warning: neither port has a login: whoever can connect can change and delete studies; "
@@ -427,7 +426,7 @@ def serve(
     before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in STOPS}
     try:
         with quiet():
-            servers.serve(service, lambda: bool(signals), show, echo)
+            servers.serve(address, listen, (port, grpc_port), artifacts, lambda: bool(signals), show, echo)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -229,6 +229,7 @@ class ImageSet(Source):
 class Drawn(Source):
     """The data on which pruners measure, and the number of its draws."""
 
+    kind_of_one: ClassVar[type[Text | ImageSet]]
     draws: int = Field(1, ge=1)
     (
         "number of draws for the final scores of best and uniform, for which a fitted plan is fitted anew; the "
@@ -241,23 +242,22 @@ class Drawn(Source):
             raise ValueError("draws: need a number of items, which the next draw follows; give nsamples")
         return self
 
+    @property
+    def text(self) -> Text | ImageSet:
+        """The first draw, which the study uses."""
+        return self.kind_of_one.model_validate(self.model_dump(exclude={"draws"}))
+
 
 class Calibration(Text, Drawn):
     """The calibration text, and the number of its draws."""
 
-    @property
-    def text(self) -> Text:
-        """The first draw, which the study uses."""
-        return Text.model_validate(self.model_dump(exclude={"draws"}))
+    kind_of_one = Text
 
 
 class CalibrationImages(ImageSet, Drawn):
     """The images on which pruners measure; their labels are used by prices only."""
 
-    @property
-    def text(self) -> ImageSet:
-        """The first draw, which the study uses."""
-        return ImageSet.model_validate(self.model_dump(exclude={"draws"}))
+    kind_of_one = ImageSet
 
 
 class Roles(SettingsTable):

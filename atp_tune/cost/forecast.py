@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.allocations.gradient import steps_along
@@ -144,17 +144,21 @@ def problems(held: Bytes, needed: Memory, offload: Offload, windows: int) -> tup
 FORMAT: Literal["atp_tune.plan/2"] = "atp_tune.plan/2"
 
 
-class Passes(FrozenModel):
+class Summed(FrozenModel):
+    """Numbers that have a sum."""
+
+    @property
+    def total(self) -> Any:
+        """The sum."""
+        return sum(vars(self).values())
+
+
+class Passes(Summed):
     """Tokens that one trial sends through all blocks: `listen` measures statistics, `run` is calibration, pruned."""
 
     listen: int
     run: int
     evaluate: int
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return self.listen + self.run + self.evaluate
 
 
 def passes(statistics: str, measures: bool, tokens: Tokens, evaluated: int) -> Passes:
@@ -172,17 +176,12 @@ class PrunerRate:
     prune: float
 
 
-class Seconds(FrozenModel):
+class Seconds(Summed):
     """Seconds of one trial by phase, as in its attribute `seconds`."""
 
     calibrate: float
     prune: float
     evaluate: float
-
-    @property
-    def total(self) -> float:
-        """The sum."""
-        return self.calibrate + self.prune + self.evaluate
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,18 @@ def check_installed() -> None:
     require("png", "a picture", otherwise=" and a Chrome or Chromium")
 
 
-def picture(figures: Sequence[go.Figure], kind: str) -> bytes:
-    """All figures on white, two in a row, as PNG or SVG; UserError if kaleido or a browser is missing."""
+def picture(figures: Sequence[go.Figure]) -> bytes:
+    """All figures on white, two in a row, as PNG; UserError if kaleido or a browser is missing."""
     check_installed()
     try:
-        return asyncio.run(_draw(figures, kind))
+        return asyncio.run(_draw(figures))
     except Exception as error:  # kaleido and its browser driver have no common class of errors
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         needs = f"it needs: {install('png')} and {BROWSER}"
         raise UserError(f"a picture could not be drawn ({reason.rstrip('.')}); {needs}") from None
 
 
-async def _draw(figures: Sequence[go.Figure], kind: str) -> bytes:
+async def _draw(figures: Sequence[go.Figure]) -> bytes:
     import kaleido
 
     page, (width, height) = "", (min(len(figures), COLUMNS) * WIDTH, -(-len(figures) // COLUMNS) * HEIGHT)
@@ -58,8 +58,6 @@ async def _draw(figures: Sequence[go.Figure], kind: str) -> bytes:
         box = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
         ground = f'<rect width="100%" height="100%" fill="{PAGE}"/>'
         picture = f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{ground}{page}</svg>'.encode()
-        if kind == "svg":
-            return picture
         # A figure that holds only this, which the browser renders as PNG.
         source = f"data:image/svg+xml;base64,{b64encode(picture).decode()}"
         position = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "sizex": 1, "sizey": 1, "sizing": "stretch"}
@@ -97,7 +95,7 @@ def make_picture(studies: Sequence[Contents]) -> bytes:
             drawn.append(figure.update_layout(title_text=title) if title else figure)
     if not drawn:
         raise UserError(f"study {studies[0].summary.name}: no trial has been measured yet, so there is nothing to draw")
-    return picture(drawn, "png")
+    return picture(drawn)
 
 
 FORMATS = {  # ending and maker

@@ -97,26 +97,21 @@ LENGTH = 2045  # characters of a part, which fit into a column of Optuna's table
 def note_parts(text: str, version: int, trial: int | None = None) -> Table:
     """The attributes of a note; `trial`: the trial's id in the storage, None for the study's own note."""
     head = _head(trial)
-    return {f"{head}note_ver": version, **_parts(f"{head}note_str:", text)}
+    return {f"{head}ver": version, **_parts(f"{head}str:", text)}
 
 
-def note_version(attributes: Attributes, trial: int | None = None) -> int:
-    """The version of a stored note; 0 if there is none that a dashboard wrote."""
-    version = attributes.get(f"{_head(trial)}note_ver")
-    return version if isinstance(version, int) else 0
-
-
-def note_in(attributes: Attributes, trial: int | None = None) -> str:
-    """The text of a stored note; "" if there is none, or if a part is missing or no text."""
-    if not note_version(attributes, trial):
-        return ""
-    prefix = f"{_head(trial)}note_str:"
+def note_in(attributes: Attributes, trial: int | None = None) -> tuple[str, int]:
+    """The text of a stored note, and its version; "" if a part is missing or no text, 0 if no dashboard wrote it."""
+    head = _head(trial)
+    version, prefix = attributes.get(f"{head}ver"), f"{head}str:"
+    if not version or not isinstance(version, int):
+        return "", 0
     parts = [attributes.get(f"{prefix}{index}") for index in range(sum(key.startswith(prefix) for key in attributes))]
-    return "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else ""
+    return "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else "", version
 
 
 def _head(trial: int | None) -> str:
-    return PREFIX if trial is None else f"{PREFIX}{trial}:"
+    return f"{PREFIX}{'' if trial is None else f'{trial}:'}note_"
 
 
 def _parts(prefix: str, text: str) -> dict[str, str]:
@@ -160,8 +155,9 @@ def dashboard_note(text: str, stored: Attributes, trial: int | None = None, step
     `trial`: the trial's id in the storage, None for the study's note. Its version is `step` above the stored one. A
     stored note that no dashboard writes is ignored.
     """
-    note = f"{text}\n\n---\n\n{OWN}\n\n{own_words(note_in(stored, trial))}".rstrip() + "\n"
-    return note_parts(note, note_version(stored, trial) + step, trial)
+    written, version = note_in(stored, trial)
+    note = f"{text}\n\n---\n\n{OWN}\n\n{own_words(written)}".rstrip() + "\n"
+    return note_parts(note, version + step, trial)
 
 
 def without_rests(attributes: Attributes, stored: Attributes) -> Table:

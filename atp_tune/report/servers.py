@@ -410,60 +410,43 @@ TURN = 2  # seconds between two rounds of maintenance
 LOOK = 0.1  # seconds between two checks whether to stop
 
 
-@dataclass(frozen=True)
-class Service:
-    """The storage to serve, the address to listen on, two ports, and the folder of artifacts.
-
-    `others`: studies whose databases could be served in its place, if none was named.
-    """
-
-    address: str
-    listen: str
-    port: int
-    grpc_port: int
-    artifacts: Path
-    others: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Served:
-    """The names of studies and the ports that are served."""
-
-    studies: list[str]
-    port: int
-    grpc_port: int
-
-
 def serve(
-    service: Service, is_told_to_stop: Callable[[], bool], ready: Callable[[Served], None], tell: Callable[[str], None]
+    address: str,
+    listen: str,
+    ports: tuple[int, int],
+    artifacts: Path | None,
+    is_told_to_stop: Callable[[], bool],
+    ready: Callable[[list[str], int, int], None],
+    tell: Callable[[str], None],
 ) -> None:
     """Serves until `is_told_to_stop`, then lets requests in progress end; `tell` gets messages of one line.
 
-    UserError if a port cannot be opened or a file cannot be written.
+    `ports`: of the dashboard and of workers; `ready` gets the names of the studies and the ports that are served.
+    `artifacts`: by default the folder beside the database. UserError if a port cannot be opened or a file cannot be
+    written.
     """
-    if is_remote(service.address):
+    if artifacts is None:  # a link is refused, which a stranger may have made
+        refuse_link(artifacts := artifact_folder(address))
+    if is_remote(address):
         raise UserError("serve: a server's URL is for workers; serve the database itself, as in sqlite:///FILE.db")
     # UserError if the folder of a SQLite file does not exist, probably by a typing error.
-    _, is_sqlite, path = service.address.partition("sqlite:///")
+    _, is_sqlite, path = address.partition("sqlite:///")
     if is_sqlite and not Path(path.partition("?")[0]).parent.is_dir():
         raise UserError(f"storage {path}: its folder does not exist; name a file in a folder that does")
-    database = open_database(service.address, True, ServedDatabase)
+    database = open_database(address, True, ServedDatabase)
     assert database is not None
-    if warning := network_warning(service.address):
+    if warning := network_warning(address):
         tell(warning)
     storage = get_storage(database)  # with Optuna's cache of finished trials
     try:
-        service.artifacts.mkdir(parents=True, exist_ok=True)
+        artifacts.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"--artifacts {service.artifacts}: {error.strerror}; name a folder that can be written"
-        ) from None
-    store = Store(service.artifacts)
-    maintenance = Maintenance(storage, service.artifacts, tell)
-    with proxy(storage, service.listen, service.grpc_port) as grpc_port:
-        view = make_view(service.address, storage, f"grpc://{reachable_host(service.listen)}:{grpc_port}")
-        with dashboard(view, store, service.listen, service.port) as port:
-            ready(Served(names_in(storage), port, grpc_port))
+        raise UserError(f"--artifacts {artifacts}: {error.strerror}; name a folder that can be written") from None
+    maintenance = Maintenance(storage, artifacts, tell)
+    with proxy(storage, listen, ports[1]) as grpc_port:
+        view = make_view(address, storage, f"grpc://{reachable_host(listen)}:{grpc_port}")
+        with dashboard(view, Store(artifacts), listen, ports[0]) as port:
+            ready(names_in(storage), port, grpc_port)
             turn = 0.0
             while not is_told_to_stop():
                 if monotonic() >= turn:
@@ -472,29 +455,25 @@ def serve(
                 sleep(LOOK)
 
 
-def choose(
-    study: str | None, storage: str | None, listen: str, port: int, grpc_port: int, artifacts: Path | None
-) -> Service:
-    """The service that the options ask for; UserError if there is no database to serve."""
-    others: tuple[str, ...] = ()
+def choose(study: str | None, storage: str | None) -> tuple[str, list[str]]:
+    """The storage to serve, and studies whose databases could be served in its place, if none was named.
+
+    UserError if there is no database to serve.
+    """
     if storage is not None:
-        address = absolute_storage(storage, Path())
-    elif study is not None:
-        address = load(study).storage_url
-    else:
-        # The databases of the known studies, the one that was changed last first; UserError if there is none.
-        databases = set[Path]()
-        for path in known():
-            try:
-                database = load(str(path)).database
-            except UserError:  # an invalid study file does not prevent serving the others
-                continue
-            if database is not None and database.exists():
-                databases.add(database)
-        if not databases:
-            raise UserError("serve: no study has a database yet; run one, as in: python tune.py --study smol")
-        newest, *older = sorted(databases, key=lambda database: database.stat().st_mtime, reverse=True)
-        address, others = f"sqlite:///{newest}", tuple(file.stem for file in older)
-    if artifacts is None:  # beside the database; a link is refused, which a stranger may have made
-        refuse_link(artifacts := artifact_folder(address))
-    return Service(address, listen, port, grpc_port, artifacts, others)
+        return absolute_storage(storage, Path()), []
+    if study is not None:
+        return load(study).storage_url, []
+    # The databases of the known studies, the one that was changed last first.
+    databases = set[Path]()
+    for path in known():
+        try:
+            database = load(str(path)).database
+        except UserError:  # an invalid study file does not prevent serving the others
+            continue
+        if database is not None and database.exists():
+            databases.add(database)
+    if not databases:
+        raise UserError("serve: no study has a database yet; run one, as in: python tune.py --study smol")
+    newest, *older = sorted(databases, key=lambda database: database.stat().st_mtime, reverse=True)
+    return f"sqlite:///{newest}", [file.stem for file in older]

@@ -33,7 +33,7 @@ from atp_tune.results.results import (
 )
 from atp_tune.storage.attributes import readable
 from atp_tune.storage.fingerprint import facts_in, stored_objectives
-from atp_tune.storage.progress import measured, objective_values, order, ranked, target_sparsity, trials_in
+from atp_tune.storage.progress import measured, objective_values, ranked, target_sparsity, trials_in
 
 if TYPE_CHECKING:
     from atp_tune.results.summary import Summary
@@ -259,7 +259,7 @@ class OverInterval(AtSparsity):
         sparsities = {trial.params.get("sparsity") for trial in done if is_uniform(trial)}
         sparsities -= {trial.params.get("sparsity") for trial in front}
         uniforms = dict[float, FrozenTrial]()
-        for trial in sorted(done, key=order):
+        for trial in done:
             if trial.params.get("sparsity") in sparsities:
                 uniforms.setdefault(trial.params["sparsity"], trial)
         return [*front, *uniforms.values()]

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.samplers import GPSampler, RandomSampler
@@ -427,21 +428,12 @@ class WithinLimit(OverInterval):
 
     def _shifts(self, study: optuna.Study) -> Any:
         """A function of the sparsity: measured minus predicted excess, from the nearest measured ones on both sides."""
-        shifts = sorted(
-            (sparsity, excess - predicted)
-            for sparsity, excess in self._measured(study).items()
+        shifts = {
+            sparsity: excess - predicted
+            for sparsity, excess in sorted(self._measured(study).items())
             if math.isfinite(excess) and (predicted := self._predicted(sparsity)) is not None
-        )
-
-        def shift(level: float) -> float:
-            below = [one for one in shifts if one[0] <= level]
-            above = [one for one in shifts if one[0] > level]
-            if below and above:
-                (left, before), (right, after) = below[-1], above[0]
-                return before + (after - before) * (level - left) / (right - left)
-            return (below[-1:] or above[:1] or [(0.0, 0.0)])[0][1]
-
-        return shift
+        } or {0.0: 0.0}
+        return lambda level: np.interp(level, list(shifts), list(shifts.values()))
 
     def _predicted(self, sparsity: float) -> float | None:
         """The excess that the screening's model predicts for the best point at a sparsity."""

@@ -412,11 +412,11 @@ def run_trials(run: StudyRun, study: optuna.Study, session: "Session", goal: AtS
         None if run.screens else run.tasks,
         run.file.study.compares_all,
     )
-    callbacks = Callbacks(run)
     end = None if run.timeout is None else monotonic() + run.timeout
+    ended = Ended(run, goal, end, total)
     while end is None or monotonic() < end:
         trials = recover_lost(run, study)
-        total = study.user_attrs.get("total", total)
+        ended.total = total = study.user_attrs.get("total", total)
         elsewhere = [trial for trial in trials if trial.state == TrialState.RUNNING]
         remaining = total - sum(map(progress.counts, trials)) - len(elsewhere)
         is_idle = goal.is_idle(study)
@@ -424,7 +424,7 @@ def run_trials(run: StudyRun, study: optuna.Study, session: "Session", goal: AtS
             run.note(f"ended after {total - remaining} of {total}: {goal.reached}")
             progress.terminate_early(study, total)
         elif remaining > 0 and not is_idle:
-            _optimise(run, study, objective, remaining, total, end, callbacks, goal)
+            _optimise(study, objective, remaining, ended)
         elif elsewhere:
             # Waits until a trial of another process ends or is recovered as lost.
             number, where = elsewhere[0].number, elsewhere[0].user_attrs.get("host", "another process")
@@ -447,54 +447,8 @@ def recover_lost(run: StudyRun, study: optuna.Study) -> list[FrozenTrial]:
     return trials
 
 
-def _optimise(
-    run: StudyRun,
-    study: optuna.Study,
-    objective: "Objective",
-    n_trials: int,
-    total: int,
-    end: float | None,
-    callbacks: "Callbacks",
-    goal: AtSparsity,
-) -> None:
-    def ended(study: optuna.Study, trial: FrozenTrial) -> None:
-        trials = recover_lost(run, study)  # read once: reading a long study costs time at each short trial
-        best, done = goal_in(study).best(trials), sum(map(progress.counts, trials))
-        reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
-        if trial.values is not None or reason:
-            objectives = stored_objectives(facts_in(study))
-            # The event of a trial's end, with its values and the best.
-            results = Results({}, trials, objectives)
-            scores = {
-                by.name: score.value for by in results.measures if (score := results.score(trial, "validation", by))
-            }
-            lowest = results.score(best, "validation", results.main)
-            run.watch(
-                TrialEnded(
-                    trial.number,
-                    scores,
-                    reason,
-                    {results.main.name: lowest.value} if lowest else {},
-                    done,
-                    total,
-                    best_sparsity=progress.target_sparsity(best) if best else None,
-                )
-            )
-        callbacks(study, trial, best, done, total)
-        if run.file.study.search.early_termination and done < total and should_terminate(study, objective.space):
-            progress.terminate_early(study, total)
-            run.note(
-                f"terminated early after {done} of {total}: a better point is expected to gain less than {GAIN:.0%}"
-            )
-            study.stop()
-        if goal.is_idle(study):
-            study.stop()
-        is_late = end is not None and monotonic() >= end  # Optuna's timeout depends on the wall clock
-        running = sum(other.state == TrialState.RUNNING for other in trials)
-        if is_late or done + running >= total:  # other processes run the remaining trials
-            study.stop()
-
-    attempt = Attempt(objective, total, run.trace)
+def _optimise(study: optuna.Study, objective: "Objective", n_trials: int, ended: "Ended") -> None:
+    run, attempt = ended.run, Attempt(objective, ended.total, ended.run.trace)
     try:
         study.optimize(attempt, n_trials=n_trials, catch=(TrialError,), callbacks=[ended])
     except KeyboardInterrupt:
@@ -511,42 +465,76 @@ def _optimise(
         if not attempt.is_lost(study):
             raise
         run.note(f"trial {attempt.number} sent no heartbeat for {GRACE} s: it is run again")
-    if callbacks.error is not None:
-        raise callbacks.error
+    if ended.error is not None:
+        raise ended.error
 
 
 @dataclass(eq=False)
-class Callbacks:
-    """Calls the run's callbacks after a trial; the first `error` of one ends the loop, and is raised after it.
+class Ended:
+    """Called after each trial: reports it, calls the run's callbacks, and says when the loop is to end.
 
-    Raised at once, an error of theirs could be taken for one of Optuna's. Before them, the reporting worker publishes
-    the study when its best trial has changed, at most every `PUBLISH` seconds.
+    The first `error` of a callback ends the loop, and is raised after it: raised at once, it could be taken for one of
+    Optuna's. Before them, the reporting worker publishes the study when its best trial has changed, at most every
+    `PUBLISH` seconds. `end`: the time after which no trial starts.
     """
 
     run: StudyRun
+    goal: AtSparsity
+    end: float | None
+    total: int
     error: Exception | None = None
     _best: int = -1
     _time: float = field(default_factory=monotonic)  # a run that ends sooner publishes at its end alone
 
-    def __call__(
-        self, study: optuna.Study, trial: FrozenTrial, best: FrozenTrial | None, done: int, total: int
-    ) -> None:
-        """Calls each; if one stops the study, the trials so far are its total. `best`: the study's best trial now."""
-        if best is not None and best.number != self._best and self.run.reports and monotonic() - self._time >= PUBLISH:
+    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Takes a trial that has ended; if a callback stops the study, the trials so far are its total."""
+        run, total = self.run, self.total
+        trials = recover_lost(run, study)  # read once: reading a long study costs time at each short trial
+        best, done = goal_in(study).best(trials), sum(map(progress.counts, trials))
+        reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
+        if trial.values is not None or reason:
+            # The event of a trial's end, with its values and the best.
+            results = Results({}, trials, stored_objectives(facts_in(study)))
+            scores = {
+                by.name: score.value for by in results.measures if (score := results.score(trial, "validation", by))
+            }
+            lowest = results.score(best, "validation", results.main)
+            run.watch(
+                TrialEnded(
+                    trial.number,
+                    scores,
+                    reason,
+                    {results.main.name: lowest.value} if lowest else {},
+                    done,
+                    total,
+                    best_sparsity=progress.target_sparsity(best) if best else None,
+                )
+            )
+        if best is not None and best.number != self._best and run.reports and monotonic() - self._time >= PUBLISH:
             self._best, self._time = best.number, monotonic()
-            self.run.publish(study)
+            run.publish(study)
         assert isinstance(study, ValidatedStudy)
         study.is_stopped = False
         try:
-            for callback in self.run.callbacks:
+            for callback in run.callbacks:
                 callback(study, trial)
         except Exception as error:
             self.error = error
             optuna.Study.stop(study)
-            return
-        if study.is_stopped and done < total:
+        else:
+            if study.is_stopped and done < total:
+                progress.terminate_early(study, total)
+                run.note(f"ended after {done} of {total}: a callback stopped the study")
+        if run.file.study.search.early_termination and done < total and should_terminate(study, self.goal.space):
             progress.terminate_early(study, total)
-            self.run.note(f"ended after {done} of {total}: a callback stopped the study")
+            run.note(
+                f"terminated early after {done} of {total}: a better point is expected to gain less than {GAIN:.0%}"
+            )
+            study.stop()
+        is_late = self.end is not None and monotonic() >= self.end  # Optuna's timeout depends on the wall clock
+        running = sum(other.state == TrialState.RUNNING for other in trials)  # they run the remaining trials
+        if self.goal.is_idle(study) or is_late or done + running >= total:
+            study.stop()
 
 
 @dataclass(eq=False)
