@@ -49,7 +49,7 @@ def studies(*, json: bool = False) -> None:
 def _listed(path: Path) -> "list[Listed]":
     """The study that a study file names, then the studies that were run from it with `--study-name`."""
     from atp_tune.config.studyfile import load
-    from atp_tune.results.status import invalid, listed
+    from atp_tune.results.status import Listed, listed
     from atp_tune.results.summary import summarise
     from atp_tune.storage.fingerprint import is_screening
     from atp_tune.storage.opening import find_study, names_in, open_storage
@@ -63,7 +63,7 @@ def _listed(path: Path) -> "list[Listed]":
         others = (one for one in own.values() if one.made_from and one.made_from.name == file.name)
         return [first, *(listed(file, one) for one in others)]
     except UserError as error:
-        return [invalid(path, str(error))]
+        return [Listed(name=path.stem, state="invalid", path=str(path), error=str(error))]
 
 
 # --- `tune.py plugins`: lists the pruners, allocations, scores, sources of texts and samplers that are known.

@@ -23,11 +23,10 @@ from atp_tune.config.best import read_config
 from atp_tune.config.plugged import permission
 from atp_tune.config.studyfile import StudyFile, read
 from atp_tune.errors import UserError, printable
-from atp_tune.measures import MEASURES, PERPLEXITY
 from atp_tune.metrics import Continuations
-from atp_tune.plan import percent
 from atp_tune.results import summary as tables
 from atp_tune.results.formatting import (
+    best_words,
     continuations_note,
     duration,
     in_one_line,
@@ -160,12 +159,9 @@ def trials_table(summary: Summary, trials: list[FrozenTrial]) -> Table:
 def progress_line(status: Status) -> str:
     """One line: trials done, best value, running trials with their times, time left."""
     done = f"[{status.done}/{status.total}]" if status.total else f"[{status.done}]"
-    best = "no best yet"
-    if status.best and (score := status.best.scores[status.objective[0]]["validation"]):
-        measure = MEASURES[status.objective[0]]
-        name = "" if measure is PERPLEXITY else f"{measure.column} "
-        at = "" if status.best.sparsity is None else f" at {percent(status.best.sparsity)}"
-        best = f"best {name}{measure.written(score.value)}{at} (trial {status.best.trial})"
+    best, measure = "no best yet", status.objective[0]
+    if status.best and (score := status.best.scores[measure]["validation"]):
+        best = f"{best_words(measure, score.value, status.best.sparsity)} (trial {status.best.trial})"
     running = [
         f"trial {one.trial} " + ("was lost with its process" if one.lost else f"runs for {duration(one.seconds)}")
         for one in status.running

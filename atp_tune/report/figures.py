@@ -154,7 +154,7 @@ class Points:
         self.dense = self.results.score(DENSE, "validation", self.main)
         shown = (trial for trial in self.trials if trial == summary.best_trial)
         self.best = best = next(shown, next(iter(self.trials), None))
-        self.uniform = uniform_among(sorted(self.trials, key=lambda trial: trial.number), best) if best else None
+        self.uniform = uniform_among(sorted(self.trials, key=lambda trial: trial.number), best)
         beside = [trial for trial in self.trials if best and target_sparsity(trial) == target_sparsity(best)]
         own = (None, block_levels(best))
         others = (trial for trial in beside if trial != best and not is_uniform(trial))

@@ -61,10 +61,13 @@ def trial_line(event: TrialEnded, plan: str, seconds: float, left: str) -> str:
 
 def best_so_far(event: TrialEnded) -> str:
     """The best value when a trial ended: `best 60.33`, with its sparsity where that is searched."""
-    values = ((MEASURES[name], value) for name, value in event.best.items())
-    texts = (f"{'' if by is PERPLEXITY else f'{by.column} '}{by.written(value)}" for by, value in values)
-    best = next((f"best {best}" for best in texts), "no best yet")
-    return best + ("" if event.best_sparsity is None else f" at {percent(event.best_sparsity)}")
+    return next((best_words(name, value, event.best_sparsity) for name, value in event.best.items()), "no best yet")
+
+
+def best_words(measure: str, value: float, sparsity: float | None) -> str:
+    """The best value of a measure, which is named unless it is the perplexity."""
+    by, at = MEASURES[measure], "" if sparsity is None else f" at {percent(sparsity)}"
+    return f"best {'' if by is PERPLEXITY else f'{by.column} '}{by.written(value)}{at}"
 
 
 def spent(trial: FrozenTrial) -> dict[str, float]:
@@ -261,16 +264,15 @@ class Bits(Amount):
     top = 9
     row = ("effective_bits", "effective_bits")
     told = "{} per weight{}."
-    counting = "with scales"
 
-    def of(self, trial: FrozenTrial, summary: Summary) -> str:
-        """A trial's bits per weight without and with scales; "" if not known."""
+    def of(self, trial: FrozenTrial, summary: Summary, counting: str = "with scales") -> str:
+        """A trial's bits per weight without and with scales, or what is counted too; "" if not known."""
         attrs = trial.user_attrs
         plan, sizes = Plan.stored_in(attrs), summary.sizes
         if plan is None:
             return ""
         nominal = plan.mean_bits(sizes if len(sizes) == len(plan.levels) else [1] * len(plan.levels))
-        effective = f" ({attrs['effective_bits']:.2f} {self.counting})" if "effective_bits" in attrs else ""
+        effective = f" ({attrs['effective_bits']:.2f} {counting})" if "effective_bits" in attrs else ""
         return f"{nominal:.2f}{effective}"
 
     def of_dense(self, summary: Summary) -> str:
@@ -284,12 +286,6 @@ class Bits(Amount):
         return bits and f", {bits} in the best"
 
 
-class StoredBits(Bits):
-    """Bits per weight, counted with masks too, where weights are pruned and rounded."""
-
-    counting = "stored"
-
-
 class ZerosAndBits(Amount):
     """Zeros, and bits of the kept weights, which share a size."""
 
@@ -299,7 +295,7 @@ class ZerosAndBits(Amount):
     def of(self, trial: FrozenTrial, summary: Summary) -> str:
         """A trial's zeros without those of rounding, and bits of its weights without and with masks and scales."""
         zeros = trial.user_attrs.get("plan", {}).get("parameters", {}).get("zeros", 0.0)
-        return f"{zeros:.2%}, {StoredBits().of(trial, summary)}"
+        return f"{zeros:.2%}, {BITS.of(trial, summary, 'stored')}"
 
     def best(self, summary: Summary) -> str:
         """The zeros and bits of the best trial."""

@@ -67,11 +67,13 @@ def allocation_parameters(trial: FrozenTrial) -> dict[str, float]:
 
 def uniform_beside(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
     """The uniform trial with the best trial's pruner and sparsity."""
-    return None if best is None else uniform_among(trials_in(study), best)
+    return uniform_among(trials_in(study), best)
 
 
-def uniform_among(trials: Iterable[FrozenTrial], best: FrozenTrial) -> FrozenTrial | None:
+def uniform_among(trials: Iterable[FrozenTrial], best: FrozenTrial | None) -> FrozenTrial | None:
     """The first measured one of these trials that is uniform and has a trial's pruner and sparsity."""
+    if best is None:
+        return None
     kind, done = _kind(best), (trial for trial in trials if trial.state == TrialState.COMPLETE)
     return next((trial for trial in done if _kind(trial) == kind and is_uniform(trial)), None)
 
@@ -198,7 +200,7 @@ class Results:
 
     def uniform(self, trial: FrozenTrial | None) -> FrozenTrial | None:
         """The uniform trial with a trial's pruner and sparsity; None without one."""
-        return None if trial is None else uniform_among(self.trials, trial)
+        return uniform_among(self.trials, trial)
 
     def on(self, before: Model, after: Model) -> Role:
         """The text on which to compare two models: test if both have it, else validation."""

@@ -451,8 +451,3 @@ def listed(file: StudyFile, summary: Summary | None) -> Listed:
         description=file.study.description if name == file.name else f"--study {file.name} --study-name {name}",
         path=str(file.path),
     )
-
-
-def invalid(path: Path, error: str) -> Listed:
-    """The row of a study file that cannot be read."""
-    return Listed(name=path.stem, state="invalid", path=str(path), error=error)
