@@ -7,6 +7,7 @@ import optuna
 import pytest
 from expect import parametrize, slow
 from optuna.distributions import CategoricalDistribution
+from optuna.samplers import RandomSampler
 from test_space import SIZES, study_of
 from test_sparsity_interval import DENSE, INTERVAL, TPE, loss, screened, space_over
 
@@ -49,7 +50,9 @@ def searched(
     `again`: gives it the sampler that it is resumed with, before each trial.
     """
     search = within(space, surrogate, limit)
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
+    study = optuna.create_study(
+        directions=["minimize", "minimize"], sampler=LimitSampler(RandomSampler, search.search.seed, search)
+    )
     study.set_user_attr("limit", limit)
     study.set_user_attr("fingerprint", {"sparsity": list(space.sparsities)})
     study.set_user_attr("dense", DENSE)
@@ -185,7 +188,9 @@ def test_where_uniform_is_better_than_the_model_says_it_leads() -> None:
 def test_the_last_trial_is_uniform_at_the_best_sparsity() -> None:
     space = space_over()
     search = within(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 2.0})
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
+    study = optuna.create_study(
+        directions=["minimize", "minimize"], sampler=LimitSampler(RandomSampler, search.search.seed, search)
+    )
     for name, value in {"limit": {"max_increase": 2.0}, "dense": DENSE, "total": 2}.items():
         study.set_user_attr(name, value)
     for _ in range(2):
@@ -204,7 +209,9 @@ def test_the_last_trial_is_uniform_at_the_best_sparsity() -> None:
 def test_two_workers_measure_different_sparsities() -> None:
     space = space_over()
     search = within(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 0.2})
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
+    study = optuna.create_study(
+        directions=["minimize", "minimize"], sampler=LimitSampler(RandomSampler, search.search.seed, search)
+    )
     study.set_user_attr("limit", {"max_increase": 0.2})
     study.set_user_attr("dense", DENSE)
     assert len({*[space.suggest(study.ask()).target for _ in range(3)]}) == 3

@@ -101,23 +101,23 @@ def _check_new(out: Path) -> None:
 
 def _open(sources: Sequence[str], name: str | None) -> tuple[optuna.Study, list[Share]]:
     """The study in the first storage, and each share; UserError if they hold different ones, or a file is missing."""
-    shown, databases, folders = list[str](), [], []
+    opened = []
     for source in sources:
         is_url = "://" in source
         address = source if is_url else absolute_storage(f"sqlite:///{source}", Path())
         if (db := opening.open_storage(address, create=False)) is None:
             raise UserError(f"merge: {source}: no such file")
-        databases.append(db)
-        folders.append(opening.artifact_folder(address))
-        shown.append(without_password(source) if is_url else source)
-    studies = [opening.names_in(db) for db in databases]
+        opened.append((without_password(source) if is_url else source, db, opening.artifact_folder(address)))
+    studies = [opening.names_in(db) for _, db, _ in opened]
     shared = set.intersection(*map(set, studies))
     wanted = {name} if name else shared
     if len(wanted) != 1 or not wanted <= shared:
-        held = "; ".join(f"{at} holds {', '.join(names) or 'none'}" for at, names in zip(shown, studies, strict=True))
+        held = "; ".join(
+            f"{at} holds {', '.join(names) or 'none'}" for (at, *_), names in zip(opened, studies, strict=True)
+        )
         raise UserError(f"merge: which study? Name one that all have with --study NAME; {held}")
     (name,), shares, first = wanted, list[Share](), None
-    for at, db, folder in zip(shown, databases, folders, strict=True):
+    for at, db, folder in opened:
         study = opening.find_study(db, name)
         assert study is not None
         with readable(name):
@@ -130,7 +130,7 @@ def _open(sources: Sequence[str], name: str | None) -> tuple[optuna.Study, list[
         first = first or study
         seed = {key: value for key, value in shares[0].user["fingerprint"].items() if key == SEED}
         if differing := fingerprint.differences(first, {**facts, **seed}):
-            raise UserError(f"merge: {at} holds another study than {shown[0]}: {differing}")
+            raise UserError(f"merge: {at} holds another study than {opened[0][0]}: {differing}")
     assert first is not None
     return first, shares
 

@@ -292,16 +292,6 @@ def perplexity(
 
 
 @contextmanager
-def _of_one_text() -> Iterator[None]:
-    """Calls the one text of a call `texts` in errors, which a study calls its calibration text."""
-    try:
-        yield
-    except UserError as error:
-        key = error.key.replace("texts.calibration", "texts").removesuffix(".source")
-        raise UserError(f"{key}: {error.what}" if key else error.what) from None
-
-
-@contextmanager
 def _opened(
     model: Any,
     tokenizer: Any,
@@ -321,41 +311,47 @@ def _opened(
     UserError if it has fewer than `nsamples`.
     """
     lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
-    with lender.lend() as sources, working(progress) as watch, _of_one_text():
-        # The study, whose relative paths start at the current folder.
-        source, where = sources.model or str(model), sources.device or device
-        path = Path(source).expanduser()
-        own: dict[str, Any] = {"model.source": str(path.absolute()) if path.exists() else source, "device": where}
-        own |= {f"model.{key}": is_allowed or None for key, is_allowed in allowed.items()}
-        if source.startswith("pypi:"):
-            own["model.sha256"] = pin_wheel(source)
-        given = {key: value for key, value in own.items() if value is not None} | given
-        if "sparsity" in given:
-            given["sparsity"] = one_sparsity(str(given["sparsity"]))
-        file = changed(StudyFile("prune", Path("prune.toml"), load(str(BARE)).study), given, trust_plugins)
-        folder = resolve(file.study.model, Path(), lambda line: watch(Message(line)))
+    with lender.lend() as sources, working(progress) as watch:
+        try:
+            # The study, whose relative paths start at the current folder.
+            source, where = sources.model or str(model), sources.device or device
+            path = Path(source).expanduser()
+            own: dict[str, Any] = {"model.source": str(path.absolute()) if path.exists() else source, "device": where}
+            own |= {f"model.{key}": is_allowed or None for key, is_allowed in allowed.items()}
+            if source.startswith("pypi:"):
+                own["model.sha256"] = pin_wheel(source)
+            given = {key: value for key, value in own.items() if value is not None} | given
+            if "sparsity" in given:
+                given["sparsity"] = one_sparsity(str(given["sparsity"]))
+            file = changed(StudyFile("prune", Path("prune.toml"), load(str(BARE)).study), given, trust_plugins)
+            folder = resolve(file.study.model, Path(), lambda line: watch(Message(line)))
 
-        # The text that was asked for, else the usual ones, as `tune` has them and cuts them into parts.
-        if isinstance(sources.texts, Mapping):
-            raise UserError("texts: give one text; several roles are for `tune`")
-        chosen = sources.texts or usual_texts(lambda line: watch(Message(line)))
-        seqlen = seqlen or min(SEQLEN, context_length(folder) or SEQLEN)
-        most = nsamples or (NSAMPLES if role == "calibration" else 1_000_000)
-        if chosen in HUB_TEXTS:
-            usual: Text = getattr(file.study.texts, role)
-            if chosen == "c4" and usual.source != "c4":
-                usual = Text.model_validate({**HUB_TEXTS["c4"]["validation"], "nsamples": most})
-            text = usual.model_copy(update={"seqlen": seqlen, "nsamples": nsamples or usual.nsamples})
-        else:
-            check_text(chosen)
-            part = {"part": PARTS[role], "shuffle": True} if chosen in LOCAL_TEXTS else {}
-            text = Text.model_validate({"source": text_source(chosen), "seqlen": seqlen, **part})
-            try:
-                there = len(first_windows(text, folder.path, Path(), most, trusted=folder.trusted))
-            except UserError as error:
-                raise UserError(f"texts: {error}, or give a longer text") from None
-            if nsamples and there < nsamples:
-                raise UserError(f"nsamples: the text has {there} windows of {seqlen} tokens; lower nsamples or seqlen")
-            text = text.model_copy(update={"nsamples": there})
-        with Session.open(_setup(file, {"calibration": text}, file.study.bos, watch)) as session:
-            yield file, session
+            # The text that was asked for, else the usual ones, as `tune` has them and cuts them into parts.
+            if isinstance(sources.texts, Mapping):
+                raise UserError("texts: give one text; several roles are for `tune`")
+            chosen = sources.texts or usual_texts(lambda line: watch(Message(line)))
+            seqlen = seqlen or min(SEQLEN, context_length(folder) or SEQLEN)
+            most = nsamples or (NSAMPLES if role == "calibration" else 1_000_000)
+            if chosen in HUB_TEXTS:
+                usual: Text = getattr(file.study.texts, role)
+                if chosen == "c4" and usual.source != "c4":
+                    usual = Text.model_validate({**HUB_TEXTS["c4"]["validation"], "nsamples": most})
+                text = usual.model_copy(update={"seqlen": seqlen, "nsamples": nsamples or usual.nsamples})
+            else:
+                check_text(chosen)
+                part = {"part": PARTS[role], "shuffle": True} if chosen in LOCAL_TEXTS else {}
+                text = Text.model_validate({"source": text_source(chosen), "seqlen": seqlen, **part})
+                try:
+                    there = len(first_windows(text, folder.path, Path(), most, trusted=folder.trusted))
+                except UserError as error:
+                    raise UserError(f"texts: {error}, or give a longer text") from None
+                if nsamples and there < nsamples:
+                    raise UserError(
+                        f"nsamples: the text has {there} windows of {seqlen} tokens; lower nsamples or seqlen"
+                    )
+                text = text.model_copy(update={"nsamples": there})
+            with Session.open(_setup(file, {"calibration": text}, file.study.bos, watch)) as session:
+                yield file, session
+        except UserError as error:  # calls the one text `texts`, which a study calls its calibration text
+            key = error.key.replace("texts.calibration", "texts").removesuffix(".source")
+            raise UserError(f"{key}: {error.what}" if key else error.what) from None

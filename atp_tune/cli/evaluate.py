@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
-from atp_tune.cli.options import BestOptions, Permissions, checked_prompts, load_study, wrong
+from atp_tune.cli.options import BestOptions, Permissions, checked_prompts, wrong
 from atp_tune.cli.terminal import as_json, echo, markdown, quiet, working
 from atp_tune.errors import UserError, is_text, printable
 from atp_tune.events import Event, Message, Place, TrialStarted, ignore_events
@@ -249,15 +249,13 @@ def speedup(
     with working() as watch:
         from atp_tune.folders.speed import Workload, about, check, default_engine, find_pair, measure, passing_pair
         from atp_tune.results import results
-        from atp_tune.results.status import best_config, file_as_run, stored_study
+        from atp_tune.results.status import best_config
         from atp_tune.results.summary import summarise
 
         # What is measured, and what computes it.
         device = options.device or "auto"
         if options.study is not None:
-            file = load_study(options.study, options.storage, None, None)
-            stored = stored_study(file, options.study_name)
-            path, file = file.best_path(options.study_name or file.name), file_as_run(stored, file)
+            stored, file, path = options.stored()
             spec: Study | Config = file.study
         else:
             path = about(model) if model is not None else config or Path()

@@ -15,6 +15,8 @@ import typer
 from atp_tune.utils.system import as_typed
 
 if TYPE_CHECKING:
+    import optuna
+
     from atp_tune.api.configuration import Configuration
     from atp_tune.config.best import Config
     from atp_tune.config.studyfile import StudyFile
@@ -188,16 +190,22 @@ class BestOptions(Permissions):
         """The code that may run, by its name in `Permissions`."""
         return {name: getattr(self, name) for name in signature(Permissions).parameters}
 
+    def stored(self, set_: list[str] | None = None) -> "tuple[optuna.Study, StudyFile, Path]":
+        """The stored study, its file with the settings that it was run with, and the file of its best configuration."""
+        from atp_tune.results.status import file_as_run, stored_study
+
+        file = load_study(str(self.study), self.storage, None, set_)
+        study, path = stored_study(file, self.study_name), file.best_path(self.study_name or file.name)
+        return study, file_as_run(study, file, bool(set_)), path
+
     def best(self, config: Path | None = None, set_: list[str] | None = None) -> Best:
         """The configuration in a file, or else of the best trial of the study."""
         from atp_tune.config.best import read_config
-        from atp_tune.results.status import best_config, file_as_run, stored_study
+        from atp_tune.results.status import best_config
 
         if config is not None:
             return Best(read_config(config), config, self.allowed, self.device or "auto", self.storage)
-        file = load_study(str(self.study), self.storage, None, set_)
-        stored, path = stored_study(file, self.study_name), file.best_path(self.study_name or file.name)
-        file = file_as_run(stored, file, bool(set_))
+        stored, file, path = self.stored(set_)
         allowed = {key: given or file.permissions[key] for key, given in self.allowed.items()}
         where = self.device or file.study.device
         return Best(best_config(file, stored, path), path, allowed, where, file.storage_url, file)

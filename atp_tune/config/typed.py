@@ -26,24 +26,24 @@ LOWEST = {"max_increase": 0.0, "max_perplexity": 1.0, "max_kl": 0.0, "max_drop":
 
 
 def parse_sparsity(text: str) -> float | Interval:
-    """A sparsity, or an interval of sparsities with ends that are multiples of `STEP`; ValueError for anything else."""
-    if ".." not in text:
-        return _between(text, text)
-    first, _, last = text.partition("..")
-    low, high = _between(first, text), _between(last, text)
-    if not low < high:
-        raise ValueError(f"{text} must run from the lower sparsity to the higher")
-    if not are_steps(low, high):
-        raise ValueError(f"the ends of {text} must be multiples of {STEP}")
+    """A sparsity, or an interval of sparsities with ends that are multiples of `STEP`; UserError for anything else."""
+    try:
+        if ".." not in text:
+            return _between(text, text)
+        first, _, last = text.partition("..")
+        low, high = _between(first, text), _between(last, text)
+        if not low < high:
+            raise ValueError(f"{text} must run from the lower sparsity to the higher")
+        if not are_steps(low, high):
+            raise ValueError(f"the ends of {text} must be multiples of {STEP}")
+    except ValueError as error:
+        raise UserError(f"--sparsity: {error}") from None
     return low, high
 
 
 def one_sparsity(text: str) -> float:
     """The sparsity that `--sparsity` names; UserError for anything else, and for an interval."""
-    try:
-        sparsity = parse_sparsity(text)
-    except ValueError as error:
-        raise UserError(f"--sparsity: {error}") from None
+    sparsity = parse_sparsity(text)
     if isinstance(sparsity, tuple):
         raise UserError(f"--sparsity: {text} is an interval; give the one sparsity that the plan is to have")
     return sparsity
@@ -142,10 +142,7 @@ def goal(
         usual = {"max_kl": INCREASE} if by_objective else LIMIT
         return WHOLE, limit or (None if own == "none" else usual)
     sparsity = "..".join(map(str, sparsity)) if isinstance(sparsity, tuple | list) else str(sparsity)
-    try:
-        target = parse_sparsity(sparsity)
-    except ValueError as error:
-        raise UserError(f"--sparsity: {error}") from None
+    target = parse_sparsity(sparsity)
     if limit and not isinstance(target, tuple):
         name = option(next(iter(limit)))
         raise UserError(

@@ -366,16 +366,14 @@ def add_gp_posterior(figure: go.Figure, posterior: Any, points: Points) -> None:
     curves = (posterior or {}).get("curves")
     images = points.results.counts.get("validation", 1)
     for pruner, curve in curves.items() if isinstance(curves, dict) else ():
-        # A whole curve has four equally long lists of numbers, positive where a log axis shows them.
-        lists: list[Any] = [curve.get(part) for part in CURVE] if isinstance(curve, dict) else []
-        if not all(isinstance(each, list) for each in lists) or len({len(each) for each in lists}) != 1 or not lists[0]:
+        try:  # a whole curve has four equally long lists of numbers, positive where a log axis shows them
+            rows = list(zip(*(curve[part] for part in CURVE), strict=True))
+            is_whole = bool(rows) and all(all(map(isfinite, row)) and min(row[1:]) > 0 for row in rows)
+        except (TypeError, ValueError, KeyError):
+            is_whole = False
+        if not is_whole:
             continue
-        numbers = [value for values in lists for value in values]
-        if not all(isinstance(value, int | float) and isfinite(value) for value in numbers):
-            continue
-        if not all(value > 0 for values in lists[1:] for value in values):
-            continue
-        beta, *losses = (rounded(values, 4) for values in lists)
+        beta, *losses = (rounded(values, 4) for values in zip(*rows, strict=True))
         mean, low, high = (rounded(points.main.of_loss(value, images) for value in values) for values in losses)
         colour, group = pruner_colour(str(pruner)), f"belief {pruner}"
         note = f" after {posterior['before']} trials" if isinstance(posterior.get("before"), int) else ""
@@ -441,13 +439,11 @@ def draw_front(points: Points) -> go.Figure | None:
 
     def add(trials: list[FrozenTrial], name: str, colour: str, **look: Any) -> None:
         """Trials with both scores, as points with both errors."""
-        scores = [
-            (points.score(trial, PERPLEXITY), trial) for trial in trials if isfinite(points.score(trial, KL).value)
-        ]
-        both = [(score, trial) for score, trial in scores if isfinite(score.value)]
+        both = [trial for trial in trials if all(isfinite(points.score(trial, by).value) for by in (PERPLEXITY, KL))]
+        scores = [points.score(trial, PERPLEXITY) for trial in both]
         if both:
-            x, errors = rounded(score.value for score, _ in both), bars((score.stderr for score, _ in both), colour)
-            points.add(figure, [trial for _, trial in both], x, name, colour, KL, **{"error_x": errors, **look})
+            x, errors = rounded(score.value for score in scores), bars((score.stderr for score in scores), colour)
+            points.add(figure, both, x, name, colour, KL, **{"error_x": errors, **look})
 
     add([trial for trial in points.trials if trial.number not in best], "other trials", INK)
     optimal = [trial for trial in points.trials if trial.number in best]

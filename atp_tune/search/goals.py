@@ -340,7 +340,7 @@ class WithinLimit(OverInterval):
             trials = progress.measured(study) if self.search.screen else []
             self.dense = study.user_attrs.get("dense")
         self.model = self.surrogate(trials, self.dense)
-        study.sampler = LimitSampler(self)
+        study.sampler = LimitSampler(RandomSampler, self.search.seed, self)
         return []
 
     def is_idle(self, study: optuna.Study) -> bool:
@@ -463,16 +463,15 @@ class WithinLimit(OverInterval):
         return None if any(other.params == point for other in trials_in(study, *states)) else point
 
 
+@dataclass(eq=False)
 class LimitSampler(Proposer):
     """Proposes the points of a search for the sparsest plan within a limit."""
 
-    def __init__(self, goal: WithinLimit) -> None:
-        super().__init__(RandomSampler, goal.search.seed)
-        self._goal = goal
+    goal: WithinLimit
 
     def propose(self, study: optuna.Study, trial: FrozenTrial) -> tuple[Distributions, Params]:
         """Pruner, allocation, sparsity, and the parameters of the allocation of the next point."""
-        space = self._goal.space
+        space = self.goal.space
         wait_for_earlier(study, trial, space)
-        point = self._goal.next_point(study, trial)
+        point = self.goal.next_point(study, trial)
         return space.branch_distributions(point["allocation"]), point

@@ -1,7 +1,6 @@
 """Running a study: created or resumed, driven to its total, and completed with the numbers on the test text."""
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import optuna
 from optuna.distributions import FloatDistribution
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -36,7 +35,7 @@ from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.database import error_reason
 from atp_tune.storage.fingerprint import CHANGED, SUFFIX, facts, facts_in, is_screening, stored_objectives
-from atp_tune.storage.progress import GRACE, Trace, ranked, trials_in
+from atp_tune.storage.progress import GRACE, Trace, experimental, ranked, trials_in
 from atp_tune.utils.cache import alone_with, cache_dir, check_room, versions
 from atp_tune.utils.system import check_writable
 
@@ -366,7 +365,7 @@ def regret_bound(trials: Sequence[FrozenTrial], space: Space, branch: str) -> fl
     points = branch_study(list(trials), space, branch, kinds).trials
     if len(points) < LEAST or has_gap(points, kinds):
         return math.inf
-    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+    with experimental():
         return RegretBoundEvaluator(min_n_trials=LEAST, seed=0).evaluate(points, StudyDirection.MINIMIZE)
 
 

@@ -3,7 +3,6 @@
 import math
 import random
 import statistics
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ from typing import Any
 import optuna
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
@@ -26,7 +24,7 @@ from atp_tune.errors import PluginError, UserError
 from atp_tune.plan import METHODS
 from atp_tune.plugins import guarded, short_name
 from atp_tune.search.space import Distributions, Params, Space
-from atp_tune.storage.progress import counts, order, retry_history, running, trials_in
+from atp_tune.storage.progress import counts, experimental, order, retry_history, running, trials_in
 from atp_tune.utils.compat import SearchSpace, fitted
 from atp_tune.utils.registry import Origin
 
@@ -104,29 +102,31 @@ def around_best(study: Study, kinds: Distributions) -> Distributions:
     A dozen trials cannot explore five dimensions: a GP would try all the corners, which are hopeless. So proposals
     stay within 1 / (2 √n) of each interval from the best of n measured points.
     """
-    intervals = {name: kind for name, kind in kinds.items() if isinstance(kind, FloatDistribution)}
     done = [trial for trial in study.trials if trial.values is not None]
-    if len(intervals) <= 2 or not done or len(study.directions) > 1:
+    if not done or len(study.directions) > 1:
         return kinds
-    best, reach = min(done, key=order).params, 0.5 / math.sqrt(len(done))
-    return kinds | {name: within_reach(best[name], kind, reach) for name, kind in intervals.items()}
+    near = beside(min(done, key=order).params, kinds, 0.5 / math.sqrt(len(done)))
+    return kinds | near if len(near) > 2 else kinds
 
 
-def within_reach(value: float, kind: FloatDistribution, reach: float) -> FloatDistribution:
-    """The part of an interval around a value, `reach` of its width to either side."""
-    width = reach * (kind.high - kind.low)
-    return FloatDistribution(max(kind.low, value - width), min(kind.high, value + width))
+def beside(point: Params, kinds: Distributions, reach: float) -> dict[str, FloatDistribution]:
+    """The parts of the intervals around a point, `reach` of each one's width to either side."""
+    parts = {}
+    for name, kind in kinds.items():
+        if isinstance(kind, FloatDistribution):
+            value, width = point[name], reach * (kind.high - kind.low)
+            parts[name] = FloatDistribution(max(kind.low, value - width), min(kind.high, value + width))
+    return parts
 
 
 def nudge_from_known(point: Params, trials: Sequence[FrozenTrial], kinds: Distributions, seed: int) -> Params:
     """The point itself, or a random neighbour if a trial (finished or running) is near the point."""
     drawn, reach, generator = point, REACH, random.Random(seed)
-    intervals = {name: kind for name, kind in kinds.items() if isinstance(kind, FloatDistribution)}
-    for _ in range(DRAWS if intervals else 0):
+    for _ in range(DRAWS):
         if not any(is_near(drawn, trial.params, kinds, NEAR) for trial in trials):
             return drawn
-        beside = {name: within_reach(point[name], kind, reach) for name, kind in intervals.items()}
-        drawn = point | {name: generator.uniform(part.low, part.high) for name, part in beside.items()}
+        near = beside(point, kinds, reach)
+        drawn = point | {name: generator.uniform(part.low, part.high) for name, part in near.items()}
         reach *= 2
     return drawn
 
@@ -198,7 +198,7 @@ def gp(seed: int) -> GPSampler:
 
 def tpe(seed: int) -> TPESampler:
     """A TPE for several workers."""
-    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+    with experimental():
         return TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True, constant_liar=True)
 
 
@@ -352,7 +352,7 @@ def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
 
 def make_stopper(search: SearchConfig) -> BasePruner:
     """The Optuna pruner that ends hopeless trials, which compares trials by groups of windows."""
-    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+    with experimental():
         return WilcoxonPruner() if search.stopper == "wilcoxon" else NopPruner()
 
 

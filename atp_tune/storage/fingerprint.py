@@ -2,13 +2,11 @@
 
 import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
@@ -21,7 +19,7 @@ from atp_tune.errors import UserError
 from atp_tune.plugins import is_place, short_name
 from atp_tune.pruners import SETTINGS
 from atp_tune.storage.attributes import ValidatedStudy
-from atp_tune.storage.progress import measured, trials_in
+from atp_tune.storage.progress import experimental, measured, trials_in
 
 DTYPE = "model.dtype"
 PRODUCTS = "model.products"  # where the caller has set another number format for them
@@ -47,7 +45,7 @@ def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool 
     if is_new(study):
         if len(study.directions) != len(objectives):  # the process that created it died before it stored the facts
             raise UserError(f"study {name}: was begun with another {OBJECTIVE}; start another with --study-name NAME")
-        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+        with experimental():
             study.set_metric_names([METRICS.get(name, name) for name in objectives])  # for the axes of Optuna's plots
         study.set_user_attr("fingerprint", dict(facts))
     study = ValidatedStudy(name, study._storage)

@@ -1,7 +1,6 @@
 """Opening a storage by its URL, and the checks of its file and file system."""
 
 import re
-import warnings
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -11,7 +10,7 @@ from weakref import WeakValueDictionary
 
 import optuna
 import psutil
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
@@ -27,7 +26,7 @@ from atp_tune.storage.database import (
     with_driver,
     without_password,
 )
-from atp_tune.storage.progress import GRACE, HEARTBEAT, queue_lost
+from atp_tune.storage.progress import GRACE, HEARTBEAT, experimental, queue_lost
 from atp_tune.utils.system import is_special
 
 # --- Storages in the memory of this process, by addresses that studies can name: memory://1.
@@ -93,7 +92,7 @@ def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
     try:
         while True:
             try:
-                with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+                with experimental():
                     return kind(
                         address.replace("{", "{{").replace("}", "}}"),  # Optuna formats it as a template
                         engine_kwargs=engine_options(url),

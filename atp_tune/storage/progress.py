@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import statistics
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import optuna
 import psutil
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import UserError, printable
@@ -24,6 +25,12 @@ from atp_tune.events import Event, EventHandler, Step
 from atp_tune.storage.attributes import Attributes, checked_trial
 from atp_tune.utils.cache import cache_dir, sha256_of_json
 from atp_tune.utils.compat import is_heartbeat_enabled
+
+
+def experimental() -> Any:
+    """A context in which Optuna does not warn that what is used is experimental."""
+    return warnings.catch_warnings(action="ignore", category=ExperimentalWarning)
+
 
 # --- The process that runs a trial: its identity, whether it is alive, and its trace.
 

@@ -9,7 +9,6 @@ Errors: UserError if the server does not answer at the start, or for `retry.RETR
 import copy
 import logging
 import os
-import warnings
 from collections.abc import Callable, Container, Sequence
 from functools import partial
 from time import monotonic, sleep
@@ -19,13 +18,13 @@ from urllib.parse import urlsplit
 
 import grpc
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import GrpcStorageProxy
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import UserError
 from atp_tune.storage.database import Retrying
-from atp_tune.storage.progress import HEARTBEAT
+from atp_tune.storage.progress import HEARTBEAT, experimental
 from atp_tune.utils.compat import BaseHeartbeat, storage_client
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ def connect(address: str) -> "RemoteStorage":
     if not host or url.path.strip("/") or url.username or url.password:
         raise UserError("storage: not a server's URL; write grpc://HOST:13000, or grpcs://HOST:443 behind TLS")
     token = os.environ.get("ATP_TUNE_TOKEN") if url.scheme == "grpcs" else None  # never unencrypted
-    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+    with experimental():
         storage = RemoteStorage(f"[{host}]" if ":" in host else host, port, token, url.scheme)
     storage.check()
     return storage
