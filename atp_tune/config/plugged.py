@@ -36,6 +36,7 @@ TEXT = re.compile(r"(?P<place>(?:.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+):[A-Za-z
 
 
 def _a_path(address: str) -> str:
+    address.encode()  # UnicodeEncodeError, a ValueError, for a lone surrogate
     if "\0" in address or not is_place(address):
         raise ValueError("must be FILE.py:NAME or package.module:NAME")
     return address

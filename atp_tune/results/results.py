@@ -267,7 +267,16 @@ def attach(path: Path, config: Config, key: Key, value: BaseModel, address: str 
     study = config_study(path, config, address)
     if study is not None:  # first: a run that writes the file takes what the study has
         store(study, key, config.trial, fields)
-    names = [str(path)] if path.exists() and _write(path, config, {key: fields}) else []
+    names = []
+    if path.exists():
+        with alone_with(path):
+            now = read_config(path)
+            if is_same(now, config):
+                try:
+                    write_atomically(path, _with(now, {key: fields}).to_json().encode())
+                except OSError as error:
+                    raise UserError(f"{path}: {error.strerror}; copy it to where you can write") from None
+                names = [str(path)]
     return names + ([f"study {study.study_name}"] if study is not None else [])
 
 
@@ -282,19 +291,6 @@ def check(path: Path, config: Config, address: str | None = None) -> None:
 def store(study: optuna.Study, key: str, trial: int | None, fields: Mapping[str, Any]) -> None:
     """Stores a finding on a trial of its study, in an attribute of its own."""
     study.set_user_attr(f"{key}:{trial}", dict(fields))
-
-
-def _write(path: Path, config: Config, measurements: Mapping[Key, Any]) -> bool:
-    """Adds measurements to the file; False if it holds another trial by now."""
-    with alone_with(path):
-        now = read_config(path)
-        if not is_same(now, config):
-            return False
-        try:
-            write_atomically(path, _with(now, measurements).to_json().encode())
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; copy it to where you can write") from None
-    return True
 
 
 def _with(config: Config, measurements: Mapping[Key, Any]) -> Config:

@@ -59,12 +59,6 @@ def _effect(effect: Table) -> Table:
     return effect
 
 
-def _plugged(rows: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    for row in rows.values():
-        PluginRef.model_validate(row)
-    return rows
-
-
 def _planned(fields: Table) -> Table:
     plan = Plan.model_validate(fields)
     _written(plan.method + plan.allocation + "".join(plan.parameters))
@@ -144,7 +138,7 @@ class StudyRecord(BaseModel):
     batches: Batches
     kinds: Annotated[list[Words], Field(min_length=1)]
     limit: Annotated[dict[Words, Positive | dict[Words, Share]], Field(min_length=1, max_length=1)]
-    plugins: Annotated[dict[Words, dict[Words, Words]], AfterValidator(_plugged), SHOWN]
+    plugins: Annotated[dict[Words, PluginRef], SHOWN]
     screens: Words
     total: Total
     terminated_early: Annotated[list[Total], Field(min_length=2, max_length=2)]
