@@ -64,22 +64,21 @@ def merge(sources: Sequence[str], out: Path, name: str | None) -> tuple[optuna.S
     name = first.study_name
     # Trials of two storages are one if they are equal, also in how many equal ones their storage has before them.
     entries = dict[object, tuple[Share, FrozenTrial]]()
-    keys = list[list[object]]()
+    keys = list[dict[int, object]]()  # of each share, by trial
     for share in shares:
         equal: Counter[object] = Counter()
-        keys.append([])
+        keys.append({})
         for trial in share.trials:
             values, when = tuple(trial.values or ()), (trial.datetime_start, trial.datetime_complete)
             same = tuple(sorted(trial.params.items())), values, trial.state, when
             equal[same] += 1
-            keys[-1].append((same, equal[same]))
-        share.known = sum(key in entries for key in keys[-1])
-        for key, trial in zip(keys[-1], share.trials, strict=True):
+            key = keys[-1][trial.number] = same, equal[same]
+            share.known += key in entries
             entries.setdefault(key, (share, trial))
     order = sorted(entries, key=lambda key: entries[key][1].datetime_start or datetime.max)
     number_of = {key: number for number, key in enumerate(order)}
     for share, own in zip(shares, keys, strict=True):
-        share.numbers = {trial.number: number_of[key] for trial, key in zip(share.trials, own, strict=True)}
+        share.numbers = {old: number_of[key] for old, key in own.items()}
     try:
         with temporary_folder(out) as folder, readable(name):
             _write(folder, first, shares, [_renumbered(entries[key][1], entries[key][0].numbers) for key in order])

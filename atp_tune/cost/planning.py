@@ -61,10 +61,8 @@ class Known(Amounts):
 
     def offload(self) -> Offload:
         """The offload of the study file, or the automatic choice."""
-        setting = self.study.model.offload
-        size = self.itemsize
-        chosen = choose(self.sizes.total * size, sum(self.sizes.blocks) * size, self.free, self.held(0).states)
-        return chosen if setting == "auto" else setting
+        setting, held = self.study.model.offload, self.held(0)
+        return choose(held.total, held.blocks, self.free, held.states) if setting == "auto" else setting
 
     def held(self, work: int) -> Bytes:
         """The parts of the peak memory."""
@@ -97,8 +95,9 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     folder = resolve(setup.model, setup.place.base, setup.place.note)
     amounts = _amounts(file, name, setup, folder, device, dtype.itemsize)
     session, rates = None, None
-    needed = peaks(amounts.held(0), amounts.offload(), amounts.free, amounts.has_own_memory)
-    if not problems(amounts.held(0), needed, amounts.offload(), amounts.windows):
+    held, offload = amounts.held(0), amounts.offload()
+    needed = peaks(held, offload, amounts.free, amounts.has_own_memory)
+    if not problems(held, needed, offload, amounts.windows):
         with oom_as_user_error("loading"):
             began = perf_counter()
             session = Session.open(setup)
@@ -107,8 +106,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
 
             amounts = _with_model(amounts, session)
             session.watch(Message("probing: one batch of each text in three blocks"))
-            rates = probe(session, file.study, load)
-    offload = session.checkpoint.offload if session else amounts.offload()
+            rates, offload = probe(session, file.study, load), session.checkpoint.offload
     work = max(rates.work if rates else 0, _descent_bytes(amounts))
     if amounts.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
         work += amounts.held(0).blocks

@@ -173,33 +173,30 @@ class Maintenance:
 
     def turn(self) -> None:
         """One round over all studies; an error is reported once, and retried in the next round."""
+        trouble = ""
         try:
-            self._look()
-            trouble = ""
+            attached = False
+            for name in opening.names_in(self.storage):
+                study = opening.find_study(self.storage, name)
+                if study is None or "fingerprint" not in study.user_attrs:
+                    continue
+                try:
+                    # Queues lost trials again, since workers on other machines cannot detect that a trial is lost.
+                    for number in progress.requeue_lost(study):
+                        trial = progress.trials_in(study)[number]
+                        reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), progress.given_up(trial)
+                        end = f"cut off {why}, it is given up" if why else "it is queued again"
+                        self.tell(f"{study.study_name}: trial {number}: {reason}; {end}")
+                    attached = attached or self._attach(study)  # one per round: a report takes half a second and 5 MB
+                except UserError as error:
+                    if self._told.get(name) != str(error):
+                        self.tell(f"warning: {error}")
+                    self._told[name] = str(error)
         except (OSError, StorageInternalError, UserError) as error:
             trouble = f"warning: {error_reason(error)}"
         if trouble and trouble != self._trouble:
             self.tell(trouble)
         self._trouble = trouble
-
-    def _look(self) -> None:
-        attached = False
-        for name in opening.names_in(self.storage):
-            study = opening.find_study(self.storage, name)
-            if study is None or "fingerprint" not in study.user_attrs:
-                continue
-            try:
-                # Queues lost trials again, since workers on other machines cannot detect that a trial is lost.
-                for number in progress.requeue_lost(study):
-                    trial = progress.trials_in(study)[number]
-                    reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), progress.given_up(trial)
-                    end = f"cut off {why}, it is given up" if why else "it is queued again"
-                    self.tell(f"{study.study_name}: trial {number}: {reason}; {end}")
-                attached = attached or self._attach(study)  # one per round: a report takes half a second and 5 MB
-            except UserError as error:
-                if self._told.get(name) != str(error):
-                    self.tell(f"warning: {error}")
-                self._told[name] = str(error)
 
     def _attach(self, study: optuna.Study) -> bool:
         """Attaches best configuration and report if best trial, front or final numbers changed; whether it did."""

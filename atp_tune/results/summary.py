@@ -299,7 +299,15 @@ def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     measured = {name: draws[name] for name in names if name in draws}
     if not measured or len(measured) < len(names):
         return {}
-    fitted_to = _fitted_to(study, count)
+    # The tokens, or images, of each fitted allocation's plan, in each of the draws and in the study. Those by prices
+    # take a pool of the calibration text, the others measure its windows.
+    file, stored = made_from(study), study.user_attrs.get("fitted_to", {}).get(str(count))
+    fitted_to = dict[str, tuple[int, int]]()
+    if file is not None and stored:
+        (each, own), text, allocations = stored, file.study.data.calibration, file.study.allocation
+        windows = -(-(text.nsamples or 0) // text.stride) * getattr(text, "seqlen", 1)
+        fitted_to |= {name: (windows, windows) for name in allocations.short_names if is_fitted(name)}
+        fitted_to |= dict.fromkeys(allocations.by_prices, (each, own))
     common = sorted(set.intersection(*(set(by_draw) for by_draw in measured.values())), key=int)
     nlls = {name: [by_draw[draw] for draw in common] for name, by_draw in measured.items()}
     result = {}
@@ -311,20 +319,6 @@ def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
         if spread is not None:
             result[trial.number] = spread
     return result
-
-
-def _fitted_to(study: optuna.Study, count: int) -> dict[str, tuple[int, int]]:
-    """The tokens, or images, of each fitted allocation's plan, in each of so many draws and in the study.
-
-    Those by prices take a pool of the calibration text, the others measure its windows.
-    """
-    file, stored = made_from(study), study.user_attrs.get("fitted_to", {}).get(str(count))
-    if file is None or not stored:
-        return {}
-    (each, own), text, names = stored, file.study.data.calibration, file.study.allocation
-    windows = -(-(text.nsamples or 0) // text.stride) * getattr(text, "seqlen", 1)
-    tokens = {name: (windows, windows) for name in names.short_names if is_fitted(name)}
-    return tokens | dict.fromkeys(names.by_prices, (each, own))
 
 
 # --- The tables of a study as text: each surface shows the same ones, and only says how a table is drawn.
