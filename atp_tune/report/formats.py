@@ -67,7 +67,7 @@ class Contents:
     notes         sentences on what is unusual in the study
     versions      of the libraries, of all trials
     study_file    with all overrides, as TOML; None where an early version made the study
-    state         numbers of trials by state, in words; `running`, `failed`: numbers of trials
+    state         numbers of trials by state, in words
     errors        the meaning of ±, the numbers over draws, if there are any, and the texts
     verdict       the change against uniform in one sentence, with the error of the difference where it is known
     """
@@ -86,8 +86,6 @@ class Contents:
     versions: dict[str, str]
     study_file: str | None
     state: str
-    running: int
-    failed: int
     errors: str
     verdict: str
 
@@ -105,9 +103,9 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
     parts = [] if shared is None else [f"{shared:g}{' bits' * bool(summary.bits)}"]
     parts += [f"{sparsity[0]:g} to {sparsity[1]:g}"] if isinstance(sparsity, tuple) else []
     # Numbers of trials by state.
-    running, failed = (sum(t.state == state for t in trials) for state in (TrialState.RUNNING, TrialState.FAIL))
     counts = (
-        (running, "running"), (sum("failure" in t.user_attrs for t in trials), "failed"),
+        (sum(t.state == TrialState.RUNNING for t in trials), "running"),
+        (sum("failure" in t.user_attrs for t in trials), "failed"),
         (sum(map(is_lost, trials)), "lost and run again"), (sum(map(bool, map(given_up, trials))), "given up"),
         (sum("stopped_after" in t.user_attrs for t in trials), "stopped early"),
     )  # fmt: skip
@@ -130,8 +128,6 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
         versions={name: _several(each.get(name) for each in versions) for name in names},
         study_file=toml(settings(file)["settings"]) if file else None,
         state=", ".join([f"{summary.done}{of} trials done", *(f"{count} {what}" for count, what in counts if count)]),
-        running=running,
-        failed=failed,
         errors="; ".join(part for part in notes if part) + ".",
         verdict=summary.goal.said(summary).replace(" ± ", "\u00a0±\u00a0"),
     )
@@ -434,10 +430,11 @@ def _document(contents: Contents) -> dict[str, Any]:
         row["levels"] = json.loads(stored, object_hook=lambda level: level.pop("rows", level) and level)
         row["times"] = attrs.get("seconds")
         row.update({key: attrs.get(key) for key in KEPT})
+    states = [row["state"] for row in status["trials"]]
     return {
         **status,
         "description": contents.description,
-        "state": {"running": contents.running, "failed": contents.failed},
+        "state": {"running": states.count("running"), "failed": states.count("fail")},
         "realised": contents.realised,
         **{name: (found := getattr(summary, name)) and found.model_dump() for name in FINDINGS},
         "importance": contents.importance,
