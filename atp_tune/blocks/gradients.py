@@ -151,7 +151,8 @@ class BlockGradients:
                 while entering:
                     gradient = self.backward(len(entering) - 1, entering.pop(), gradient, take, each)
         finally:
-            self._kept = KeptRuns(0)  # an error must not keep what waits for its gradient
+            # What waits for its gradient is not kept after an error, nor is what `change` holds.
+            del self._kept, self._change
 
     def forward(self, items: Batch) -> list[Tensor]:
         """Hidden states [items, positions, width] that enter each block of the changed model, then the final ones."""

@@ -95,7 +95,8 @@ class ModelState:
             self._config.output_router_logits = True
         for tensor, device, flag in self._tensors:
             tensor.data = tensor.data.to(device)
-            tensor.requires_grad_(flag)
+            if tensor.is_leaf:  # not a buffer that the model has computed since
+                tensor.requires_grad_(flag)
 
 
 class Checkpoint(Released):

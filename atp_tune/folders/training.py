@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from atp_tune.checkpoints.blocks import Linear, classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import GIB, find_dtype, free_memory
-from atp_tune.checkpoints.files import read_headers, read_sizes
+from atp_tune.checkpoints.files import read_header, read_sizes
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.prune import FEWEST, MOST, NLL_SHARES, SHARE, Training
 from atp_tune.config.study import ModelConfig
@@ -390,7 +390,7 @@ def _check_finite(loss: float, text: str) -> None:
 
 def stored_format(folder: Path) -> torch.dtype:
     """The number format that rounds no weight of a folder: bfloat16 if all are stored as such, else float32."""
-    kinds = {entry["dtype"] for entry in read_headers(folder).values()}
+    kinds = {entry["dtype"] for file in folder.glob("*.safetensors") for entry in read_header(file).values()}
     return torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
 

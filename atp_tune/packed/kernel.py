@@ -324,9 +324,11 @@ def row_offsets(bitmask: Tensor, columns: int, count: int | None = None) -> Tens
     if loaded is not None:
         row = int(loaded.atp_offsets(bitmask.data_ptr(), len(bitmask), columns, offsets.data_ptr()))
     else:
-        bits = _bits(bitmask)
-        offsets[1:] = bits.sum(dim=1).cumsum(dim=0)
-        after = bits[:, columns:].any(1).nonzero()
+        # How many bits of each byte are set, by sums of bits, pairs and fours beside each other.
+        pairs = bitmask - (bitmask >> 1 & 0x55)
+        fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
+        offsets[1:] = (fours + (fours >> 4) & 0x0F).sum(dim=1, dtype=torch.int64).cumsum(dim=0)
+        after = (bitmask[:, -1].int() >> (columns - 1) % 8 + 1).nonzero()
         row = int(after[0]) if len(after) else -1
     if row >= 0:
         raise ValueError(f"packed weight: row {row} of the bitmask has a bit after its {columns} columns")

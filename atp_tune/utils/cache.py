@@ -197,25 +197,27 @@ def alone_with(path: Path) -> Iterator[None]:
     takes long: its lock is not broken.
     """
     with ExitStack() as stack:
-        with suppress(UserError):
+        with suppress(OSError, UserError):
             name = cache_dir("running") / sha256_of_json(str(path.resolve()))
             said = partial(
                 logging.getLogger(__name__).warning, "waiting for another process that writes %s; it holds %s", path
             )
-            stack.enter_context(made_once(name, said, PATIENCE))
+            stack.enter_context(made_once(name, said, PATIENCE, name.with_suffix(".lock")))
         yield
 
 
 @contextmanager
-def made_once(path: Path, waiting: Callable[[Path], None], patience: float = 0) -> Iterator[None]:
+def made_once(
+    path: Path, waiting: Callable[[Path], None], patience: float = 0, at: Path | None = None
+) -> Iterator[None]:
     """Runs the body in one process at a time for `path`, so that the others find what the first one writes.
 
-    `waiting` is called, with the lock's file, if another process is at it for so many seconds (`patience`). Without a
-    lock where there can be none.
+    `waiting` is called, with the lock's file (`at`), if another process is at it for so many seconds (`patience`).
+    Without a lock where there can be none.
     """
     from filelock import FileLock, Timeout
 
-    file = path.with_name(f".{path.name}.lock")
+    file = at or path.with_name(f".{path.name}.lock")
     lock, is_said = FileLock(file), False
     with suppress(OSError, NotImplementedError):
         while not (lock.is_locked or path.exists()):
