@@ -348,7 +348,7 @@ def test_versions_and_formats_of_products_are_in_the_keys_and_threads_are_not(
         patch.setattr(entries, "versions", lambda: {"torch": "another"})
         assert changed() == computed
     with monkeypatch.context() as patch:
-        patch.setattr("atp_tune.folders.training.find_dtype", lambda *_: torch.float16)  # as on another device
+        patch.setattr("atp_tune.folders.finetuning.find_dtype", lambda *_: torch.float16)  # as on another device
         assert changed() == {"recovered"}
     with torch.autocast("cpu", torch.bfloat16):
         assert changed() == computed
