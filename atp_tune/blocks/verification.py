@@ -83,14 +83,15 @@ def verified(checkpoint: Checkpoint, inputs: InputKind, head: Head) -> Replay:
     with as_user_error(what, failed, "such a model cannot be pruned block by block"):
         check_own_weights(checkpoint)
         replay = Replay(checkpoint, inputs)
-        probes = head.probes(replay.checkpoint) or replay.inputs.examples(replay.checkpoint, 2, 1)[1:2]
+        probes = head.probes(checkpoint) or inputs.examples(checkpoint, 2, 1)[1:2]
         walk = _BlockComparison(replay, probes)
         rows = walk.hidden[0].shape[:2].numel()
-        with _recorded(replay.checkpoint, rows) as calls, bypassed(replay.checkpoint.blocks, walk.step):
+        with _recorded(checkpoint, rows) as calls, bypassed(checkpoint.blocks, walk.step):
             logits = replay.forward(probes[0]).logits
-        if calls.missing:
-            on = replay.inputs.called
-            raise Difference(f"does not call {min(calls.missing)} on {on}, so the inputs of its weights are not known")
+        if missing := calls.missing:
+            raise Difference(
+                f"does not call {min(missing)} on {inputs.called}, so the inputs of its weights are not known"
+            )
         head.check_head(replay, list(map(ProbeRun, probes, walk.hidden)), logits, calls.is_routed)
     return replay
 
