@@ -79,13 +79,12 @@ def find_tasks(names: Sequence[str], watch: EventHandler, multimodal: bool = Fal
     # lm-eval would join tasks of which some ask about images and others about text.
     members = [one for task in loaded for one in _members(task)]
     about_images = next((str(one.task_name) for one in members if getattr(one, "MULTIMODAL", False)), "")
-    written_by = [one for one in members if one.OUTPUT_TYPE == "generate_until"]
-    text, image = (
-        next((one.task_name for one in written_by if bool(getattr(one, "MULTIMODAL", False)) == wanted), None)
-        for wanted in (False, True)
-    )
-    if text and image:
-        raise UserError(f"--tasks: {text} asks about text and {image} about images; name them in two commands")
+    written_by = (one for one in members if one.OUTPUT_TYPE == "generate_until")  # as all that ask about images
+    about_text = next((one.task_name for one in written_by if not getattr(one, "MULTIMODAL", False)), None)
+    if about_text and about_images:
+        raise UserError(
+            f"--tasks: {about_text} asks about text and {about_images} about images; name them in two commands"
+        )
     for name, reason in missing.items():
         watch(Message(f"{name}: left out, {reason}"))
     rows = dict.fromkeys(row for task in loaded for row in _rows(task))
@@ -160,9 +159,9 @@ def _members(task: Any) -> list[Any]:
 
 def _rows(task: Any) -> list[str]:
     """Names of the scores of a task, of a group with an aggregate score, or of the tasks of a group without."""
-    if isinstance(task, Group) and not task.has_aggregation:
-        return [inner.task_name for inner in task.get_all_tasks()]
-    return [task.name if isinstance(task, Group) else task.task_name]
+    if isinstance(task, Group) and task.has_aggregation:
+        return [task.name]
+    return [one.task_name for one in _members(task)]
 
 
 # --- Scores of a model in memory on tasks of lm-eval.
