@@ -106,10 +106,10 @@ def test_beside_dense_is_what_a_loop_counts() -> None:
     kls, same = torch.rand((3, 40), generator=draw), torch.rand((3, 40), generator=draw) < 0.7
     counted = torch.rand((3, 40), generator=draw) < 0.8
     parts = [(kls[:, :16], same[:, :16]), (kls[:, 16:], same[:, 16:])]
-    for mask in (None, counted):
+    for mask in (torch.ones_like(counted), counted):
         found = beside_dense(parts, mask)
         for row in range(3):
-            kept = [k for k in range(40) if mask is None or bool(mask[row, k])]
+            kept = [k for k in range(40) if bool(mask[row, k])]
             expected = np.quantile([float(kls[row, k]) for k in kept], 0.99)
             assert found["kls_99"][row] == pytest.approx(expected, rel=1e-5)
             assert found["same_tops"][row] == pytest.approx(fmean(float(same[row, k]) for k in kept))

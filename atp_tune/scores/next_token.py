@@ -153,7 +153,7 @@ class NextToken:
         predicted = counted.sum(1)
         scores = {"nlls": (nlls / predicted).tolist()}
         if dense is not None:
-            scores |= {"kls": (kls / predicted).tolist(), **beside_dense(beside, None if image is None else counted)}
+            scores |= {"kls": (kls / predicted).tolist(), **beside_dense(beside, counted)}
         return scores
 
     def gradient(
@@ -182,15 +182,13 @@ class NextToken:
 NEXT_TOKEN = NextToken()
 
 
-def beside_dense(parts: Sequence[tuple[Tensor, Tensor]], counted: Tensor | None) -> dict[str, list[float]]:
+def beside_dense(parts: Sequence[tuple[Tensor, Tensor]], counted: Tensor) -> dict[str, list[float]]:
     """The 99th percentile of each window's KL, and its share of positions with the dense model's most likely token.
 
     `parts`: of slices of positions, KL and whether both models have one most likely token [windows, positions];
     `counted`: of all positions, which of them count.
     """
-    kls, same = (torch.cat(each, 1).float() for each in zip(*parts, strict=True))
-    if counted is not None:
-        kls, same = (each.masked_fill(~counted, torch.nan) for each in (kls, same))
+    kls, same = (torch.cat(each, 1).float().masked_fill(~counted, torch.nan) for each in zip(*parts, strict=True))
     return {"kls_99": kls.nanquantile(0.99, dim=1).tolist(), "same_tops": same.nanmean(1).tolist()}
 
 
@@ -201,9 +199,7 @@ def is_causal(logits: Tensor, other: Tensor, is_routed: bool) -> bool:
     multiplied by the same expert affects rounding.
     """
     early, others = logits[:, : TOKENS // 2], other[:, : TOKENS // 2]
-    if is_equal(early, others):
-        return True
-    return is_routed and is_near(early, others)
+    return is_equal(early, others) or (is_routed and is_near(early, others))
 
 
 # --- Scores of a model whose weights are given block by block.
