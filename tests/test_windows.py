@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from atp_tune.config.data import KINDS, Text
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.windows import check_disjoint, shared_windows, token_windows
+from atp_tune.inputs.windows import TOKEN_WINDOWS, shared_windows, token_windows
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
 TOPICS_SOURCE = "package:pydoc_data.topics:topics"
@@ -152,14 +152,14 @@ def test_roles_share_no_window() -> None:
     def windows(*rows: list[int]) -> Items:
         return Items.windows(np.array(rows))
 
-    one = windows([1, 2], [3, 4])
-    check_disjoint({"calibration": one, "validation": windows([2, 1], [4, 3]), "test": windows([1, 3, 2])})
-    check_disjoint({"calibration": windows([1, 2], [1, 2])})
-    assert refusal(
-        check_disjoint, {"calibration": one, "validation": windows([5, 6]), "test": windows([7, 8], [3, 4])}
-    ) == ("texts.test: window 1 is also in texts.calibration; give them other texts or parts")
+    check, one = TOKEN_WINDOWS.check_disjoint, windows([1, 2], [3, 4])
+    check({"calibration": one, "validation": windows([2, 1], [4, 3]), "test": windows([1, 3, 2])})
+    check({"calibration": windows([1, 2], [1, 2])})
+    assert refusal(check, {"calibration": one, "validation": windows([5, 6]), "test": windows([7, 8], [3, 4])}) == (
+        "texts.test: window 1 is also in texts.calibration; give them other texts or parts"
+    )
     with refused(r"texts.test: window 0 has text that is also in texts.calibration"):
-        check_disjoint({"calibration": one, "test": windows([1, 2, 3])})
+        check({"calibration": one, "test": windows([1, 2, 3])})
 
 
 @given(st.integers(2, 300), st.integers(2, 300), st.integers(0, 400), st.booleans(), st.integers(0, 1000))

@@ -97,18 +97,6 @@ def _check_text(text: Text) -> None:
         raise UserError("images: pairs of image and text are for calibration; give another text")
 
 
-def check_disjoint(items: ByRole) -> None:
-    """UserError if two roles share text, in whatever windows it is cut."""
-    roles = list(items)
-    for index, role in enumerate(roles):
-        for other in roles[:index]:
-            if shared := shared_windows(items[role], items[other]):
-                what = "is" if items[role].positions == items[other].positions else "has text that is"
-                raise UserError(
-                    f"texts.{role}: window {shared[0]} {what} also in texts.{other}; give them other texts or parts"
-                )
-
-
 def shared_windows(one: Items, other: Items) -> list[int]:
     """The windows of `one` that share a run of tokens with `other`: half a window of the shorter ones, or 64 tokens.
 
@@ -440,9 +428,16 @@ class TokenWindows:
         return first_windows(text, folder.path, base, count, folder.trusted, bos)
 
     def check_disjoint(self, items: ByRole) -> None:
-        """UserError if two texts share a window, or a pair of image and text."""
+        """UserError if two roles share text, in whatever windows it is cut, or a pair of image and text."""
         pairs = {role: own for role, own in items.items() if len(own.tensors) > 1}
-        check_disjoint({role: windows for role, windows in items.items() if role not in pairs})
+        roles = [role for role in items if role not in pairs]
+        for index, role in enumerate(roles):
+            for other in roles[:index]:
+                if found := shared_windows(items[role], items[other]):
+                    what = "is" if items[role].positions == items[other].positions else "has text that is"
+                    raise UserError(
+                        f"texts.{role}: window {found[0]} {what} also in texts.{other}; give them other texts or parts"
+                    )
         for role, doubles in shared(pairs).items():
             for index, other in doubles.items():
                 raise UserError(f"texts.{role}: pair {index} is also in texts.{other}; give them other files or parts")
