@@ -126,9 +126,7 @@ def preset_texts(choice: str | Mapping[str, str], preset: Preset, folder: "Model
                 is_shuffled = is_shuffled or (is_cut and len(documents(Text(source=own["source"]), base)) > 1)
                 own |= {"shuffle": True} if is_shuffled else {}
                 wanted = (most or 1_000_000 // draws) * draws
-                there = len(
-                    first_windows(Text(**own, seqlen=seqlen), folder.path, base, wanted, trusted=folder.trusted)
-                )
+                there = len(first_windows(Text(**own, seqlen=seqlen), folder, base, wanted))
             except UserError as error:
                 what = f"the part of {short_source(own['source'])} for {role}" if is_cut else f"the text for {role}"
                 raise UserError(f"{what}: {error}{', or' if ';' in str(error) else ';'} give a longer text") from None

@@ -342,7 +342,7 @@ def _opened(
                 part = {"part": PARTS[role], "shuffle": True} if chosen in LOCAL_TEXTS else {}
                 text = Text.model_validate({"source": text_source(chosen), "seqlen": seqlen, **part})
                 try:
-                    there = len(first_windows(text, folder.path, Path(), most, trusted=folder.trusted))
+                    there = len(first_windows(text, folder, Path(), most))
                 except UserError as error:
                     raise UserError(f"texts: {error}, or give a longer text") from None
                 if nsamples and there < nsamples:

@@ -105,7 +105,7 @@ def read_items(
         return items.without(doubles)
     with within("--text"):
         whole_text = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
-        items = first_windows(whole_text, folder.path, base, needed, bos=bos)
+        items = first_windows(whole_text, folder, base, needed, bos)
     for role, other in measured.items():
         with within(f"--{role}-text"):
             windows = token_windows(other, folder.path, base, bos=bos)

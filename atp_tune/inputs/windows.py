@@ -75,10 +75,10 @@ def token_windows(
     return Items.windows(ids, bos)
 
 
-def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool = False, bos: bool = False) -> Items:
+def first_windows(text: Text, folder: ModelFolder, base: Path, most: int, bos: bool = False) -> Items:
     """At most the first `most` windows of a consecutive text; UserError if the text is shorter than a window."""
     _check_text(text)
-    encode, first = _encoder(folder, trusted, bos)
+    encode, first = _encoder(folder.path, folder.trusted, bos)
     wanted = text.model_copy(update={"nsamples": most})
     parts = [_consecutive(documents(kind, base), encode, kind, first, at_most=True) for kind in wanted.kinds]
     return Items.windows(in_turn(parts), bos)
@@ -417,7 +417,7 @@ class TokenWindows:
                     f'{error.what}, or draws, or set sampling = "random"'
                 ) from None
             if per > text.nsamples:
-                windows = first_windows(text, folder.path, base, count * per, folder.trusted, bos)
+                windows = first_windows(text, folder, base, count * per, bos)
         return cut_draws(windows, count, text.nsamples, text.stride, pool)
 
     def many(self, text: Text, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Items:
@@ -425,7 +425,7 @@ class TokenWindows:
         count = max(1, positions // text.seqlen)
         if text.sampling == "random":
             return read_text("calibration", text.of_length(count), folder, base, bos)
-        return first_windows(text, folder.path, base, count, folder.trusted, bos)
+        return first_windows(text, folder, base, count, bos)
 
     def check_disjoint(self, items: ByRole) -> None:
         """UserError if two roles share text, in whatever windows it is cut, or a pair of image and text."""

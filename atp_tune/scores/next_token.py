@@ -278,7 +278,7 @@ def compare_bos(
     if text.sampling == "random":
         windows = token_windows(few, folder.path, base, trusted=folder.trusted, bos=True)
     else:
-        windows = first_windows(few, folder.path, base, BOS_WINDOWS, folder.trusted, bos=True)
+        windows = first_windows(few, folder, base, BOS_WINDOWS, bos=True)
     ids = windows.tensors[IDS].to(replay.checkpoint.device)
     plain = ids[:, 1:].contiguous()
     states = final_states(replay, batch, blocks, [ids, plain])
