@@ -51,10 +51,6 @@ class Sample:
     dense: Tensor | None = None
     share: float = 0.5
 
-    def states(self, rows: slice) -> Tensor | None:
-        """The dense model's states of some of the items."""
-        return None if self.dense is None else self.dense[rows]
-
 
 @dataclass(frozen=True)
 class Run:
@@ -141,9 +137,8 @@ class BlockGradients:
                 hidden = entering.pop()
 
                 def step(rows: slice) -> Tensor:
-                    return self.gradient(
-                        self.replay, sample.items[rows], hidden[rows], sample.states(rows), sample.share
-                    )
+                    dense = None if sample.dense is None else sample.dense[rows]
+                    return self.gradient(self.replay, sample.items[rows], hidden[rows], dense, sample.share)
 
                 gradient = torch.cat(self.heads.over(len(hidden), step))  # of the sum of the items' losses
                 gradient = gradient.float() if gradient.dtype == torch.float16 else gradient
