@@ -150,7 +150,7 @@ class Replay:
             recorded.append(entry)
             if len(recorded) == len(self.checkpoint.blocks):
                 raise Reached  # the rest of the model is not needed
-            return self._wrap(index, recorded[-1][0])
+            return self._wrap(index, entry[0])
 
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
             self.forward(batch)
