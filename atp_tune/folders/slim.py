@@ -121,20 +121,18 @@ OWN_CODE = "--slim: a model with code of its own cannot be slim; `apply` without
 
 @dataclass
 class Cut:
-    """The rows and columns of a linear that stay: their indices, None: all; `shape` [out, in] after the cut."""
+    """The rows (`dim` 0) or the columns (1) of a linear that stay, by index; `shape` [out, in] after the cut."""
 
-    rows: Tensor | None
-    columns: Tensor | None
+    dim: int
+    indices: Tensor
     transposed: bool
     shape: list[int]
 
     def of(self, stored: Tensor) -> Tensor:
         """The weight, or the bias, as stored, after the cut."""
-        is_turned = self.transposed and stored.dim() > 1
-        matrix = stored.T if is_turned else stored
-        for dim, indices in enumerate((self.rows, self.columns)[: stored.dim()]):
-            matrix = matrix if indices is None else matrix.index_select(dim, indices)
-        return (matrix.T if is_turned else matrix).contiguous()
+        if self.dim == stored.dim():  # the columns of a bias
+            return stored
+        return stored.index_select(1 - self.dim if self.transposed and stored.dim() > 1 else self.dim, self.indices)
 
 
 def check_pattern(config: Config) -> None:
@@ -212,8 +210,7 @@ class _Cuts:
                 linear, indices = by_name[name], kept.repeat_interleave(size).nonzero()[:, 0]
                 is_reader, shape = name == each.reader, [linear.out_features, linear.in_features]
                 shape[is_reader] = len(indices)
-                rows, columns = (None, indices) if is_reader else (indices, None)
-                self.linears[prefix + name] = Cut(rows, columns, linear.transposed, shape)
+                self.linears[prefix + name] = Cut(int(is_reader), indices, linear.transposed, shape)
 
     def tensors(self, folder: Path) -> dict[str, Cut]:
         """Cuts by the names of tensors in a folder's files; of biases only rows are cut."""
