@@ -92,8 +92,7 @@ class Codes:
             linear.matrix(scales).copy_(spread(grid.scale.cpu(), each, columns))
             linear.matrix(zeros).copy_(spread(grid.zero.cpu(), each, columns))
             linear.matrix(bits).fill_(block.bits[linear.name])
-        ways = (block.weights[key].cpu(), *(scales, zeros, bits))
-        weights, *grids = (checkpoint.as_saved(name, tensor) for tensor in ways)
+        weights, *grids = (checkpoint.as_saved(name, tensor) for tensor in (shaped.cpu(), scales, zeros, bits))
         decoded: Tensors = {}
         for part, weight in weights.items():
             try:
