@@ -52,8 +52,7 @@ def pruned(config: Config, place: Place, lender: Lender) -> PreTrainedModel:
             )
             where = find_device(place.device if lender.model is None else str(lender.model.device))
             checkpoint = resolve(model, Path()).checkpoint(model, where)
-            linears = [(i, linear) for i, each in enumerate(checkpoint.linears) for linear in each]
-            keys = [checkpoint.key(i, linear) for i, linear in linears]
+            keys = [checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears]
             weights = {key: checkpoint.model.get_parameter(key).detach().cpu() for key in keys}
             loaded = None if lender.model is not None else checkpoint.take_model()
     else:
