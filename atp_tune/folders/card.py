@@ -64,8 +64,8 @@ def origin(folder: Path) -> PrunedWith | None:
         return None
     config = read_config(file)
     base, texts = folder / config.folder, config.texts
-    calibration, validation, test = (rooted(text, base) for text in (config.calibration, texts.validation, texts.test))
-    return PrunedWith(config, base, calibration, validation, test)
+    used = (config.calibration, texts.validation, texts.test)
+    return PrunedWith(config, base, *(rooted(text, base) for text in used))
 
 
 def new_manifest(folder: Path, device: str) -> Manifest:
