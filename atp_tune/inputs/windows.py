@@ -299,11 +299,10 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
 def _order(count: int, text: Text) -> list[int]:
     """The pairs of the part, in order or, with random sampling, shuffled by the seed."""
     start, end = (int(share * count) for share in text.part)
-    rows = list(range(start, end))
-    if text.sampling == "consecutive":
-        return rows
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(text.seed))
-    return [rows[index] for index in order.tolist()]
+    rows = torch.arange(start, end)
+    if text.sampling == "random":
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(text.seed))]
+    return rows.tolist()
 
 
 def load_processor(folder: Path, trusted: bool, asks: str, whose: str) -> Any:
