@@ -56,8 +56,7 @@ class LabelledImages(InputKind):
         """Items and pool of each draw: pieces of the one order in which the images of the part are drawn."""
         whole = len(pictures(text, base))
         part, nsamples = int(text.part[1] * whole) - int(text.part[0] * whole), text.nsamples or whole
-        if count * nsamples > part:
-            wanted = count * nsamples
+        if (wanted := count * nsamples) > part:
             raise UserError(
                 f"images.calibration.draws: {count} draws take {wanted} images, and the part has {part}; lower one"
             )
