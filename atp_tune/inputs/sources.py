@@ -471,7 +471,7 @@ def lent(documents: Sequence[str]) -> Iterator[str]:
             _lent.pop(source, None)
 
 
-def as_documents(texts: Any, what: str = "texts") -> list[str]:
+def as_documents(texts: Any, what: str) -> list[str]:
     """Documents from a list of str, or from the column `text` of a `datasets.Dataset`.
 
     UserError, which names the argument `what`, for anything else.
