@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -218,10 +219,8 @@ def _size(folder: Path) -> int | None:
     total = 0
     for root, _, names in os.walk(folder.expanduser()):
         for name in names:
-            try:
+            with suppress(OSError):  # it was removed meanwhile
                 total += Path(root, name).lstat().st_size
-            except OSError:  # it was removed meanwhile
-                continue
     return total
 
 

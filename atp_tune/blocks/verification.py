@@ -174,7 +174,7 @@ def _recorded(checkpoint: Checkpoint, rows: int) -> Iterator[_Calls]:
     def on_input(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         calls.missing.discard(name)
         if args and isinstance(args[0], Tensor):
-            calls.is_routed = calls.is_routed or bool(args[0].shape[:-1].numel() % rows)
+            calls.is_routed |= bool(args[0].shape[:-1].numel() % rows)
 
     with ExitStack() as stack:
         for name in names:
