@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from atp_tune.api.arguments import Lender, working
+from atp_tune.api.arguments import Lender, names, working
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.best import Config, ZeroShot, read_config
@@ -287,9 +287,8 @@ class Configuration:
         Returns:
             The scores of each task, and their means.
         """
-        names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         with self._lent() as there:
-            return evaluate(self.config, TaskOptions(names, limit, num_fewshot, batch), there)
+            return evaluate(self.config, TaskOptions(names(tasks), limit, num_fewshot, batch), there)
 
     @contextmanager
     def _working(self) -> Iterator[Place]:
