@@ -58,7 +58,7 @@ class _Run:
 
     inputs: Tensors = field(default_factory=dict)
     outputs: Tensors = field(default_factory=dict)
-    after: Tensor = field(default_factory=lambda: torch.empty(0))
+    after: Tensor = field(init=False)
 
 
 class _Probe:
@@ -218,7 +218,7 @@ class ChannelPruner:
 
     blocks: tuple[BlockChannels, ...]
     settings: ChannelSettings
-    by_magnitude: bool = False
+    by_magnitude: bool
 
     @property
     def measures(self) -> Measures:
