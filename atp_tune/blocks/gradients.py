@@ -434,9 +434,8 @@ class RowPricing(Pricing):
         super().__init__(gradients, ByPlaces(places))
         self._places = places
         linears = gradients.checkpoint.linears
-        keys = {(index, x.name): x.out_features for index, block in enumerate(linears) for x in block}
-        self._offsets = {key: torch.zeros(rows) for key, rows in keys.items()}  # shares of the inputs
-        self._smooth = {key: torch.zeros(rows) for key, rows in keys.items()}
+        zeros = {(index, x.name): torch.zeros(x.out_features) for index, block in enumerate(linears) for x in block}
+        self._offsets, self._smooth = zeros, {**zeros}  # shares of the inputs, moving means of prices: never in place
         self._rows = dict[Key, Tensor]()  # their prices by the last sample
 
     def prices(self, sparsities: Sequence[Sequence[float]], sample: Sample) -> Prices:
