@@ -299,11 +299,11 @@ def verify(folder: Path) -> Verified:
             f"{folder}: its {ABOUT} has no hashes, since an earlier version wrote it; make the folder again "
             "with: python tune.py apply --config FILE --out DIR"
         )
-    known = {*manifest.files, *DESCRIPTIONS}
+    files = manifest.files
+    known = {*files, *DESCRIPTIONS}
     more = sorted(file.name for file in folder.iterdir() if file.name not in known and not file.name.startswith("."))
     surplus = [name for name in more if name.endswith((*WEIGHTS, INDEX))]
     # What is missing or differs, in one line.
-    files = manifest.files
     missing = [name for name in files if not (folder / name).is_file()]
     try:
         other = [name for name in files if name not in missing and digest(folder / name) != files[name]]
@@ -315,9 +315,9 @@ def verify(folder: Path) -> Verified:
         raise UserError(
             f"{folder}: not what was written; {'; '.join(problems)}; copy or download it again, or make it with `apply`"
         )
-    weights = sum(name.endswith(WEIGHTS) for name in manifest.files)
+    weights = sum(name.endswith(WEIGHTS) for name in files)
     changes = list(differences(manifest.environment, environment()))
-    return Verified(len(manifest.files), weights, more, manifest.environment, changes)
+    return Verified(len(files), weights, more, manifest.environment, changes)
 
 
 def _listed(names: list[str]) -> str:
