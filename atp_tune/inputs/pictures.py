@@ -34,7 +34,7 @@ LARGEST_FILE = 1 << 30  # bytes of the file of a picture: uncompressed ones of `
 LARGEST = 1 << 28  # pixels of a picture; a file of a few bytes may claim more
 LONGEST = 200  # times as wide as high, or the reverse: a processor may enlarge the shorter side to hundreds of pixels
 DEEP = ("I", "F")  # modes of Pillow whose pixels have more than 8 bits; their conversion to RGB would clip
-IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801  # first four bytes of idx files of images and of labels
+MAGIC = 0x800  # first four bytes of an idx file of bytes, less the number of its dimensions
 
 
 @dataclass(frozen=True)
@@ -146,19 +146,19 @@ def _bytes(path: Path, key: str = "source") -> bytes:
 
 def _idx(path: Path, wanted: ImageSet) -> Pictures:
     """An idx file of images, and beside it the one of their labels, which has "labels" and "idx1" in its name."""
-    greys = _array(path, IMAGES_MAGIC, 3)
+    greys = _array(path, 3)
     beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
     if beside == path:
         raise UserError(
             f'source: {path}: the name of an idx file of images holds "images", as train-images-idx3-ubyte.gz'
         )
-    labels = _array(beside, LABELS_MAGIC, 1)
+    labels = _array(beside, 1)
     if len(labels) != len(greys):
         raise UserError(f"source: {path} has {len(greys)} images, {beside.name} has {len(labels)} labels")
     return Pictures(labels.tolist(), lambda index: f"image {index} of {path}", lambda index: greys[index])
 
 
-def _array(path: Path, magic: int, dimensions: int) -> np.ndarray:
+def _array(path: Path, dimensions: int) -> np.ndarray:
     """The array of an idx file, packed by gzip or not."""
     if not path.is_file():
         raise UserError(f"source: there is no file {path}")
@@ -174,7 +174,7 @@ def _array(path: Path, magic: int, dimensions: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         what = "is a damaged gzip file" if not isinstance(error, PermissionError) else "cannot be read"
         raise UserError(f"source: {path} {what}: {one_line(error)}") from None
-    if int.from_bytes(head[:4], "big") != magic or not data or len(data) != count:
+    if int.from_bytes(head[:4], "big") != MAGIC + dimensions or not data or len(data) != count:
         what = "images" if dimensions == 3 else "labels"
         raise UserError(f"source: {path} is no idx file of {what} (MNIST's format), or not all of one")
     return np.frombuffer(data, np.uint8).reshape(shape)
