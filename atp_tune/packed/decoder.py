@@ -205,13 +205,18 @@ class Decoder:
         others = (value for name, value in words.items() if name not in KNOWN)
         if not isinstance(ids, Tensor) or not (mask is None or isinstance(mask, Tensor)):
             return False
-        plain = ids.dim() == 2 and ids.shape[1] == 1 and 0 < len(ids) <= kernel.BATCH
-        plain = plain and not (torch.is_grad_enabled() or self.model.training or torch.is_autocast_enabled("cpu"))
-        plain = plain and type(words.get(CACHE)) is DynamicCache
-        plain = plain and False not in (words.get("use_cache"), words.get("return_dict"))
-        plain = plain and not (config.output_attentions or config.output_hidden_states)
-        plain = plain and all(value is None or value is False for value in others)
-        return plain and not kernel.watched(ids) and not nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        return (
+            ids.dim() == 2
+            and ids.shape[1] == 1
+            and 0 < len(ids) <= kernel.BATCH
+            and not (torch.is_grad_enabled() or self.model.training or torch.is_autocast_enabled("cpu"))
+            and type(words.get(CACHE)) is DynamicCache
+            and False not in (words.get("use_cache"), words.get("return_dict"))
+            and not (config.output_attentions or config.output_hidden_states)
+            and all(value is None or value is False for value in others)
+            and not kernel.watched(ids)
+            and not nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        )
 
     def _next(self, words: Any) -> Tensor | None:
         """States [texts, 1, width] behind the norm; None where the family's forward is to give them."""

@@ -518,17 +518,22 @@ class CodedMatrix(CheckedCodes):
         """
         parts = codes, bitmask, scales, zeros, bias
         (rows, groups), offsets = scales.shape if scales.dim() == 2 else (0, 0), torch.empty(0)
-        fits = groups > 0 and columns % groups == 0 and multiplies_codes(columns, columns // groups)
-        fits = fits and all(part is None or (part.is_cpu and part.is_contiguous()) for part in parts)
-        fits = fits and codes.dtype == zeros.dtype == torch.uint8 and scales.dtype == torch.float16
-        fits = fits and scales.shape == zeros.shape and (bitmask is None or len(bitmask) == rows)
-        fits = fits and (bias is None or (bias.shape == (rows,) and bias.dtype in FLOATS))
+        fits = (
+            groups > 0
+            and columns % groups == 0
+            and multiplies_codes(columns, columns // groups)
+            and all(part is None or (part.is_cpu and part.is_contiguous()) for part in parts)
+            and codes.dtype == zeros.dtype == torch.uint8
+            and scales.dtype == torch.float16
+            and scales.shape == zeros.shape
+            and (bitmask is None or len(bitmask) == rows)
+            and (bias is None or (bias.shape == (rows,) and bias.dtype in FLOATS))
+        )
         count = rows * columns
         if fits and bitmask is not None:
             offsets = row_offsets(bitmask, columns)
             count = int(offsets[-1])
-        fits = fits and codes.shape == (-(-count * bits // 8),)
-        if not fits:
+        if not fits or codes.shape != (-(-count * bits // 8),):
             raise ValueError(f"packed weight: {_words(codes)} are no codes of {count} weights in {_words(scales)}")
         # What each block of columns has; of groups of one block the scales themselves.
         if (many := columns // BLOCK // groups) > 1:
