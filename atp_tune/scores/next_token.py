@@ -134,8 +134,7 @@ class NextToken:
 
         Of pairs of image and text, tokens that stand for an image are not predicted.
         """
-        ids = batch if isinstance(batch, Tensor) else batch.tensors[IDS]
-        image = None if isinstance(batch, Tensor) else batch.image
+        ids, image = (batch, None) if isinstance(batch, Tensor) else (batch.tensors[IDS], batch.image)
         counted = torch.ones_like(ids[:, 1:], dtype=torch.bool) if image is None else torch.ne(ids[:, 1:], image)
         nlls, kls = torch.zeros(2, len(ids), dtype=torch.float32, device=ids.device)
         beside = list[tuple[Tensor, Tensor]]()

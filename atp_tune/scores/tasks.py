@@ -49,7 +49,7 @@ class Tasks:
     rows: tuple[str, ...]
     missing: dict[str, str]
     manager: TaskManager
-    about_images: str = ""  # the first task that asks about images
+    about_images: str  # the first task that asks about images
 
 
 def find_tasks(names: Sequence[str], watch: EventHandler, multimodal: bool = False, base: Path = Path()) -> Tasks:
