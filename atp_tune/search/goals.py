@@ -318,9 +318,11 @@ class OverInterval(AtSparsity):
 
     def is_idle(self, study: optuna.Study) -> bool:
         """Whether no queued point is left that no trial has measured, failed at, or measures now."""
-        trials = trials_in(study) if self.queued else []
-        begun = [trial.params for trial in trials if progress.counts(trial) or trial.state == TrialState.RUNNING]
-        return bool(self.queued) and all(point in begun for point in self.queued)
+        if not self.queued:
+            return False
+        trials = (trial for trial in trials_in(study) if progress.counts(trial) or trial.state == TrialState.RUNNING)
+        begun = [trial.params for trial in trials]
+        return all(point in begun for point in self.queued)
 
 
 @dataclass
@@ -372,10 +374,10 @@ class WithinLimit(OverInterval):
             for trial in progress.measured(study)
             if not is_uniform(trial) and (uniform := uniform_beside(study, trial)) is not None
         ]
-        trial, uniform = max(pairs, key=lambda pair: pair[0].params["sparsity"], default=(None, None))
-        if trial is None or uniform is None or limit_excess(study, uniform) >= limit_excess(study, trial):
+        if not pairs:
             return None
-        return dict(uniform.params)
+        trial, uniform = max(pairs, key=lambda pair: pair[0].params["sparsity"])
+        return None if limit_excess(study, uniform) >= limit_excess(study, trial) else dict(uniform.params)
 
     def _measured(self, study: optuna.Study, of_leader: bool = False) -> dict[float, float]:
         """The lowest excess at each measured sparsity; a plan that failed is beyond any limit.
@@ -405,7 +407,7 @@ class WithinLimit(OverInterval):
         """The highest of these sparsities whose predicted excess, shifted by the measured ones, is within the limit."""
         shifts = self._shifts(study)
         predicted = {level: self._predicted(level) for level in free}
-        if any(value is None for value in predicted.values()):
+        if None in predicted.values():
             # One of these sparsities without a model: the log of the increase is linear.
             allowed = self._excess(0.0)
             measured = self._measured(study, of_leader=True).items()
