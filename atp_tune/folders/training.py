@@ -434,10 +434,10 @@ def memory_needed(adapters: Adapters, settings: Training, positions: int | None,
 def bytes_needed(adapters: Adapters, settings: Training, recompute: bool, positions: int | None = None) -> int:
     """Estimate of the bytes beside the weights: adapters, summed weights, activations of all blocks or one, logits."""
     checkpoint, tokens = adapters.checkpoint, settings.batch * (positions or settings.seqlen or 1)
-    widths = [[x.in_features + x.out_features for x in linears if x.expert is None] for linears in checkpoint.linears]
-    sizes = [sum(x.size for x in linears if x.expert is None) for linears in checkpoint.linears]
     per_weight, per_feature = adapters.bytes
-    blocks = [size * per_weight + tokens * sum(w) * per_feature for size, w in zip(sizes, widths, strict=True)]
+    blocks = [0] * len(checkpoint.linears)
+    for index, x in trained_linears(checkpoint):
+        blocks[index] += x.size * per_weight + tokens * (x.in_features + x.out_features) * per_feature
     if positions:  # of an image classifier, whose stages may have other widths
         width = max(x.in_features for linears in checkpoint.linears for x in linears)
         logits = settings.batch * checkpoint.config.num_labels
