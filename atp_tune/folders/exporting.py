@@ -248,10 +248,10 @@ def quantize(model: torch.nn.Module) -> None:
 def modifier(config: Config) -> Table:
     """llm-compressor's modifier by name, with its arguments."""
     rounding, groups = _rounding(config, "llm-compressor"), Table()
-    is_row = rounding.group_size == -1
     for index, (bits, linears) in enumerate(_linears(config, "llm-compressor").items()):
         weights = {"num_bits": bits, "type": "int", "symmetric": rounding.symmetric}
-        weights |= {"strategy": "channel"} if is_row else {"strategy": "group", "group_size": rounding.group_size}
+        size = rounding.group_size
+        weights |= {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
         weights["observer"] = "memoryless_minmax"
         groups[f"group_{index}"] = {"targets": linears, "weights": weights}
     if config.plan.method == "rtn":

@@ -101,8 +101,7 @@ def read_items(
             items = image_items(whole, folder, base, at_most=text.nsamples is None)
         with within("--test-images"):
             others = {role: image_items(other, folder, base) for role, other in measured.items()}
-        doubles = duplicate_images({**others, "training": items})["training"]
-        return items.without(doubles)
+        return items.without(duplicate_images({**others, "training": items})["training"])
     with within("--text"):
         whole_text = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
         items = first_windows(whole_text, folder, base, needed, bos)
