@@ -370,11 +370,9 @@ def _written(processor: Any, words: str) -> str:
 
 def _stacked(rows: list[Tensors]) -> Tensors:
     """The tensors of all pairs, [pairs, …]; UserError if those of some pairs have other shapes."""
-    first = rows[0]
-    for row in rows:
-        shapes = {name: tuple(value.shape) for name, value in row.items()}
-        if shapes != {name: tuple(value.shape) for name, value in first.items()}:
-            raise UserError("images: the processor cuts images of other sizes otherwise; give images of one size")
+    first, shapes = rows[0], [{name: value.shape for name, value in row.items()} for row in rows]
+    if any(each != shapes[0] for each in shapes):
+        raise UserError("images: the processor cuts images of other sizes otherwise; give images of one size")
     if wrong := next((name for name, value in first.items() if len(value) != 1), None):
         raise UserError(f"images: {wrong} of the processor has not one row for each image; not supported yet")
     return {name: torch.cat([row[name] for row in rows]) for name in first}
@@ -404,8 +402,7 @@ class TokenWindows:
         pool = max(1, positions // text.seqlen)
         per = max(text.nsamples, pool if positions else 0)
         if text.sampling == "random":
-            more = text.of_length(per)
-            windows = read_text("calibration", more, folder, base, bos, count)
+            windows = read_text("calibration", text.of_length(per), folder, base, bos, count)
         else:
             try:
                 whole = text.of_length(count * text.nsamples)
