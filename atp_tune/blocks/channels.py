@@ -236,9 +236,9 @@ class ChannelPruner:
         statistics: Mapping[str, Statistics],
     ) -> "PrunedChannels":
         """Block `index` with the share of channels that each linear is to lose; the dense weights are not changed."""
-        share = {linear.name: s for linear, s in zip(linears, shares, strict=True)}
-        pruned = PrunedChannels(dict(weights), {linear.name: 0 for linear in linears})
         by_name = {linear.name: linear for linear in linears}
+        share = dict(zip(by_name, shares, strict=True))
+        pruned = PrunedChannels(dict(weights), dict.fromkeys(by_name, 0))
         for each in self.blocks[index].sets:
             if count := round(each.count * share[each.reader]):
                 measured = statistics.get(each.reader)
