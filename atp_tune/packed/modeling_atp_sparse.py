@@ -225,8 +225,7 @@ def checked_table(config: Table, model_type: str = MODEL_TYPE) -> Table:
         raise ValueError(f"{form.said}: its config has no table {model_type} of version {versions}")
     usual = {"values": "same", "class": LANGUAGE} if model_type == SLIM else {}  # keys of packed tables alone
     table = usual | table
-    right = table.get("values") in ("same", *DTYPES)
-    right = right and type(table.get("group_size")) in (int, type(None))
+    right = table.get("values") in ("same", *DTYPES) and type(table.get("group_size")) in (int, type(None))
     for part in (table.get(key) for key in form.parts):
         right = right and isinstance(part, dict) and all(map(form.is_entry, part.values()))
     family, auto = table.get("family"), table.get("class")
@@ -736,8 +735,9 @@ def _check(model: nn.Module, info: Table, prefix: str) -> None:
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if wrong:
         raise ValueError(f"{prefix}: its files have no {min(wrong)} of the shape that its config says")
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-    for name, module in packed.items():
+    for name, module in model.named_modules():
+        if not isinstance(module, SparseLinear):
+            continue
         module.requires_grad_(False)  # transformers has made each float parameter anew
         if not next(module.parameters()).is_meta:
             try:
