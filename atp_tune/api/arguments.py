@@ -146,11 +146,11 @@ def study_file(
 
     `plugins`: None where no code of plug-ins is needed, else whether it may run.
     """
-    address = {} if storage is None else {"storage": absolute_storage(storage, Path())}
+    given = {**settings, **({} if storage is None else {"storage": absolute_storage(storage, Path())})}
     if isinstance(study, Study):
-        return changed(StudyFile("study", Path("study.toml"), study), {**settings, **address}, bool(plugins))
+        return changed(StudyFile("study", Path("study.toml"), study), given, bool(plugins))
     with as_arguments():
-        return load(str(study), overrides({**settings, **address}), plugins)
+        return load(str(study), overrides(given), plugins)
 
 
 def changed(file: StudyFile, settings: Settings, plugins: bool) -> StudyFile:

@@ -64,9 +64,9 @@ def finish(run: StudyRun, study: optuna.Study, lender: Lender) -> None:
         best = best_trial(study)
         if best is None or not is_due(run, study, key):
             continue
-        config = best_config(run.file, study, run.file.best_path(run.name))
-        base = run.file.best_path(run.name).parent / config.folder
-        place = Place(base, run.file.study.device, run.file.permissions, run.watch)
+        out = run.file.best_path(run.name)
+        config = best_config(run.file, study, out)
+        place = Place(out.parent / config.folder, run.file.study.device, run.file.permissions, run.watch)
         finding = end(run, study, best, config, place, lender)
         if finding is not None:
             store(study, key, best.number, finding.model_dump(mode="json"))
