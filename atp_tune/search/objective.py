@@ -373,8 +373,8 @@ class FinalScores:
             return {}, None
         goal = goal_in(study)
         ranked = goal.leaders() if goal.compares else []  # allocations at different sparsities do not compare
-        others = {str(trial.number): allocation_name(trial) for trial in ranked if not is_uniform(trial)}
-        names = {"dense": "dense", **{row: name for row, name in others.items() if name not in NAMES}}
+        others = ((str(trial.number), allocation_name(trial)) for trial in ranked if not is_uniform(trial))
+        names = {"dense": "dense", **{row: name for row, name in others if name not in NAMES}}
         names |= {str(best.number): "best", str(uniform.number): "uniform"}
         if spec.images is not None:
             work: Any = ImageAnswers("validation" if spec.data.test is None else "test")

@@ -104,10 +104,12 @@ class Space:
 
         They are ATP's analytic middle and the authors' defaults. An allocation without parameters has this point only.
         """
-        points = list[Params]()
-        for allocation in self.intervals:
-            for start in self._starts(allocation):
-                points += [{self.method: pruner, "allocation": allocation, **start} for pruner in self.pruners]
+        points: list[Params] = [
+            {self.method: pruner, "allocation": allocation, **start}
+            for allocation in self.intervals
+            for start in self._starts(allocation)
+            for pruner in self.pruners
+        ]
         others = [*self.uniform(), *points]
         return [
             point
