@@ -169,8 +169,9 @@ class NextToken:
             here = slice(start, min(start + POSITIONS, predicted))
             part = hidden[:, here].detach().requires_grad_()
             targets = batch[:, here.start + 1 : here.stop + 1].flatten()
-            others = None if dense is None else dense[:, here].to(batch.device)
-            likely = None if others is None else replay.logits(batch[:, here], others).flatten(0, 1)
+            likely = None
+            if dense is not None:
+                likely = replay.logits(batch[:, here], dense[:, here].to(batch.device)).flatten(0, 1)
             with torch.enable_grad():
                 logits = replay.logits(batch[:, here], part).flatten(0, 1)
             by_logits = loss_gradient(logits.detach(), targets, likely, scale / predicted, share)
