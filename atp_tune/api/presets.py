@@ -188,8 +188,7 @@ class StudyRequest:
 
         A limit stands without the interval that is searched by default.
         """
-        model = self.source.removeprefix("pypi:").partition("==")[0]
-        path = Path(model)
+        path = Path(self.source.removeprefix("pypi:").partition("==")[0])
         limit = list[str]()  # in percent, as in max-increase-5, or max-kl-0.1, or min-accuracy-piqa-0.6
         for key, value in (self.limit or {}).items():
             if isinstance(value, Mapping):

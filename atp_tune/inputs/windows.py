@@ -405,8 +405,7 @@ class TokenWindows:
             windows = read_text("calibration", text.of_length(per), folder, base, bos, count)
         else:
             try:
-                whole = text.of_length(count * text.nsamples)
-                windows = read_text("calibration", whole, folder, base, bos)
+                windows = read_text("calibration", text.of_length(count * text.nsamples), folder, base, bos)
             except UserError as error:
                 raise UserError(
                     f"texts.calibration.draws: {count} draws of {text.nsamples} windows follow each other in a text; "
