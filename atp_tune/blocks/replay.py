@@ -116,7 +116,7 @@ class Replay:
         positions = 1 if self.inputs.has_steps else hidden.shape[1]
         call, block = self._calls_for(hidden.shape[0], positions)[index], self.checkpoint.blocks[index]
         if call.by_name:
-            return hidden_states(block(*call.args, **{HIDDEN: hidden, **call.kwargs}))
+            return hidden_states(block(**{HIDDEN: hidden, **call.kwargs}))
         return hidden_states(block(hidden, *call.args, **call.kwargs))
 
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
