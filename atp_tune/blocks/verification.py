@@ -243,20 +243,18 @@ class TowerReplay(Replay):
         return self._language.logits(batch, hidden)
 
 
+@dataclass(frozen=True)
 class OfPairs:
-    """The input kind of a tower's replay: examples are a pair with other pixels."""
+    """The input kind of a tower's replay: examples are a pair, the only one in `pair`, with other pixels."""
 
+    inputs: InputKind
+    pair: Items
     called = "a pair of image and text"
     has_steps = False
 
-    def __init__(self, inputs: InputKind, pairs: Items) -> None:
-        """`pairs`: some, of which the first is the example."""
-        self._inputs = inputs
-        self._pair = pairs[:1]
-
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """The output of the model for a batch."""
-        return self._inputs.forward(model, batch)
+        return self.inputs.forward(model, batch)
 
     def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Items, Items, Items]:
         """Three batches of one shape: pixels of one value, and two of noise."""
@@ -264,12 +262,12 @@ class OfPairs:
         def filled(seed: int) -> Items:
             draw = torch.Generator().manual_seed(seed)
             tensors = {}
-            for name, tensor in self._pair.tensors.items():
+            for name, tensor in self.pair.tensors.items():
                 rows = tensor.expand(items, *tensor.shape[1:]).clone()
                 if tensor.is_floating_point():
                     rows.copy_(torch.randn(rows.shape, generator=draw) if seed else torch.ones(rows.shape))
                 tensors[name] = rows
-            return replace(self._pair, tensors=tensors)
+            return replace(self.pair, tensors=tensors)
 
         return filled(0), filled(1), filled(2)
 
@@ -285,7 +283,7 @@ def verified_with_tower(checkpoint: Checkpoint, inputs: InputKind, head: Head, i
     with as_user_error(f"model {kind}: ", failed, ONLY):
         # The replay of the tower; Difference if it has not one image for each pair, or does not call its linears.
         pairs = next(iter(items.values()))
-        tower = Replay(checkpoint.part(0, checkpoint.in_tower), OfPairs(inputs, pairs))  # type: ignore[arg-type]
+        tower = Replay(checkpoint.part(0, checkpoint.in_tower), OfPairs(inputs, pairs[:1]))  # type: ignore[arg-type]
         hidden = tower.embed(pairs[:2])
         if hidden.dim() != 3 or len(hidden) != len(pairs[:2].tensors[IDS]):
             raise Difference(
