@@ -399,5 +399,4 @@ _ENVIRONMENT = Environment()
 _ENVIRONMENT.filters |= {
     "escaped": escaped, "in_one_line": in_one_line, "listed": _listed, "loops": _repeating, "measure": measure,
 }  # fmt: skip
-_ENVIRONMENT.globals["dict"] = dict
 TEMPLATE = _ENVIRONMENT.from_string(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))
