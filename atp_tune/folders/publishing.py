@@ -206,8 +206,9 @@ def published(texts: Mapping[str, str], base: Path) -> dict[str, str]:
         if name in OURS and after.get("manifest"):
             hashes = {file: sha for file, sha in after["manifest"]["files"].items() if not _is_free(PurePath(file))}
             after["manifest"]["files"] = hashes
-            changed = {other for other in hashes.keys() & texts.keys() if public[other] != texts[other]}
-            hashes |= {other: digest_of(public[other].encode()) for other in changed}
+            for other in hashes.keys() & texts.keys():
+                if public[other] != texts[other]:
+                    hashes[other] = digest_of(public[other].encode())
         if after != before:
             public[name] = json.dumps(after, indent=2) + "\n"
     return public

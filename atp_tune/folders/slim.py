@@ -256,9 +256,7 @@ def _plain_config(folder: Path, config: Table, cuts: _Cuts) -> Table | None:
         if kept == each.count:
             continue
         if each.columns == 1:
-            choices.append(
-                [{key: kept} for key, value in config.items() if (type(value) is int and value == each.count)]
-            )
+            choices.append([{key: kept} for key, value in config.items() if type(value) is int and value == each.count])
         else:
             keys = [key for key, value in config.items() if "head" in key and "dim" not in key and type(value) is int]
             scaled = {key: config[key] * kept // each.count for key in keys if config[key] % each.count == 0}
