@@ -42,6 +42,7 @@ from atp_tune.folders.comparing import is_fast, pack_linears, packed_copy
 from atp_tune.folders.slim import SLIM
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.pictures import ImageProcessor, Pictures
+from atp_tune.inputs.windows import vocabulary
 from atp_tune.metrics import GRAPH, SIDES, Measured, Phase, Side, Sizes, Speed
 from atp_tune.packed.gpu import has_kernel
 from atp_tune.packed.kernel import kernel_name
@@ -355,8 +356,8 @@ def relative(actual: Tensor, wanted: Tensor) -> float:
 
 def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:
     """Token ids [batch, tokens + steps], the same for all engines."""
-    words = int(checkpoint.config.get_text_config().vocab_size)
-    return torch.randint(words, (task.batch, task.tokens + task.steps), generator=torch.Generator().manual_seed(0))
+    size = task.batch, task.tokens + task.steps
+    return torch.randint(vocabulary(checkpoint), size, generator=torch.Generator().manual_seed(0))
 
 
 def check_semi_structured(pattern: str, device: torch.device) -> None:
