@@ -245,9 +245,12 @@ def _is_shape(shape: Any, sides: int = 2) -> bool:
 def _is_entry(about: Any) -> bool:
     """Whether shape and number of nonzeros of a packed tensor are numbers."""
     shape = about.get("shape") if isinstance(about, dict) else None
-    right = _is_shape(shape, max(2, len(shape) if isinstance(shape, list) else 0))
-    right = right and type(about.get("nonzeros")) is int and about["nonzeros"] >= 0
-    return right and ("codes" not in about or _is_form(about["codes"]))
+    return (
+        _is_shape(shape, max(2, len(shape) if isinstance(shape, list) else 0))
+        and type(about.get("nonzeros")) is int
+        and about["nonzeros"] >= 0
+        and ("codes" not in about or _is_form(about["codes"]))
+    )
 
 
 def _is_form(form: Any) -> bool:
