@@ -126,11 +126,11 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
         )
     opening.check_writable(file.storage_url)
     if run.writes:
-        check_writable(file.best_path(run.name))
+        check_writable(file.best_path(name))
     if warning := opening.network_warning(file.storage_url):
         run.note(warning)
     if file.study.search.screen is not None:
-        other = load_existing(replace(run, name=run.name + SUFFIX))
+        other = load_existing(replace(run, name=name + SUFFIX))
         if other is not None and not fingerprint.is_new(other) and not is_screening(other):
             raise UserError(
                 f"search.screen: the screening would be called {other.study_name}, as a study of its own is; "
