@@ -48,7 +48,7 @@ def find_channels(replay: Replay, settings: ChannelSettings) -> tuple[BlockChann
         probe = _Probe(replay, index, replay.checkpoint.weights(index), hidden)
         before = blocks[-1] if blocks else None
         blocks.append(before if before and probe.has(before) else probe.channels(settings))
-        hidden = probe.output
+        hidden = probe.plain.after
     return tuple(blocks)
 
 
@@ -72,12 +72,7 @@ class _Probe:
         if expert := next((x for x in self._linears.values() if x.expert is not None), None):
             self._refuse(f"{expert.module} holds experts, whose channels are not removed yet")
         self._random = torch.Generator().manual_seed(index)
-        self._plain = self._run({})
-
-    @property
-    def output(self) -> Tensor:
-        """The dense block's output."""
-        return self._plain.after
+        self.plain = self._run({})  # the dense block
 
     def has(self, other: BlockChannels) -> bool:
         """Whether the block has the same linears and channels as another."""
@@ -86,7 +81,7 @@ class _Probe:
     def channels(self, settings: ChannelSettings) -> BlockChannels:
         """The block's channels; UserError if it has no MLP channels, or no heads where heads are asked for."""
         by_reader = dict[str, list[str]]()  # the writers of each reader
-        for name in self._plain.outputs:
+        for name in self.plain.outputs:
             changed = self._changed(self._run({name: self._noise(name, slice(None))}))
             if reader := next((other for other in changed if other != name), None):
                 by_reader.setdefault(reader, []).append(name)
@@ -110,7 +105,7 @@ class _Probe:
     def _set(self, reader: str, writers: list[str]) -> ChannelSet | None:
         """The channels between writers and reader; None if they have fewer than two."""
         inputs = self._linears[reader].in_features
-        rows = {name: self._plain.outputs[name].shape[-1] for name in writers}
+        rows = {name: self.plain.outputs[name].shape[-1] for name in writers}
         if any(size != self._linears[name].out_features for name, size in rows.items()):
             return None
         first = self._columns(reader, dict.fromkeys(writers, slice(0, 1)))
@@ -138,11 +133,11 @@ class _Probe:
                 if not self._is_split(channel_set.reader, rows, channel_set.count, half.tolist()):
                     return False
         # Nothing but the reader depends on the writers.
-        reader, fixed = channel_set.reader, self._plain.outputs[channel_set.reader]
+        reader, fixed = channel_set.reader, self.plain.outputs[channel_set.reader]
         changes = {name: self._noise(name, slice(None)) for name in rows}
         run = self._run({**changes, reader: lambda output: fixed.clone()})
         leaks = any(name != reader and name not in rows for name in self._changed(run))
-        return not leaks and torch.equal(run.after, self._plain.after)
+        return not leaks and torch.equal(run.after, self.plain.after)
 
     def _is_split(self, reader: str, rows: dict[str, int], count: int, channels: Sequence[int]) -> bool:
         """Whether these channels of the writers change the columns of the same channels of the reader alone."""
@@ -155,15 +150,15 @@ class _Probe:
     def _columns(self, reader: str, indices: dict[str, Any]) -> Tensor:
         """The columns of a reader's input that change with noise at places of some outputs."""
         run = self._run({name: self._noise(name, at) for name, at in indices.items()})
-        differs = run.inputs[reader] != self._plain.inputs[reader]
+        differs = run.inputs[reader] != self.plain.inputs[reader]
         return differs.reshape(-1, differs.shape[-1]).any(0).nonzero()[:, 0].cpu()
 
     def _changed(self, run: _Run) -> list[str]:
         """The linears with other inputs than in the plain run, in the order of their calls."""
-        return [name for name, x in run.inputs.items() if not torch.equal(x, self._plain.inputs[name])]
+        return [name for name, x in run.inputs.items() if not torch.equal(x, self.plain.inputs[name])]
 
     def _noise(self, name: str, at: Any) -> Callable[[Tensor], Tensor]:
-        output = self._plain.outputs[name]
+        output = self.plain.outputs[name]
         noise = torch.randn(output.shape, generator=self._random).to(output) * (output.float().std().to(output) + 1)
 
         def added(given: Tensor) -> Tensor:
