@@ -125,9 +125,9 @@ class Branch:
         shadow = branch_study(
             [with_value(trial, max(trial.values[0], SMALLEST)) for trial in trials], space, name, self._kinds
         )
-        done = [trial for trial in shadow.trials if trial.value is not None]
+        done = shadow.trials
         pairs = [(float(trial.values[0]), space.within(trial.params, name) or {}) for trial in trials]
-        self._known = [(value, params) for value, params in pairs if self._kinds.keys() <= params.keys()]
+        self._known = [pair for pair in pairs if self._kinds.keys() <= pair[1].keys()]
         self._process: Any = None  # a Gaussian process of Optuna's, fitted to the study of the logs
         if len(done) >= LEAST:
             sampler = GPSampler(seed=seed, n_startup_trials=LEAST)
