@@ -209,8 +209,10 @@ def tune(
     more: dict[str, Any] = dict(settings or {}) | ({} if trials is None else {"search.trials": trials})
     is_study = arguments.is_study(model)
     if is_study:
-        own: dict[str, Any] = {"sparsity": sparsity, **limits, "size": size, "preset": preset, "pruner": pruner}
-        own |= {"tokenizer": tokenizer, "allocation": allocation, "texts": texts, "recover": recover}
+        own: dict[str, Any] = {
+            "sparsity": sparsity, **limits, "size": size, "preset": preset, "pruner": pruner, "tokenizer": tokenizer,
+            "allocation": allocation, "texts": texts, "recover": recover,
+        }  # fmt: skip
         for name, value in own.items():
             if value is not None:
                 raise UserError(f'{name}: a study says it itself; change it with settings, as in {{"sparsity": 0.5}}')

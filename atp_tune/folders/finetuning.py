@@ -154,9 +154,9 @@ class FinetuningJob:
     @cached_property
     def facts(self) -> dict[str, str]:
         """The facts that identify the run, and so its result: settings, and contents of models and text."""
-        contents = {"model": self.folder.content, "text": self.items.content}
         settings = {name.replace("_", "-"): json.dumps(value) for name, value in self.settings.model_dump().items()}
-        return {**settings, **contents, **({"teacher": self.teacher.content} if self.teacher else {})}
+        settings |= {"model": self.folder.content, "text": self.items.content}
+        return settings | ({"teacher": self.teacher.content} if self.teacher else {})
 
     @cached_property
     def part(self) -> Path:
