@@ -111,8 +111,9 @@ def pictures_in_files(files: Sequence[Path], key: str) -> Pictures:
     for file in files:
         if is_special(written(str(file), Path(), key)) or not file.is_file():
             raise UserError(f"{key}: there is no file {file}; give pictures ({', '.join(SUFFIXES)})")
-    names = list(map(str, files))
-    return Pictures([""] * len(files), lambda index: names[index], lambda index: _bytes(files[index], key), key=key)
+    return Pictures(
+        [""] * len(files), lambda index: str(files[index]), lambda index: _bytes(files[index], key), key=key
+    )
 
 
 def _folder(path: Path, wanted: ImageSet) -> Pictures:

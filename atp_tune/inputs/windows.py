@@ -13,6 +13,7 @@ import io
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -280,13 +281,8 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
     pairs = pictures(ImageSet(source=source, column=str(text.images), label=text.column, **options), base)
     require("images", "images")
     processor = load_processor(folder.path, folder.trusted, "images:", f"of {folder.id}")
-    rows = list[Tensors]()
-    for index in _order(len(pairs), text):
-        pair = _pair(processor, pairs, index, text.seqlen)
-        if pair is not None:
-            rows.append(pair)
-        if len(rows) == text.nsamples:
-            break
+    made = (_pair(processor, pairs, index, text.seqlen) for index in _order(len(pairs), text))
+    rows = list(islice((pair for pair in made if pair is not None), text.nsamples))
     wanted = text.nsamples or 1
     if len(rows) < wanted:
         raise UserError(
