@@ -109,9 +109,8 @@ def find_pair(config: Config, sparse: Path | None, place: Place, passing: Path |
         cached = _cached(config, dense, place)
         sparse = cached if passing is None or cached.is_dir() else passing
         if not sparse.is_dir():
-            way = SLIM if parse(config.prune.pattern).channels else PLAIN
             with folder_atomically(sparse, shared=True) as folder:
-                write_applied(config, folder, place, way)
+                write_applied(config, folder, place, SLIM if parse(config.prune.pattern).channels else PLAIN)
     return Pair(dense.path, sparse, config.prune.pattern, dense.trusted)
 
 
