@@ -135,9 +135,12 @@ class Blocks:
         shape, table = (texts, shared, length, size), type(self._table).from_buffer_copy(self._table)  # of this thread
         cosines, sines = (part.expand(texts, -1, -1).contiguous() for part in turn)
         kept = [layer for layer in past.layers if type(layer) is DynamicLayer and layer.is_initialized]
-        fits = len(kept) == len(past.layers) == len(table) and cosines.shape == sines.shape == (texts, 1, size)
         tensors: list[Any] = [part for layer in kept for part in (layer.keys, layer.values)]
-        fits = fits and all(part.shape == shape for part in tensors)
+        fits = (
+            len(kept) == len(past.layers) == len(table)
+            and cosines.shape == sines.shape == (texts, 1, size)
+            and all(part.shape == shape for part in tensors)
+        )
         if not fits or {self.dtype} != {part.dtype for part in (*tensors, cosines, sines, x)}:
             return None
         for row, layer in zip(table, past.layers, strict=True):

@@ -153,7 +153,7 @@ def encode(weight: Tensor, grid: Grid, code_bits: int, group_size: int, symmetri
     form = {"bits": code_bits, "group_size": group_size, "symmetric": symmetric, "mask": masked, "exponent": exponent}
     shape = weight.mT.shape if transposed else weight.shape
     about = {"shape": [*shape], **({"transposed": True} if transposed else {}), "nonzeros": nonzeros, "codes": form}
-    return Coded(about, parts, fits=int(multiples.min()) in INT8 and int(multiples.max()) in INT8)
+    return Coded(about, parts, fits=all(int(end) in INT8 for end in multiples.aminmax()))
 
 
 def spread(groups: Tensor, size: int, columns: int) -> Tensor:
