@@ -111,8 +111,11 @@ def _check_names(names: Iterable[str], known: Sequence[str]) -> None:
 def _inside(folder: Path, manager: TaskManager) -> list[str]:
     """The groups of a folder, and its tasks that are in none of them."""
     root = folder.resolve()
-    entries = ((name, entry) for name, entry in manager.task_index.items() if entry.yaml_path is not None)
-    own = {name: entry for name, entry in entries if entry.yaml_path.resolve().is_relative_to(root)}
+    own = {
+        name: entry
+        for name, entry in manager.task_index.items()
+        if entry.yaml_path is not None and entry.yaml_path.resolve().is_relative_to(root)
+    }
     groups = [own[name] for name in manager.all_groups if name in own]
     members = {member for group in groups for member in (group.cfg or {}).get("task", []) if isinstance(member, str)}
     names = [name for name in own if name not in members]
