@@ -115,8 +115,11 @@ class Adapters:
     @property
     def names(self) -> set[str]:
         """Names in a checkpoint of the tensors that are trained."""
-        weights = {name: layer.get_base_layer().weight for name, layer in self._layers.items()}
-        return {part for name, w in weights.items() for part in self.checkpoint.as_saved(name, w.to("meta"))}
+        return {
+            part
+            for name, layer in self._layers.items()
+            for part in self.checkpoint.as_saved(name, layer.get_base_layer().weight.to("meta"))
+        }
 
     @torch.no_grad()
     def merged(self, codes: Codes | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
