@@ -214,8 +214,9 @@ class Configuration:
                 if packed:
                     raise UserError("slim: a slim model has no zeros to pack; give slim or packed")
                 if self.config.is_trained:
-                    why = "the configuration's weights are trained, and those of a slim folder cannot be"
-                    raise UserError(f"slim: {why}")
+                    raise UserError(
+                        "slim: the configuration's weights are trained, and those of a slim folder cannot be"
+                    )
                 check_pattern(self.config)
                 way = SLIM
             if not packed:

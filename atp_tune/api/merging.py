@@ -190,8 +190,7 @@ def _write(folder: Path, first: optuna.Study, shares: Sequence[Share], trials: S
     for share in shares:
         notes.setdefault(None, {})[note_in(share.attrs)[0]] = None
         for trial in share.trials:
-            body, _ = note_in(share.attrs, trial._trial_id)
-            notes.setdefault(ids[share.numbers[trial.number]], {})[body] = None
+            notes.setdefault(ids[share.numbers[trial.number]], {})[note_in(share.attrs, trial._trial_id)[0]] = None
     for of, bodies in notes.items():
         written = [body for body in bodies if body]
         words = written if len(written) == 1 else list(dict.fromkeys(map(own_words, written)))

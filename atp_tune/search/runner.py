@@ -349,7 +349,7 @@ def should_terminate(study: optuna.Study, space: Space) -> bool:
     # The measured trials, without repetitions, in the order in which they ended.
     own = (trial for trial in trials_in(study, TrialState.COMPLETE) if "repeats" not in trial.user_attrs)
     trials = sorted(own, key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
-    branches = [branch for branch in space.intervals if space.is_open(branch)]
+    branches = list(filter(space.is_open, space.intervals))
     parts = [trials[: len(trials) - back] for back in range(RUN)]
     if not branches or len({next((one.number for one in ranked(part)), None) for part in parts}) > 1:
         return False

@@ -339,7 +339,7 @@ def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
 
     Allocations without parameters have one point per pruner, which is measured at the start.
     """
-    open_ones = [name for name in space.intervals if space.is_open(name)]
+    open_ones = list(filter(space.is_open, space.intervals))
     if not open_ones:
         return next(iter(space.intervals))
     tried = Counter(trial.params["allocation"] for trial in trials)
