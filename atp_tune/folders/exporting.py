@@ -305,10 +305,10 @@ def as_torchao(config: Config) -> str:
     if rounding.symmetric:
         raise _cannot("torchao", "quantize.symmetric", "true", "rounds the largest weight of a group the other way")
     assert config.bits is not None
-    study = "a plan" if config.trial is None else f"trial {config.trial} of a study"
     size = rounding.group_size
     return TORCHAO.format(
-        study=study, bits=config.bits.target, linears=pformat(_linears(config, "torchao"), width=100),
+        study="a plan" if config.trial is None else f"trial {config.trial} of a study",
+        bits=config.bits.target, linears=pformat(_linears(config, "torchao"), width=100),
         granularity="PerAxis(0)" if size == -1 else f"PerGroup({size})",
     )  # fmt: skip
 
