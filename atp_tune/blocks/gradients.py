@@ -459,8 +459,7 @@ class RowPricing(Pricing):
         key, places = (index, linear.name), self._places(index, linear, weight)
         reach = max(1, int(BAND * places.shape[1]))
         first, last = (self._last(key, places, sparsity, further) for further in (1 - reach, reach))
-        others = (places <= first) | (places > last)
-        costs = -(gradient * zeroed(weight, others).float()).sum(1)
+        costs = -(gradient * zeroed(weight, (places <= first) | (places > last)).float()).sum(1)
         number = (last.int() - first).squeeze(1)  # of those places; each is that of one weight
         mean = costs.sum() / number.sum().clamp(min=1)
         self._rows[key] = torch.where(number > 0, costs / number.clamp(min=1), mean).cpu()
