@@ -35,13 +35,14 @@ NO_PARAMETERS = (*METHODS, "allocation", "sparsity")  # of an allocation, among 
 
 def is_uniform(trial: FrozenTrial) -> bool:
     """Whether all linears have the same sparsity, except for the pattern's rounding."""
-    attrs, allocation = trial.user_attrs, str(trial.params.get("allocation", "atp"))
+    allocation = str(trial.params.get("allocation", "atp"))
     numbers = [value for name, value in trial.params.items() if name not in NO_PARAMETERS]
     if allocation == "uniform" or is_zero(allocation, numbers):
         return True
-    levels = attrs.get("plan", {}).get("levels", [])  # as they are stored: this is asked of all trials of a study
-    has_linears = isinstance(levels[0], dict) and "linears" in levels[0] if levels else True
-    return not has_linears and all(level == levels[0] for level in levels)
+    levels = trial.user_attrs.get("plan", {}).get("levels")  # as they are stored: this is asked of all trials
+    if not levels or (isinstance(levels[0], dict) and "linears" in levels[0]):
+        return False
+    return all(level == levels[0] for level in levels)
 
 
 def block_levels(trial: FrozenTrial | None) -> list[float] | None:
@@ -263,17 +264,16 @@ def attach(path: Path, config: Config, key: Key, value: BaseModel, address: str 
     `address`: the study's storage, else SQLite files beside the configuration and its study file are searched. A file
     that holds another trial by now is not changed. UserError if the study is not in the storage of `address`.
     """
-    fields = value.model_dump(mode="json")
     study = config_study(path, config, address)
     if study is not None:  # first: a run that writes the file takes what the study has
-        store(study, key, config.trial, fields)
+        store(study, key, config.trial, value.model_dump(mode="json"))
     names = []
     if path.exists():
         with alone_with(path):
             now = read_config(path)
             if is_same(now, config):
                 try:
-                    write_atomically(path, _with(now, {key: fields}).to_json().encode())
+                    write_atomically(path, now.model_copy(update={key: value}).to_json().encode())
                 except OSError as error:
                     raise UserError(f"{path}: {error.strerror}; copy it to where you can write") from None
                 names = [str(path)]
@@ -291,10 +291,6 @@ def check(path: Path, config: Config, address: str | None = None) -> None:
 def store(study: optuna.Study, key: str, trial: int | None, fields: Mapping[str, Any]) -> None:
     """Stores a finding on a trial of its study, in an attribute of its own."""
     study.set_user_attr(f"{key}:{trial}", dict(fields))
-
-
-def _with(config: Config, measurements: Mapping[Key, Any]) -> Config:
-    return config.model_copy(update={key: KINDS[key].model_validate(value) for key, value in measurements.items()})
 
 
 def is_same(one: Config, other: Config) -> bool:
@@ -333,18 +329,16 @@ def _in_storage(address: str, config: Config) -> optuna.Study | None:
 
 def with_attached(config: Config, study: optuna.Study, out: Path) -> Config:
     """The configuration with its trial's measurements from the study and from the file that it will replace."""
-    there = None
+    own = dict[str, Any]()
     with suppress(UserError):
-        there = read_config(out) if out.is_file() else None
-    if there is None or not is_same(there, config):
-        return _with(config, attached(study, config.trial))
-    own = {key: getattr(there, key) for key in KINDS if getattr(there, key) is not None}
-    return _with(config, {**own, **attached(study, config.trial)})
+        if out.is_file() and is_same(there := read_config(out), config):
+            own = {key: getattr(there, key) for key in KINDS if getattr(there, key) is not None}
+    return config.model_copy(update={**own, **attached(study, config.trial)})
 
 
-def attached(study: optuna.Study, trial: int | None) -> dict[Key, Any]:
+def attached(study: optuna.Study, trial: int | None) -> dict[str, Any]:
     """The measurements of a trial on its study that this version can read."""
-    measurements = dict[Key, Any]()
+    measurements = dict[str, Any]()
     for key, kind in KINDS.items():
         if row := study.user_attrs.get(key, {}).get(str(trial)):
             with suppress(ValidationError):
