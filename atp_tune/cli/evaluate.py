@@ -178,7 +178,7 @@ def classify(
             side = [name] if name else []
             rows.append([_cell(one.file), *side, *(_cell(f"{g.name} {g.probability:.1%}") for g in guesses)])
     model = [] if results[0].dense is None else ["model"]
-    echo(markdown(["picture", *model, *[str(index + 1) for index in range(len(results[0].classes))]], rows))
+    echo(markdown(["picture", *model, *map(str, range(1, len(results[0].classes) + 1))], rows))
 
 
 def _cell(text: str) -> str:

@@ -89,10 +89,11 @@ def write(studies: Sequence[Contents], kind: str, out: Path) -> None:
 def make_picture(studies: Sequence[Contents]) -> bytes:
     """A PNG of all figures that have data, study by study; titles name the study if there are several."""
     drawn = []
-    for summary in (contents.summary for contents in studies):
-        for figure in figures.draw(summary).values():
-            title = f"{escape(summary.name)}: {figure.layout.title.text}" if len(studies) > 1 else None
-            drawn.append(figure.update_layout(title_text=title) if title else figure)
+    for contents in studies:
+        for figure in figures.draw(contents.summary).values():
+            if len(studies) > 1:
+                figure.update_layout(title_text=f"{escape(contents.summary.name)}: {figure.layout.title.text}")
+            drawn.append(figure)
     if not drawn:
         raise UserError(f"study {studies[0].summary.name}: no trial has been measured yet, so there is nothing to draw")
     return picture(drawn)

@@ -185,7 +185,7 @@ def zero_shot(result: ZeroShot) -> Table:
         shots = f" ({task.num_fewshot}-shot)" if task.num_fewshot else ""
         rows.append(
             (
-                (task.task + shots + ("" if task.metric == "acc" else f" [{task.metric}]")),
+                task.task + shots + ("" if task.metric == "acc" else f" [{task.metric}]"),
                 str(task.items),
                 *scores,
                 *[_points(task.best_minus_uniform, task.metric)] * paired,
@@ -275,7 +275,7 @@ def comparison(studies: Sequence[Contents]) -> Table | None:
 def fingerprint(contents: Contents) -> Table:
     """Facts that values depend on, versions of libraries, devices."""
     rows = [
-        (key, (", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+        (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
         for key, value in sorted(contents.facts.items())
     ]
     rows += [(f"version of {name}", version) for name, version in contents.versions.items()]
@@ -535,7 +535,8 @@ def _drawn(plots: Mapping[str, go.Figure]) -> dict[str, tuple[str, Markup]]:
     The data are JSON without `<`, so that no name of a study ends the script element around it.
     """
     drawn = {}
-    for name, plain in ((name, figure.to_dict()) for name, figure in plots.items()):
+    for name, figure in plots.items():
+        plain = figure.to_dict()
         title = plain["layout"].pop("title")["text"]
         plain["layout"]["margin"]["t"] -= TITLE
         drawn[name] = title, Markup(to_json_plotly(plain).replace("<", "\\u003c"))
