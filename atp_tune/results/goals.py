@@ -57,9 +57,9 @@ class Point:
     sparsity: float
     excess: float | None
     is_best: bool
-    on_front: bool = True
-    packed_bytes: int | None = None
-    speed: Speed | None = None
+    on_front: bool
+    packed_bytes: int | None
+    speed: Speed | None
 
     @property
     def is_within(self) -> bool:
@@ -114,8 +114,8 @@ class AtSparsity:
 
     def compared(self) -> list[str]:
         """Numbers of the trials with final scores: each leader and its uniform trial."""
-        first, rest = self.leaders()[:1], self.leaders()[1:]
-        return self._with_uniform([*first, *(trial for trial in rest if not is_uniform(trial))])
+        leaders = enumerate(self.leaders())
+        return self._with_uniform(trial for place, trial in leaders if place == 0 or not is_uniform(trial))
 
     redrawn = compared  # numbers of the trials that other draws of the calibration text prune too
 
@@ -314,7 +314,7 @@ class OverInterval(AtSparsity):
 
         def beside(model: Model) -> str | None:
             uniform = None if isinstance(model, str) or is_uniform(model) else results.uniform(model)
-            if isinstance(model, str) or uniform is None:
+            if uniform is None:
                 return None
             on = results.on(uniform, model)
             return f"{results.score(uniform, on) or NOTHING}{' (validation)' * (on == 'validation')}"
