@@ -409,7 +409,7 @@ def _point(summary: Summary, point: Point) -> PointStatus:
         excess=point.excess,
         best=point.is_best,
         packed_bytes=point.packed_bytes,
-        **{f"{summary.results.words.rate}_per_second": point.speed.fastest if point.speed else None},
+        **{f"{results.words.rate}_per_second": point.speed.fastest if point.speed else None},
     )
 
 

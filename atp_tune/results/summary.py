@@ -7,7 +7,6 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
-from pydantic import ValidationError
 
 from atp_tune.allocations import is_fitted
 from atp_tune.config.best import ZeroShot
@@ -217,7 +216,7 @@ def made_from(study: optuna.Study) -> StudyFile | None:
     """The study file of a study with all overrides; None if this version cannot read it."""
     try:
         return from_settings(study.user_attrs["made_from"])
-    except (ValidationError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):  # pydantic's are of the last kind
         return None
 
 
