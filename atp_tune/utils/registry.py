@@ -104,9 +104,6 @@ class Registry(UserDict[str, T]):
         except UnknownNameError:
             return default
 
-    def __setitem__(self, name: str, row: str | T) -> None:
-        self.data[name] = row
-
     def __contains__(self, name: object) -> bool:
         return name in self.data or name in self._added or name in self.entry_points()
 

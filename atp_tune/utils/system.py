@@ -389,9 +389,8 @@ def remedy(module: str) -> str:
     """The command to type where an import of this module failed, for its extra or for all that is needed."""
     name = module.partition(".")[0]
     for extra, modules in EXTRAS.items():
-        for other, package in modules.items():
-            if name == other.partition(".")[0]:
-                return f"{package} is not installed; run: {install(extra)}"
+        if name in modules:
+            return f"{modules[name]} is not installed; run: {install(extra)}"
     return f"{name} is not installed; run: {_install_all()}"
 
 
