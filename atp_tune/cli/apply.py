@@ -361,14 +361,14 @@ def finetune(
     settings = Training(**vars(options))
     from atp_tune.checkpoints.blocks import classifies_images
 
-    of_images = classifies_images(model)
     texts, pictures = {"--text": text, "--test-text": test_text}, {"--images": images, "--test-images": test_images}
     given, others, kind, seqlen = (
         (texts, pictures, "a language model: give --text", options.seqlen or SEQLEN),
         (pictures, texts, "an image classifier: give --images", None),
-    )[of_images]
-    for name in (name for name, value in others.items() if value is not None):
-        raise wrong(name, f"the model in {model} is {kind}")
+    )[classifies_images(model)]
+    for name, value in others.items():
+        if value is not None:
+            raise wrong(name, f"the model in {model} is {kind}")
     data, measured = (value and read_text(name, value, seqlen) for name, value in given.items())
     from atp_tune.folders.finetuning import finetune as tune
 

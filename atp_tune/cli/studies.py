@@ -169,13 +169,11 @@ def _lines(machine: "MachineReport") -> Iterator[tuple[str, str]]:
     have = {name: packages for name, packages in machine.extras.items() if name not in missing}
     yield "extras", "; ".join(f"{name} ({_packages(packages)})" for name, packages in have.items()) or "none"
     yield "", f"not installed: {', '.join(missing) or 'none'}"
-    if machine.cpu:
-        cpu = machine.cpu
+    if cpu := machine.cpu:
         yield "CPU", f"{cpu.name}: {', '.join(cpu.flags) or 'instruction sets are not known'}"
         cores = f"{cpu.cores} cores, {cpu.logical} logical, {cpu.usable} usable"
         yield "", f"{cores}; torch: {cpu.torch_threads} threads, {cpu.torch_capability}"
-    if machine.memory:
-        memory = machine.memory
+    if memory := machine.memory:
         limit = "no limit" if memory.cgroup_limit is None else f"limit {gib(memory.cgroup_limit)}"
         yield "memory", f"{gib(memory.total)}, available {gib(memory.available)}, swap {gib(memory.swap)}"
         yield "", f"{limit} of control groups"
@@ -486,11 +484,6 @@ class ChoiceOptions:
     max_kl: str | None = None
     max_drop: str | None = None
 
-    @property
-    def options(self) -> list[str]:
-        """The options that are given."""
-        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
-
 
 def _chosen(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -> int | None:
     """The number of the chosen trial; None for the best. What was chosen is said in one line on stderr.
@@ -574,6 +567,7 @@ def export(
         json: Print the configuration; a file is written only with `--out`.
     """
     from atp_tune.config.best import read_config
+    from atp_tune.config.typed import option
     from atp_tune.folders.exporting import FORMATS, write
     from atp_tune.results.status import best_config, file_as_run, stored_study
     from atp_tune.utils.cache import alone_with
@@ -583,8 +577,9 @@ def export(
     if out == Path("-"):
         raise wrong("--out", "- is no file; --json prints the configuration")
     kind = chosen_format("json" if json and format_ is None else format_, out, FORMATS)
-    if config is not None and choice.options:
-        raise wrong(choice.options[0], "only with --study")
+    named = [option(name) for name, value in vars(choice).items() if value is not None]
+    if config is not None and named:
+        raise wrong(named[0], "only with --study")
     if json and kind != "json":
         raise wrong("--json", f"prints the configuration; leave out --format {kind}")
     ending = FORMATS[kind][0]

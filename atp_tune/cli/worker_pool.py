@@ -125,12 +125,11 @@ def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | N
     with quiet(lambda text: tell(Message(text))), interruptible(signal.SIGINT), suppress(KeyboardInterrupt):
         try:
             plug_in(file.study, file.folder, file.trusts_plugins)
-            handler, reports = foretold(tell), index == 0
-            tune(
-                StudyRun(
-                    file, job.name, timeout, handler, reports=reports, writes=False, mix=job.mix, publisher=publish
-                )
-            )
+            run = StudyRun(
+                file, job.name, timeout, foretold(tell), reports=index == 0, writes=False, mix=job.mix,
+                publisher=publish,
+            )  # fmt: skip
+            tune(run)
         except (UserError, TrialError) as error:
             return str(error)
     return None
