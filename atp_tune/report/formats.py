@@ -140,17 +140,14 @@ def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, flo
     varied = {name for name in varied if len({trial.params.get(name) for trial in done}) > 1}
     if len(done) < ENOUGH or not varied:
         return {}
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # here, since it imports sklearn
+    from optuna.importance import get_param_importances  # here, since it imports sklearn
 
     with warnings.catch_warnings(action="ignore"):  # experimental, and complains of conditional parameters
         try:
-            importances = get_param_importances(
-                study, evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: objective_values(trial)[0]
-            )
+            importances = get_param_importances(study, target=lambda trial: objective_values(trial)[0])
         except (ValueError, RuntimeError):
             return {}
-    shares = [(name, share) for name, share in importances.items() if name in varied and isfinite(share)]
-    return dict(sorted(shares, key=lambda pair: -pair[1]))
+    return {name: share for name, share in importances.items() if name in varied and isfinite(share)}
 
 
 def toml(table: dict[str, Any]) -> str:
