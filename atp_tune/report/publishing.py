@@ -45,8 +45,7 @@ GAP = "&emsp;"  # the dashboard leaves no space between columns
 
 def own_words(written: str) -> str:
     """The part of a stored note that people wrote."""
-    _, mark, theirs = written.rpartition(OWN)
-    return (theirs if mark else written).strip()
+    return written.rpartition(OWN)[2].strip()
 
 
 def study_note(
@@ -81,9 +80,11 @@ def _code(text: object) -> str:
 def columns(trial: FrozenTrial) -> Table:
     """A trial's attributes for the dashboard's table: numbers, which sort, and no long lists."""
     attrs = trial.user_attrs
-    setup: Table = {name: attrs[name] for name in ("device", "dtype", "host") if name in attrs}
-    remark = trial_remark(trial)
-    return {**measured_columns(attrs), **setup, **({"remark": remark} if remark else {})}
+    shown = measured_columns(attrs)
+    shown |= {name: attrs[name] for name in ("device", "dtype", "host") if name in attrs}
+    if remark := trial_remark(trial):
+        shown["remark"] = remark
+    return shown
 
 
 # --- Notes and figures as Optuna's dashboard stores them: texts in parts, as system attributes of a study.
