@@ -230,7 +230,7 @@ class Points:
         else:
             figure.update_yaxes(log_axis(low, high))
         if hidden:
-            lines = [*hidden[:NAMED], *([f"and {len(hidden) - NAMED} more ↑"] if len(hidden) > NAMED else [])]
+            lines = [*hidden[:NAMED], *[f"and {len(hidden) - NAMED} more ↑"] * (len(hidden) > NAMED)]
             figure.update_layout(margin_t=44 + 14 * len(lines))
             figure.add_annotation(
                 text="<br>".join(lines), x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
@@ -274,7 +274,7 @@ def draw_perplexity(points: Points) -> go.Figure | None:
     panels = [Panel("x", over), Panel("x2", [trial for trial in points.trials if trial not in over])]
     name = main.title[0].upper() + main.title[1:]
     figure = new_figure(f"{name} against β" if over else f"{name} of each allocation", "", points.axis)
-    _set_axes(figure, panels[0], panels[1], summary)
+    _set_axes(figure, summary, *panels)
     if over:
         add_gp_posterior(figure, summary.gp_posterior, points)
     # A trace for each pruner (and allocation, if several have β) in each panel; trials above the axis are arrows.
@@ -296,8 +296,7 @@ def draw_perplexity(points: Points) -> go.Figure | None:
                 )  # fmt: skip
     # Lines at uniform and dense, and a ring around the best.
     methods = {method_in(trial.params) for trial in summary.trials}
-    best = summary.best_trial
-    if best:
+    if best := summary.best_trial:
         points.compare(figure, seen, f"uniform, {method_in(best.params)}" if len(methods) > 1 else "uniform")
     if points.dense is not None:
         level(figure, points.dense.value, f"dense {points.dense.alone}{seen.arrow(points.dense.value)}", INK, "dot")
@@ -312,7 +311,7 @@ def draw_perplexity(points: Points) -> go.Figure | None:
     return figure
 
 
-def _set_axes(figure: go.Figure, over: Panel, others: Panel, summary: Summary) -> None:
+def _set_axes(figure: go.Figure, summary: Summary, over: Panel, others: Panel) -> None:
     """Sets the axes of β and of allocations, and draws admissible bounds that are near the data."""
     names = sorted({_allocation(trial) for trial in others.trials})
     strip = min(0.4, 0.06 + 0.07 * len(names)) if names and over.trials else float(bool(names))
@@ -479,8 +478,7 @@ def draw_points(points: Points) -> go.Figure | None:
                 figure, trials, list(map(at, trials)), name, colour, mode="lines+markers", marker={"symbol": symbol},
                 line={"color": colour, "width": 1.5, "dash": dash},
             )  # fmt: skip
-    best = summary.best_trial
-    if best is not None and best in shown:
+    if (best := summary.best_trial) in shown:
         points.ring(figure, best, at(best))
     # Lines at the dense model and the limit, as far as the axis has them.
     limit, dense = None, None if main.is_higher_better or points.dense is None else points.dense.value
