@@ -214,8 +214,7 @@ def without_password(address: str) -> str:
 
 def with_driver(address: str) -> str:
     """The URL with psycopg as PostgreSQL's driver if the URL names none."""
-    scheme, colon, rest = address.partition(":")
-    return ("postgresql+psycopg" if scheme == "postgresql" else scheme) + colon + rest
+    return re.sub("^postgresql:", "postgresql+psycopg:", address)
 
 
 def engine_options(url: URL) -> dict[str, Any]:

@@ -43,8 +43,12 @@ def identity() -> dict[str, Any]:
 
     Times are in seconds since 1970 by the host's clock, which may be set while the process runs.
     """
-    began, booted = psutil.Process().create_time(), psutil.boot_time()
-    return {"host": platform.node(), "pid": os.getpid(), "process_started": began, "booted": booted}
+    return {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "process_started": psutil.Process().create_time(),
+        "booted": psutil.boot_time(),
+    }
 
 
 def is_dead(identity: Attributes) -> bool:

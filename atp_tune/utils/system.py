@@ -219,9 +219,8 @@ def in_call(frame: FrameType | None) -> bool:
         if frame.f_code is pause.__code__:
             return False
         module = frame.f_globals.get("__name__", "")
-        if frame.f_code.co_name == "__del__":
-            return True
-        if module.startswith(("sqlalchemy.", "optuna.storages.", "optuna.study._tell", "weakref")):
+        within = module.startswith(("sqlalchemy.", "optuna.storages.", "optuna.study._tell", "weakref"))
+        if within or frame.f_code.co_name == "__del__":
             return True
         frame = frame.f_back
     return False
