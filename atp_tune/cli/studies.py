@@ -323,8 +323,8 @@ def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> 
     rows = table("trial", "tokens", "calibrate", "prune", "evaluate", "seconds")
     for trial in forecast.trial:
         times = trial.seconds
-        parts = (times.calibrate, times.prune, times.evaluate, times.total) if times else (None,) * 4
-        seconds = ["–" if part is None else f"{part:.1f}" for part in parts]
+        parts = (times.calibrate, times.prune, times.evaluate, times.total) if times else ()
+        seconds = [f"{part:.1f}" for part in parts] or ["–"] * 4
         name = trial.pruner if trial.what == "trial" else f"screening {trial.pruner}"
         rows.add_row(name, f"{trial.tokens.total:,}", *seconds)
     echo(rows)

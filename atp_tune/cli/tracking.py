@@ -173,11 +173,12 @@ class Follower:
         if not (self._waiting or self._open):
             return
         self._study = self._study or self._load()
-        summary = summarise(self._study) if self._study is not None else None
-        if summary is None or not summary.trials:
+        if self._study is None:
+            return
+        summary = summarise(self._study)
+        if not summary.trials:
             return
         key = sha256_of_json([summary.name, str(summary.trials[0].datetime_start)])[:16]
-
         rows = list(records(summary))
 
         def update(name: str) -> None:

@@ -300,12 +300,8 @@ def model(
         file = overridden(file, options.overrides, options.trust_plugins)
     whole = replace(options, trials=None, set_=flags, prompt=None)  # the file says them
     trusts = "".join([" --trust-plugins" * options.trust_plugins, *(f" --set {key}" for key in flags)])
-    lines = (
-        f"python tune.py --study {path.stem}{trusts}",
-        "",
-        f"Made by: python tune.py {shlex.join(word for word in sys.argv[1:] if word != '--dry-run')}",
-    )
-    head = [*map(as_typed, lines)]
+    made = f"Made by: python tune.py {shlex.join(word for word in sys.argv[1:] if word != '--dry-run')}"
+    head = [as_typed(f"python tune.py --study {path.stem}{trusts}"), "", as_typed(made)]
     if options.dry_run:
         echo(study_text(file.study, head))
         show_plan(overridden(file, placed(options.storage, options.device), options.trust_plugins), None)

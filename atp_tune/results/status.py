@@ -441,13 +441,12 @@ def listed(file: StudyFile, summary: Summary | None) -> Listed:
     state = "not started" if file.database else "unknown"
     if summary is not None:
         state = "complete" if summary.complete else "unfinished"
-    best = summary.best_trial if summary else None
     return Listed(
         name=name,
         state=state,
         done=summary.done if summary else 0,
         total=(summary.total if summary else None) or file.study.search.trials,
-        best=summary.results.score(best, "validation") if summary and best else None,
+        best=summary.results.score(summary.best_trial, "validation") if summary else None,
         description=file.study.description if name == file.name else f"--study {file.name} --study-name {name}",
         path=str(file.path),
     )
