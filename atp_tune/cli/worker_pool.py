@@ -48,7 +48,6 @@ class StudyWorker(ABC):
         self.is_alive = self.is_ready = False
         self._line = Line(display, f"worker {index}: ")
         self._deaths = 0
-        self._was_started = False
 
     @abstractmethod
     def launch(self) -> None:
@@ -62,11 +61,10 @@ class StudyWorker(ABC):
     def wait(self) -> None:
         """Waits until it has stopped, at most `STOP_TIMEOUT`."""
 
-    def start(self, again: bool = False) -> None:
-        """Starts it, if it was not started before, or is to start again."""
-        if again or not self._was_started:
-            self._was_started = self.is_alive = True
-            self.launch()
+    def start(self) -> None:
+        """Starts it, perhaps again."""
+        self.is_alive = True
+        self.launch()
 
     def hear(self, event: Event) -> None:
         """Shows one event."""
@@ -90,7 +88,7 @@ class StudyWorker(ABC):
             times = f"worker {self.index} died ({how}) {self._deaths} times in a row"
             raise TrialError(f"{times}; its trial is queued again by the next run")
         self._line(Message(f"worker {self.index} died ({how}): it is started again"))
-        self.start(again=True)
+        self.start()
 
 
 AnyWorker = TypeVar("AnyWorker", bound=StudyWorker)
@@ -98,13 +96,13 @@ AnyWorker = TypeVar("AnyWorker", bound=StudyWorker)
 
 def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker]], None]) -> None:
     """Starts the workers and returns when all have ended; `listen` waits a moment for events of live ones."""
-    workers[0].start()
+    first, *waiting = workers
+    first.start()
     try:
         while alive := [worker for worker in workers if worker.is_alive]:
             listen(alive)
-            if workers[0].is_ready:
-                for worker in workers:
-                    worker.start()
+            while first.is_ready and waiting:
+                waiting.pop(0).start()
     finally:
         left = [worker for worker in workers if worker.is_alive]
         for worker in left:
