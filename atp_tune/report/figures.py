@@ -623,5 +623,4 @@ FIGURES = {
 def draw(summary: Summary) -> dict[str, go.Figure]:
     """The figures that have data, by name."""
     points = Points(summary)
-    drawn = {name: FIGURES[name](points) for name in summary.goal.figures}
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+    return {name: figure for name in summary.goal.figures if (figure := FIGURES[name](points)) is not None}

@@ -168,8 +168,8 @@ def _several(values: Iterable[Any]) -> str:
 
 def importance(contents: Contents) -> Table:
     """Share of each parameter in what distinguishes good trials from the others."""
-    shares = contents.importance.items()
-    return Table(("parameter", "share"), [(symbol(name), f"{share:.0%}") for name, share in shares])
+    rows = [(symbol(name), f"{share:.0%}") for name, share in contents.importance.items()]
+    return Table(("parameter", "share"), rows)
 
 
 def zero_shot(result: ZeroShot) -> Table:
@@ -200,8 +200,7 @@ def zero_shot_note(result: ZeroShot) -> str:
     missing = f"; left out: {', '.join(result.missing)}" if result.missing else ""
     paired = "; best − uniform: item by item" if "best" in result.seconds else ""
     by = f"lm-eval {result.versions['lm_eval']}, " if "lm_eval" in result.versions else ""
-    where = f"{by}{result.dtype}, {result.device}"
-    return f"±: standard error over items{paired}; {where}{limit}{missing}"
+    return f"±: standard error over items{paired}; {by}{result.dtype}, {result.device}{limit}{missing}"
 
 
 def continuations(result: Continuations) -> Table:
@@ -479,15 +478,16 @@ def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
 
 def _tables(contents: Contents) -> dict[str, Any]:
     """What the page and the Markdown show of a study: its contents, and their tables."""
-    summary, makers = contents.summary, (zero_shot, speed, continuations)
-    measured = ((make, getattr(summary, make.__name__)) for make in makers)
+    summary = contents.summary
     return {
         "contents": contents,
         "summary": summary,
         "headline": overview(summary),
         "kinds": kinds(summary),
         "front": front(summary),
-        **{make.__name__: result and make(result) for make, result in measured},
+        "zero_shot": summary.zero_shot and zero_shot(summary.zero_shot),
+        "speed": summary.speed and speed(summary.speed),
+        "continuations": summary.continuations and continuations(summary.continuations),
         "importance": importance(contents),
         "trials": trials(summary),
         "fingerprint": fingerprint(contents),

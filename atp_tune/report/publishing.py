@@ -68,8 +68,8 @@ def _note(name: str, summary: Summary, **given: Any) -> str:
         as_typed, front, is_lost, is_uniform, limit_words, meaning_of_errors, overview, permission, plan_words,
         resume_command, short_source, study_remarks, trial_remark, wanted,
     )  # fmt: skip
-    functions = {each.__name__: each for each in helpers}
-    return rendered(f"{name}.md.jinja", summary=summary, gap=GAP, measures=MEASURES, code=_code, **functions, **given)
+    given |= {each.__name__: each for each in helpers}
+    return rendered(f"{name}.md.jinja", summary=summary, gap=GAP, measures=MEASURES, code=_code, **given)
 
 
 def _code(text: object) -> str:

@@ -332,8 +332,7 @@ class Table:
 def make_table(columns: Sequence[Column], models: Sequence[Model], best: Model | None, *words: str) -> Table:
     """A table with one row for each model; `words`: heads of the columns of text."""
     head = [name for name, _ in columns]
-    cells = [[cell(model) for _, cell in columns] for model in models]
-    rows = [[NOTHING if value is None else str(value) for value in row] for row in cells]
+    rows = [[NOTHING if (value := cell(model)) is None else str(value) for _, cell in columns] for model in models]
     where = next((row for row, model in enumerate(models) if best is not None and model == best), None)
     return Table(head, rows, [index for index, name in enumerate(head) if name in words], where)
 
