@@ -365,8 +365,8 @@ class AttributeStorage(RDBStorage):
             self.check_trial_is_updatable(trial_id, state)
             details = {PREFIX + key: value for key, value in attributes.items() if key in APART[0]}
             shown = {key: value for key, value in attributes.items() if key not in APART[0]}
-            for model, values in ((TrialUserAttributeModel, shown), (TrialSystemAttributeModel, details)):
-                self._upsert(session, model, "trial_id", trial_id, values)
+            self._upsert(session, TrialUserAttributeModel, "trial_id", trial_id, shown)
+            self._upsert(session, TrialSystemAttributeModel, "trial_id", trial_id, details)
 
     def set_study_system_attrs(self, study_id: int, attributes: Attributes) -> None:
         """Stores several system attributes of a study in one transaction, so that readers see all or none."""

@@ -447,9 +447,8 @@ def is_kept(key: str, value: object) -> bool:
 
 def file_names(attributes: Attributes) -> dict[str, str]:
     """The file names of a study's artifacts by id, from the study's system attributes."""
-    own = {key: value for key, value in attributes.items() if key.startswith(OF_STUDY) and is_kept(key, value)}
-    read = {key: json.loads(value) for key, value in own.items()}
-    return {str(name_in(key)): meta["filename"] for key, meta in read.items() if meta}
+    own = [key for key in attributes if key.startswith(OF_STUDY) and is_kept(key, attributes[key])]
+    return {str(name_in(key)): meta["filename"] for key in own if (meta := json.loads(attributes[key]))}
 
 
 class Store(FileSystemArtifactStore):
