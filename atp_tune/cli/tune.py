@@ -419,8 +419,8 @@ def prune(
             raise wrong("--parameter", f'"{text}" is not NAME=NUMBER') from None
     if allocation in ("atp", "curve") and not values:
         raise wrong("--beta", f"{allocation} without any is uniform; for example --beta 0.004")
-    if model is not None and Path(model).expanduser().exists():
-        model = str(Path(model).expanduser().absolute())
+    if model is not None and (path := Path(model).expanduser()).exists():
+        model = str(path.absolute())
     from atp_tune.config.plugged import rooted
 
     pruners, allocations = (list(rooted([name], Path())) if name else None for name in (pruner, allocation))

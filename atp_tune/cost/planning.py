@@ -120,12 +120,13 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
             sequential = amounts.tokens.calibration * block_bytes(session.checkpoint, max)
     held = replace(amounts.held(work), sequential=sequential)
     needed = peaks(held, offload, amounts.free, amounts.has_own_memory)
-    blocks = len(amounts.sizes.blocks)
     return Forecast(
         study=name,
         device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
-        weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, offload=offload),
+        weights=Weights(
+            bytes=held.total, blocks=len(amounts.sizes.blocks), largest_block=held.largest, offload=offload
+        ),
         memory=needed,
         trial=tuple(_trials(amounts, rates)),
         whole=_whole(amounts, session, rates),
@@ -234,7 +235,7 @@ def _rank_bytes(study: Study, session: "Session") -> int:
 
     if study.prune.statistics != "dense" and study.search.screen is None:
         return 0
-    pruners = [study.methods.pruner(name) for name in study.methods.short_names]
+    pruners = map(study.methods.pruner, study.methods.short_names)
     return RANK_BYTES * sum(session.checkpoint.sizes) if any(can_rank(x, session.checkpoint) for x in pruners) else 0
 
 

@@ -90,8 +90,7 @@ def probe(session: Session, study: Study, load: float) -> ProbeRates:
     tokens = {role: len(states[0]) * session.windows[role].positions for role, states in batches.items()}
     run = {role: clock.typical(f"run {role}") / tokens[role] for role in batches}
     each = {name: clock.typical(f"calibrate {name}") / tokens["calibration"] for name in pruners}
-    measures = {name for name in pruners if session.methods.measures(name)}
-    dense = max((each[name] for name in measures), default=2 * run["calibration"])
+    dense = max((each[name] for name in pruners if session.methods.measures(name)), default=2 * run["calibration"])
     if session.prune_settings.statistics == "dense":
         each = dict.fromkeys(pruners, run["calibration"])
     rates = {name: PrunerRate(each[name], clock.typical(f"prune {name}")) for name in pruners}

@@ -460,8 +460,8 @@ def limit_excess(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = 
     """How far a trial is beyond the study's limit, or this one: see `measures.excess`; infinite if not known."""
     own, attrs = trial.user_attrs, study.user_attrs
     ranks = attrs.get("dense_ranks"), own.get("ranks")
-    numbers = attrs.get("dense"), own.get("nlls"), own.get("kls"), own.get("accuracies"), ranks
-    value = excess(limit or attrs["limit"], *numbers)
+    limit = limit or attrs["limit"]
+    value = excess(limit, attrs.get("dense"), own.get("nlls"), own.get("kls"), own.get("accuracies"), ranks)
     return math.inf if value is None else value
 
 
