@@ -115,8 +115,11 @@ def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
 def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tuple[str, str]]:
     stored = facts_in(study)
     if partly:
-        unknown = {key for key in stored if key.endswith(".content") or key in (DTYPE, PRODUCTS, BOS)} - {*facts}
-        stored = {key: value for key, value in stored.items() if key not in unknown}
+        stored = {
+            key: value
+            for key, value in stored.items()
+            if key in facts or not (key.endswith(".content") or key in (DTYPE, PRODUCTS, BOS))
+        }
     keys = [key for key in sorted({*facts, *stored}) if facts.get(key) != stored.get(key)]
     return {key: (_shown(facts, key), _shown(stored, key)) for key in keys}
 

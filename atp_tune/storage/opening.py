@@ -79,8 +79,7 @@ def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
     address = with_driver(address)
     url = _url(address)
     if url.drivername.startswith("sqlite"):
-        check_is_file(url)
-        file = Path(str(url.database))
+        file = sqlite_file(url)
         is_there = file.exists() and file.stat().st_size > 0  # an empty file: its process died while creating it
         if not is_there and not create:
             return None
@@ -124,8 +123,7 @@ def check_writable(address: str) -> None:
     """UserError, with the reason, if a SQLite file cannot be written; SQLite's own error names no reason."""
     if is_remote(address) or not (url := _url(address)).drivername.startswith("sqlite"):
         return
-    check_is_file(url)
-    file = Path(str(url.database))
+    file = sqlite_file(url)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
@@ -136,14 +134,16 @@ def check_writable(address: str) -> None:
         raise UserError(f"storage {file}: {error.strerror}; name another with --storage sqlite:///FILE.db") from None
 
 
-def check_is_file(url: URL) -> None:
-    """UserError if a SQLite database is in memory, a folder, or a special file."""
+def sqlite_file(url: URL) -> Path:
+    """The file of a SQLite database; UserError if it is in memory, a folder, or a special file."""
     if url.database in (None, "", ":memory:"):
         raise UserError("storage: a database in memory is gone at the end; name a file, as in sqlite:///study.db")
-    if is_special(Path(url.database)):
+    file = Path(url.database)
+    if is_special(file):
         raise UserError(f"storage {url.database}: is no file; name another with --storage sqlite:///FILE.db")
-    if Path(url.database).is_dir():
+    if file.is_dir():
         raise UserError(f"storage {url.database}: is a folder; name a file, as in sqlite:///{url.database}/study.db")
+    return file
 
 
 def artifact_folder(address: str) -> Path:
