@@ -90,7 +90,7 @@ def trial_remark(trial: FrozenTrial, summary: Summary | None = None) -> str:
     unlike = summary.unlike.get(trial.number, "") if summary else ""
     times = 0 if trial.state == TrialState.FAIL else len(all_cut_offs(trial))  # of the trials that this one repeats
     before = f"cut off {times} time{'s' * (times > 1)} before" if times else ""
-    return "; ".join(part for part in (_reason(trial), before, unlike) if part)
+    return "; ".join(filter(None, (_reason(trial), before, unlike)))
 
 
 def why_lost(trial: FrozenTrial) -> str:
@@ -168,7 +168,7 @@ def sizes_note(summary: Summary) -> str:
     packed = f"{stored_as(summary)}: bytes of the weights as `{writer}` writes them" if has_bytes(summary) else ""
     words = summary.results.words
     rates = f"{words.rate}/s: {words.how}, weights not rounded, by the fastest engine that `speedup` measured"
-    return "; ".join(note for note in (packed, rates if dense_speed(summary) is not None else "") if note)
+    return "; ".join(filter(None, (packed, rates if dense_speed(summary) is not None else "")))
 
 
 def drawn(summary: Summary) -> OverDraws | None:
@@ -359,7 +359,7 @@ def study_remarks(summary: Summary) -> list[str]:
         f"in the last digits, those of different number formats by per cents{batches}."
     )
     remarks = (sign_of_beta(summary), bos, refined, summary.rounded, recovery_note(summary), mixture if others else "")
-    return [remark for remark in remarks if remark]
+    return list(filter(None, remarks))
 
 
 def recovery_note(summary: Summary) -> str:

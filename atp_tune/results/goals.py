@@ -256,13 +256,9 @@ class OverInterval(AtSparsity):
 
     def _shown(self, front: Trials) -> Trials:
         done = measured(self.study)
-        sparsities = {trial.params.get("sparsity") for trial in done if is_uniform(trial)}
-        sparsities -= {trial.params.get("sparsity") for trial in front}
-        uniforms = dict[float, FrozenTrial]()
-        for trial in done:
-            if trial.params.get("sparsity") in sparsities:
-                uniforms.setdefault(trial.params["sparsity"], trial)
-        return [*front, *uniforms.values()]
+        sparsities = {target_sparsity(trial) for trial in done if is_uniform(trial)} - set(map(target_sparsity, front))
+        best = {target_sparsity(trial): trial for trial in reversed(done) if target_sparsity(trial) in sparsities}
+        return [*front, *best.values()]
 
     def timed(self, summary: "Summary") -> Trials:
         """The points that have no speed yet."""

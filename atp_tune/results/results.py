@@ -316,7 +316,7 @@ def config_study(path: Path, config: Config, address: str | None = None) -> optu
     files = [file for folder in folders for file in sorted(folder.glob("*.db"))]
     files.sort(key=lambda file: file.stem != config.study)
     studies = (_in_storage(f"sqlite:///{file}", config) for file in files if holds(file, config.study))
-    return next((study for study in studies if study is not None), None)
+    return next(filter(None, studies), None)
 
 
 def _in_storage(address: str, config: Config) -> optuna.Study | None:
