@@ -59,9 +59,9 @@ def _listed(path: Path) -> "list[Listed]":
         db = open_storage(file.storage_url, create=False) if file.database else None
         studies = [find_study(db, name) for name in names_in(db)] if db else []
         own = {study.study_name: summarise(study) for study in studies if study and not is_screening(study)}
-        first = listed(file, own.pop(file.name, None))
-        others = (one for one in own.values() if one.made_from and one.made_from.name == file.name)
-        return [first, *(listed(file, one) for one in others)]
+        rows = [listed(file, own.pop(file.name, None))]
+        rows += [listed(file, one) for one in own.values() if one.made_from and one.made_from.name == file.name]
+        return rows
     except UserError as error:
         return [Listed(name=path.stem, state="invalid", path=str(path), error=str(error))]
 
@@ -112,8 +112,9 @@ def plugins(
         return
     for kind in dict.fromkeys(entry.kind for entry in rows):
         echo(f"{kind}s" if kind != "source of texts" else "sources of texts")
-        width = max(len(entry.name) for entry in rows if entry.kind == kind)
-        for entry in (entry for entry in rows if entry.kind == kind):
+        of_kind = [entry for entry in rows if entry.kind == kind]
+        width = max(len(entry.name) for entry in of_kind)
+        for entry in of_kind:
             source = "" if entry.origin == "built in" else f" ({entry.origin})"
             echo(f"  {entry.name:<{width}}  {entry.about}{source}")
             for setting in entry.settings:

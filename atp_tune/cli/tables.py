@@ -67,8 +67,7 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
         where = "at the lower end" if by_tasks else f"validation {summary.results.data}, at the upper end"
         notes.append(f"limit: {limit_words(summary.limit)}, {where} of the standard error")
     echo("\n" + "\n".join(filter(None, notes)), style="dim")
-    best = summary.best_trial
-    if best is not None:
+    if summary.best_trial is not None:
         echo(summary.goal.outcome(summary))
     if summary.choices:
         echo("`export` writes another point: --sparsity, --max-increase or --trial names it")
@@ -88,8 +87,7 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
         echo(remark)
     if summary.continuations:
         show_continuations(summary.continuations)
-    if best is not None:
-        show_next(summary, file)
+    show_next(summary, file)
 
 
 def drawn(content: tables.Table) -> str:
@@ -185,12 +183,14 @@ def progress_line(status: Status) -> str:
 
 def show_next(summary: Summary, file: StudyFile) -> None:
     """Prints the file of the best configuration, if it holds the best trial, and the commands that come next."""
+    if not summary.is_tested or summary.best_trial is None:
+        return
     best = file.best_path(summary.name)
     try:
         trial = read_config(best).trial if best.exists() else None
     except UserError:
         return
-    if not summary.is_tested or summary.best_trial is None or trial != summary.best_trial.number:
+    if trial != summary.best_trial.number:
         return
     form = "slim" if summary.of_channels else summary.amount.form
     # A name that no file has here: the name itself, or followed by -2, -3 and so on.

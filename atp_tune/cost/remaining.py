@@ -58,8 +58,8 @@ class Remaining:
             case TrialStarted(title, plan):
                 self._start(title.split()[0].rstrip(":"), now, who)
                 if plan is not None and "gradient" in plan.allocation and "gradient" in self._parts:
-                    if (key := (plan.method, plan.allocation)) not in self._descended:
-                        self._parts["gradient"].number -= 1
+                    key = plan.method, plan.allocation
+                    self._parts["gradient"].number -= key not in self._descended
                     self._descended.add(key)
             case Step(phase, done, total):
                 if phase == "generate":

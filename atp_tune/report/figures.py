@@ -305,8 +305,11 @@ def draw_perplexity(points: Points) -> go.Figure | None:
     points.ring(figure, first, panel.at(first), xaxis=panel.axis)
     entries = sum(item.showlegend is not False for item in (*figure.data, *figure.layout.shapes))
     figure.update_layout(height=PLAIN + LEGEND * -(-entries // 3) + LABELS * all(panel.trials for panel in panels))
-    above = [trial for trial in points.trials if points.value(trial) > seen.top]
-    hidden = [f"{panels[trial not in over].label(trial)}: {points.said(trial)} ↑" for trial in above]
+    hidden = [
+        f"{panels[trial not in over].label(trial)}: {points.said(trial)} ↑"
+        for trial in points.trials
+        if points.value(trial) > seen.top
+    ]
     points.set_axis(figure, seen.low, seen.high, hidden)
     return figure
 

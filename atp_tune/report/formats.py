@@ -128,7 +128,7 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
         versions={name: _several(each.get(name) for each in versions) for name in names},
         study_file=toml(settings(file)["settings"]) if file else None,
         state=", ".join([f"{summary.done}{of} trials done", *(f"{count} {what}" for count, what in counts if count)]),
-        errors="; ".join(part for part in notes if part) + ".",
+        errors="; ".join(filter(None, notes)) + ".",
         verdict=summary.goal.said(summary).replace(" ± ", "\u00a0±\u00a0"),
     )
 
@@ -498,12 +498,13 @@ def _tables(contents: Contents) -> dict[str, Any]:
 def _section(contents: Contents, index: int) -> dict[str, Any]:
     summary = contents.summary
     plots, results = figures.draw(summary), summary.results
-    went = figures.draw_history(summary) if "perplexity" in plots else None
+    if "perplexity" in plots and (went := figures.draw_history(summary)):
+        plots["history"] = went
     models = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
     return {
         **_tables(contents),
         "id": f"study-{index + 1}",
-        "figures": _drawn({**plots, **({"history": went} if went else {})}),
+        "figures": _drawn(plots),
         "scores": {
             name: model and {text: results.shown(model, text, results.main) for text in TEXTS}
             for name, model in models.items()
