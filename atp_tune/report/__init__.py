@@ -61,11 +61,12 @@ async def _draw(figures: Sequence[go.Figure]) -> bytes:
         # A figure that holds only this, which the browser renders as PNG.
         source = f"data:image/svg+xml;base64,{b64encode(picture).decode()}"
         position = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "sizex": 1, "sizey": 1, "sizing": "stretch"}
-        bare = {"template": "none", "margin": dict.fromkeys("lrtb", 0), "images": [{"source": source, **position}]}
-        hidden = {"xaxis": {"visible": False}, "yaxis": {"visible": False}}
-        whole = go.Figure(layout={**bare, **hidden, "width": width, "height": height})
-        size = {"width": width, "height": height, "scale": SCALE}
-        return bytes(await browser.calc_fig(whole.to_dict(), opts={"format": "png", **size}))
+        layout = {
+            "template": "none", "margin": dict.fromkeys("lrtb", 0), "images": [{"source": source, **position}],
+            "xaxis": {"visible": False}, "yaxis": {"visible": False}, "width": width, "height": height,
+        }  # fmt: skip
+        options = {"format": "png", "width": width, "height": height, "scale": SCALE}
+        return bytes(await browser.calc_fig(go.Figure(layout=layout).to_dict(), opts=options))
 
 
 def check(kind: str, out: Path) -> None:

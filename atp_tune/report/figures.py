@@ -98,9 +98,10 @@ def pruner_colour(pruner: str) -> str:
     return PRUNERS.get(pruner) or PLUGINS[zlib.crc32(pruner.encode()) % len(PLUGINS)]
 
 
-def bars(errors: Iterable[float], colour: str) -> dict[str, Any]:
+def bars(scores: Iterable[Estimate], colour: str) -> dict[str, Any]:
     """Standard errors as fine bars."""
-    return {"array": rounded(errors, 4), "color": faint(colour, 0.6), "thickness": 1.2, "width": 0}
+    errors = rounded((score.stderr for score in scores), 4)
+    return {"array": errors, "color": faint(colour, 0.6), "thickness": 1.2, "width": 0}
 
 
 def faint(colour: str, opacity: float) -> str:
@@ -112,11 +113,6 @@ def faint(colour: str, opacity: float) -> str:
 def rounded(values: Iterable[Any], digits: int = 5) -> list[float]:
     """Numbers rounded to the digits that a figure can show, to keep its file small."""
     return [float(f"{value:.{digits}g}") for value in values]
-
-
-def role(name: str, trial: FrozenTrial) -> str:
-    """The name of a trial in a legend."""
-    return f"{name} (trial {trial.number})"
 
 
 @dataclass(frozen=True)
@@ -206,15 +202,15 @@ class Points:
         scores = [self.score(trial, by) for trial in trials]
         marker = {"color": colour, "size": 8, **look.pop("marker", {})}
         usual = {
-            "y": rounded(score.value for score in scores), "error_y": bars((score.stderr for score in scores), colour),
+            "y": rounded(score.value for score in scores), "error_y": bars(scores, colour),
             "mode": "markers", "text": list(map(self.told, trials)), "hovertemplate": "%{text}<extra></extra>",
         }  # fmt: skip
         figure.add_scatter(x=x, name=name, marker=marker, **{**usual, **look})
 
     def ring(self, figure: go.Figure, trial: FrozenTrial, x: float | str, **look: Any) -> None:
         """Adds a ring around the best trial."""
-        y = rounded([self.value(trial)])
-        figure.add_scatter(x=[x], y=y, mode="markers", marker=RING, name=role("best", trial), hoverinfo="skip", **look)
+        y, name = rounded([self.value(trial)]), f"best (trial {trial.number})"
+        figure.add_scatter(x=[x], y=y, mode="markers", marker=RING, name=name, hoverinfo="skip", **look)
 
     def compare(self, figure: go.Figure, seen: AxisRange, label: str = "uniform") -> None:
         """Adds a line at uniform."""
@@ -444,15 +440,15 @@ def draw_front(points: Points) -> go.Figure | None:
         both = [trial for trial in trials if all(isfinite(points.score(trial, by).value) for by in (PERPLEXITY, KL))]
         scores = [points.score(trial, PERPLEXITY) for trial in both]
         if both:
-            x, errors = rounded(score.value for score in scores), bars((score.stderr for score in scores), colour)
-            points.add(figure, both, x, name, colour, KL, **{"error_x": errors, **look})
+            x = rounded(score.value for score in scores)
+            points.add(figure, both, x, name, colour, KL, **{"error_x": bars(scores, colour), **look})
 
     add([trial for trial in points.trials if trial.number not in best], "other trials", INK)
     optimal = [trial for trial in points.trials if trial.number in best]
     add(optimal, "Pareto front", BEST, mode="lines+markers", line={"color": BEST, "shape": "hv", "width": 1.5})
     if (uniform := points.uniform) is not None:
         mark = {"symbol": "circle-open", "size": 15, "line": {"width": 2}}
-        add([uniform], role("uniform", uniform), UNIFORM, marker=mark, error_x=None, error_y=None)
+        add([uniform], f"uniform (trial {uniform.number})", UNIFORM, marker=mark, error_x=None, error_y=None)
     return figure
 
 
@@ -513,11 +509,10 @@ def draw_sparsity(points: Points) -> go.Figure | None:
     """Sparsity, or bits, against block, in steps; None while no trial has one."""
     summary, amount = points.summary, points.summary.amount
 
-    def levels(trial: FrozenTrial) -> list[float]:
-        return rounded(block_levels(trial) or [], 4)
-
     empty = new_figure(amount.title, "", amount.axis)
-    figure = _along_blocks(points, empty, levels, {"shape": "hvh"}, second=points.second)
+    figure = _along_blocks(
+        points, empty, lambda trial: rounded(block_levels(trial) or [], 4), {"shape": "hvh"}, second=points.second
+    )
     if figure is None:
         return None
     target = summary.sparsity or summary.bits
@@ -563,7 +558,7 @@ def _along_blocks(
     for name, trial, colour, dash in chosen or plans:
         if trial is not None and (heights := values(trial)):
             own = {"color": colour, "width": 2.5 if trial == points.best else 1.75, "dash": dash, **line}
-            _add_line(figure, points, trial, heights, role(name, trial), own, **look)
+            _add_line(figure, points, trial, heights, f"{name} (trial {trial.number})", own, **look)
     blocks = max((len(trace.y) for trace in figure.data), default=0)
     title = f"block (0 to {summary.in_tower - 1}: vision tower)" if summary.in_tower else "block"
     layout = {"xaxis_title_text": title, "xaxis_range": [-0.5, blocks - 0.5], "legend_traceorder": "normal"}
