@@ -133,10 +133,12 @@ def stored_as(summary: Summary) -> str:
 
 def dense_speed(summary: Summary) -> float | None:
     """Tokens, or images, per second of the dense model in torch, the median over points; None if none is measured."""
-    speeds = [point.speed for point in summary.points if point.speed]
-    rows = [(speed, row) for speed in speeds for row in speed.engines if row.engine == "torch"]
-    rates = {id(speed): speed.torch_dense(list(row.rates)[-1]) for speed, row in rows}
-    return median(rates.values()) if rates else None
+    rates = [
+        speed.torch_dense(list(rows[-1].rates)[-1])
+        for speed in (point.speed for point in summary.points)
+        if speed and (rows := [row for row in speed.engines if row.engine == "torch"])
+    ]
+    return median(rates) if rates else None
 
 
 def megabytes(size: int) -> str:

@@ -283,8 +283,8 @@ def _drawn(study: optuna.Study, draws: int) -> dict[str, dict[str, list[float]]]
 
 def final_numbers(study: optuna.Study) -> int:
     """Number of measurements on the test text, over all draws of the calibration text."""
-    tables = [study.user_attrs.get(key, {}) for key in ("draws", "refits")]
-    return len(study.user_attrs.get("test_nlls", {})) + sum(len(row) for table in tables for row in table.values())
+    drawn = sum(len(row) for key in ("draws", "refits") for row in study.user_attrs.get(key, {}).values())
+    return len(study.user_attrs.get("test_nlls", {})) + drawn
 
 
 def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
@@ -303,7 +303,7 @@ def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
         windows = -(-(text.nsamples or 0) // text.stride) * getattr(text, "seqlen", 1)
         fitted_to |= {name: (windows, windows) for name in allocations.short_names if is_fitted(name)}
         fitted_to |= dict.fromkeys(allocations.by_prices, (each, own))
-    common = sorted(set.intersection(*(set(by_draw) for by_draw in measured.values())), key=int)
+    common = sorted(set.intersection(*map(set, measured.values())), key=int)
     nlls = {name: [by_draw[draw] for draw in common] for name, by_draw in measured.items()}
     result = {}
     for name in names:
