@@ -117,11 +117,7 @@ class Remaining:
 
 def foretold(watch: EventHandler) -> EventHandler:
     """A handler that adds to the opening of a study what is ahead of it."""
-
-    def on_event(event: Event) -> None:
-        watch(Ahead(_parts(event)) if isinstance(event, Opened) else event)
-
-    return on_event
+    return lambda event: watch(Ahead(_parts(event)) if isinstance(event, Opened) else event)
 
 
 def _parts(opened: Opened) -> dict[str, tuple[int, float]]:

@@ -297,8 +297,7 @@ def checked_trial(trial: FrozenTrial, values: int) -> FrozenTrial:
         and (trial.values is None or len(trial.values) == values)
         and all(value > 0 or (value == 0 and "kls" in user) for value in trial.values or [])
     )
-    is_whole = (user, system) == (trial.user_attrs, trial.system_attrs)
-    if is_ours and is_whole:
+    if is_ours and (user, system) == (trial.user_attrs, trial.system_attrs):
         return trial
     trial = copy(trial)
     trial.user_attrs, trial.system_attrs = user, system

@@ -285,8 +285,7 @@ def folder_atomically(path: Path, shared: bool = False) -> Iterator[Path]:
                 raise
             names = (path.with_name(f"{path.name}-{number}") for number in count(2))
             there = temporary.rename(next(name for name in names if not os.path.lexists(name)))
-            left = f"{path}: was filled meanwhile, and is left as it is"
-            raise TakenError(f"{left}; the result is in {there}") from None
+            raise TakenError(f"{path}: was filled meanwhile, and is left as it is; the result is in {there}") from None
 
 
 def _prefix(path: Path) -> str:
