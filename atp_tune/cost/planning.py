@@ -94,7 +94,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     watch(Message(f"loading the model and the {file.study.data.table}"))
     folder = resolve(setup.model, setup.place.base, setup.place.note)
     amounts = _amounts(file, name, setup, folder, device, dtype.itemsize)
-    session, rates = None, None
+    session = rates = None
     held, offload = amounts.held(0), amounts.offload()
     needed = peaks(held, offload, amounts.free, amounts.has_own_memory)
     if not problems(held, needed, offload, amounts.windows):

@@ -1,7 +1,7 @@
 """The probe: times one batch in three blocks for a few seconds, from which a study's cost is forecast."""
 
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -31,7 +31,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._found = dict[str, list[float]]()
+        self._found = defaultdict[str, list[float]](list)
 
     def time(self, name: str, work: Callable[[], T]) -> T:
         """Runs and times some work, to the end of its last kernel; its result."""
@@ -39,13 +39,13 @@ class Clock:
         began = perf_counter()
         result = work()
         wait_for(self._device)
-        self._found.setdefault(name, []).append(perf_counter() - began)
+        self._found[name].append(perf_counter() - began)
         return result
 
     def add(self, phases: dict[str, float], name: str) -> None:
         """Adds the seconds of phases timed elsewhere, as `PHASE NAME`."""
         for phase, seconds in phases.items():
-            self._found.setdefault(f"{phase} {name}", []).append(seconds)
+            self._found[f"{phase} {name}"].append(seconds)
 
     def typical(self, name: str) -> float:
         """The median seconds; 0 without measurements."""
@@ -128,7 +128,6 @@ def _dense_states(session: Session, role: str, items: Batch) -> Iterator[Tensor]
 def _probe_ends(session: Session, kl: bool) -> float:
     """Seconds per token of embedding and head, on validation windows, else on test windows."""
     heads, clock = session.heads, Clock(session.checkpoint.device)
-    ends = session.replay, session.score, heads
     role = "validation" if "validation" in session.windows else "test"
     items = session.items(role)[: heads.windows]
     final = deque(_dense_states(session, role, items), maxlen=1)[0] if _is_shaped(session) else None
@@ -137,7 +136,9 @@ def _probe_ends(session: Session, kl: bool) -> float:
             clock.forget()  # the first turn is a warm-up
         hidden = clock.time("embed", partial(session.replay.embed, items))
         hidden = hidden if final is None else final  # the head takes states of the last block's shape
-        clock.time("head", partial(head_scores, *ends, items, hidden, hidden if kl else None))
+        clock.time(
+            "head", partial(head_scores, session.replay, session.score, heads, items, hidden, hidden if kl else None)
+        )
     return (clock.typical("embed") + clock.typical("head")) / (len(items) * session.windows[role].positions)
 
 
