@@ -484,12 +484,11 @@ def draw_points(points: Points) -> go.Figure | None:
     for key, value in (summary.limit or {}).items():
         if not isinstance(value, Mapping) and key in ("max_increase", f"max_{main.name}"):
             limit = value if key != "max_increase" else (1 + value) * dense if dense else None
-    lines = [(dense, "dense", INK, "dot"), (limit, "limit", WORST, "dash")]
-    drawn = [line for line in lines if line[0] is not None]
-    for y, name, colour, dash in drawn:
-        level(figure, y, f"{name} {main.written(y)}", colour, dash)  # type: ignore[arg-type]
-    # The axes take in all of it.
-    ends = [y for y, *_ in drawn if y is not None]
+    ends = list[float]()  # the axes take in all of it
+    for y, name, colour, dash in ((dense, "dense", INK, "dot"), (limit, "limit", WORST, "dash")):
+        if y is not None:
+            level(figure, y, f"{name} {main.written(y)}", colour, dash)
+            ends.append(y)
     for score in map(points.score, (*shown, *around)):
         ends += [score.value - min(score.stderr, score.value / 3), score.value + score.stderr]
     points.set_axis(figure, min(ends), max(ends))

@@ -316,7 +316,7 @@ def fenced(language: str, text: str) -> str:
 
 def markdown(studies: Sequence[Contents]) -> bytes:
     """The report: a comparison if there are several studies, then each study."""
-    sections = [_tables(contents) for contents in studies]
+    sections = list(map(_tables, studies))
     return (rendered("report.md.jinja", studies=sections, comparison=comparison(studies)) + "\n").encode()
 
 
