@@ -45,10 +45,20 @@ from atp_tune.report.publishing import (
 from atp_tune.results.goals import best_trial, pareto_front
 from atp_tune.results.status import study_columns
 from atp_tune.results.summary import final_numbers, summarise
-from atp_tune.storage import database, opening, progress
+from atp_tune.storage import progress
 from atp_tune.storage.attributes import Attributes, ValidatedStudy
-from atp_tune.storage.database import Database, Store, error_reason, is_away, may_pass, refuse_link, without_password
-from atp_tune.storage.opening import artifact_folder, is_remote, names_in, network_warning, open_database
+from atp_tune.storage.database import (
+    CONFIG,
+    REPORT,
+    Database,
+    Store,
+    error_reason,
+    is_away,
+    may_pass,
+    refuse_link,
+    without_password,
+)
+from atp_tune.storage.opening import artifact_folder, find_study, is_remote, names_in, network_warning, open_database
 from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
 from atp_tune.utils.compat import FrozenStudy, serve_storage
 
@@ -176,8 +186,8 @@ class Maintenance:
         trouble = ""
         try:
             attached = False
-            for name in opening.names_in(self.storage):
-                study = opening.find_study(self.storage, name)
+            for name in names_in(self.storage):
+                study = find_study(self.storage, name)
                 if study is None or "fingerprint" not in study.user_attrs:
                     continue
                 try:
@@ -204,9 +214,9 @@ class Maintenance:
         state = best and (best.number, final_numbers(study), [trial.number for trial in pareto_front(study)])
         if best is None or self._seen.get(study._study_id) == state:
             return False
-        attach(study, self.artifacts, database.REPORT, formats.html([formats.gather(study, datetime.now())]))
+        attach(study, self.artifacts, REPORT, formats.html([formats.gather(study, datetime.now())]))
         if (config := best_as_json(study, summarise(study))) is not None:
-            attach(study, self.artifacts, database.CONFIG, config)
+            attach(study, self.artifacts, CONFIG, config)
         self._seen[study._study_id] = state
         return True
 
