@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial
 from atp_tune.config.search import STEP
 from atp_tune.config.typed import INCREASE, LIMIT, Interval, one_sparsity, only_limit, option
 from atp_tune.errors import UserError
-from atp_tune.measures import ACCURACY, PERPLEXITY, Limit, Role, excess, knee
+from atp_tune.measures import ACCURACY, PERPLEXITY, TEXTS, Limit, Role, excess, knee
 from atp_tune.metrics import Speed
 from atp_tune.plan import percent
 from atp_tune.results.formatting import against_uniform, drawn, limit_words, method_words
@@ -135,8 +135,7 @@ class AtSparsity:
         """The trial of the front that is nearest to a sparsity, as typed; UserError for one that the study has not."""
         only = facts_in(self.study).get("sparsity")
         at = f"only at {only:.4g}" if isinstance(only, float) else "at one sparsity"
-        name = f"study {self.study.study_name}"
-        raise UserError(f"{name}: measures plans {at}; choose one of its trials with --trial N")
+        raise UserError(f"study {self.study.study_name}: measures plans {at}; choose one of its trials with --trial N")
 
     sparsest = nearest  # within a limit; UserError if no trial is, or if the study lacks the numbers
 
@@ -396,7 +395,7 @@ class WithinLimit(OverInterval):
     def _outcome(self, summary: "Summary", best: Point) -> str:
         """The best point with its distance from dense and the limit."""
         key, words, data = next(iter(self.limit)), limit_words(self.limit), summary.results.data
-        search, test = self._bounded(summary, best, key, "validation"), self._bounded(summary, best, key, "test")
+        search, test = (self._bounded(summary, best, key, text) for text in TEXTS)
         on_test = f"; on the test {data} {test}" if test else ""
         on_search = f": {search}" + f" on the validation {data}" * (key != "min_accuracy") if search else ""
         at_end = abs(best.sparsity - self.interval[best.is_within]) < STEP / 2

@@ -330,8 +330,11 @@ def requeue_lost(study: optuna.Study, trials: Sequence[FrozenTrial] | None = Non
     db = study._storage
     silent: list[int] = db._get_stale_trial_ids(study._study_id) if is_heartbeat_enabled(db) else []  # type: ignore[attr-defined]
     trials = trials_in(study) if trials is None else trials
-    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-    dead = [one for one in running if one._trial_id in silent or is_dead(one.user_attrs) or _is_nameless(one)]
+    dead = [
+        one
+        for one in trials
+        if one.state == TrialState.RUNNING and (one._trial_id in silent or is_dead(one.user_attrs) or _is_nameless(one))
+    ]
     for trial in dead:
         is_silent = trial._trial_id in silent and not is_dead(trial.user_attrs)
         cut_off = _cut_off(study.study_name, trial, dead).stored()
