@@ -72,17 +72,15 @@ def apply(
     if private and push is None:
         raise wrong("--private", "only with --push ORG/NAME")
     best = options.best(config)
-    configuration = best.config
-    if dtype is not None and recover and configuration.is_trained:
+    if dtype is not None and recover and best.config.is_trained:
         raise wrong("--dtype", "trained weights stay in the format of the files; leave it out")
     if not recover:
-        configuration = configuration.model_copy(update={"recovered": None})
-        best = replace(best, config=configuration)
+        best = replace(best, config=best.config.model_copy(update={"recovered": None}))
     if push is not None:
         from atp_tune.folders.publishing import check_folder, check_permission, is_made_from
 
         check_permission(push, private)
-        if dtype is None and is_made_from(out, configuration, packed, slim):
+        if dtype is None and is_made_from(out, best.config, packed, slim):
             check_folder(out)
             echo(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
@@ -111,8 +109,10 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
         echo(f"perplexity on the test text: {measured}, the configuration says {promised} ({change:+.3%})")
         if abs(change) > TOLERANCE:
             why = "scales of 16 bits, " * (packed and config.quantize is not None)
-            another = f"{why}another device, number format or number of threads?"
-            echo(f"warning: they differ by more than 0.1 %; {another}", style="yellow")
+            echo(
+                f"warning: they differ by more than 0.1 %; {why}another device, number format or number of threads?",
+                style="yellow",
+            )
     if packed or is_slim(out):
         echo("transformers loads it after `import atp_tune`, or with trust_remote_code=True")
     if not config.is_trained and (note := compared(config, read_config(out / ABOUT).manifest)):

@@ -344,8 +344,9 @@ def rates_table(speed: "Speed") -> str:
     for row in speed.engines:
         for phase, rates in row.rates.items():
             both = (spread(values, ".1f") for values in (rates.dense, rates.sparse))
-            ratio = spread(rates.ratios, ".2f")
-            rows.append((row.name, phase, *both, f"{ratio}×", f"{speed.over_torch(row, phase):.2f}×"))
+            rows.append(
+                (row.name, phase, *both, f"{spread(rates.ratios, '.2f')}×", f"{speed.over_torch(row, phase):.2f}×")
+            )
     return markdown(("engine", "phase", "dense", "sparse", "sparse / dense", "sparse / torch's best dense"), rows)
 
 

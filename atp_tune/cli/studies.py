@@ -333,13 +333,10 @@ def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> 
     peaks = f"host {gib(memory.host)} of {gib(memory.host_free)} ({gib(memory.loading)} while loading)"
     if memory.device is not None and memory.device_free is not None:
         peaks += f", device {gib(memory.device)} of {gib(memory.device_free)}"
-    for line in (
-        f"study:   {_study_cost(forecast.whole)}",
-        f"weights: {gib(weights.bytes)} in {weights.blocks} blocks of up to {gib(weights.largest_block)}, "
-        f"{where[weights.offload]}",
-        f"memory:  {peaks}",
-    ):
-        echo(line)
+    echo(f"study:   {_study_cost(forecast.whole)}")
+    blocks = f"{weights.blocks} blocks of up to {gib(weights.largest_block)}, {where[weights.offload]}"
+    echo(f"weights: {gib(weights.bytes)} in {blocks}")
+    echo(f"memory:  {peaks}")
     for problem in forecast.problems:
         echo(f"does not fit: {problem}", style="yellow")
 

@@ -59,9 +59,11 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
         echo(f"\n{drawn(kinds)}")
     # The legend of the table.
     same = f"same {summary.amount.method}{summary.goal.same}, same {summary.results.words.unit}"
-    paired = f"against uniform: {same}, error of the difference"
-    notes = [f"±: {meaning_of_errors(summary)}; {paired}", sizes_note(summary), summary.goal.draws(summary)]
-    notes += [texts_note(summary), *(by.note for by in summary.results.measures), summary.results.words.note]
+    notes = [
+        f"±: {meaning_of_errors(summary)}; against uniform: {same}, error of the difference",
+        sizes_note(summary), summary.goal.draws(summary), texts_note(summary),
+        *(by.note for by in summary.results.measures), summary.results.words.note,
+    ]  # fmt: skip
     if summary.limit:
         by_tasks = "min_accuracy" in summary.limit
         where = "at the lower end" if by_tasks else f"validation {summary.results.data}, at the upper end"
