@@ -8,11 +8,13 @@ its sparsity, or a table of what it has; a block whose linears do not differ has
     where linears differ        {"sparsity": 0.6, "linears": [0.55, 0.62, …]}
     where rows differ           {"sparsity": 0.6, "linears": [{"sparsity": 0.55, "rows": "eNpj…"}, …]}
     where weights are rounded   {"bits": 4}; after pruning {"sparsity": 0.5, "bits": 4}
+    where ggml rounds them      {"bits": 4.5, "type": "Q4_K"}
 """
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer, model_validator
 
@@ -20,11 +22,13 @@ from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.allocations.budget import SYMBOLS, weighted_mean
 from atp_tune.allocations.channels import check_whole
 from atp_tune.allocations.rows import read_offsets
+from atp_tune.allocations.types import BLOCKS, fitting
 from atp_tune.utils.registry import FrozenModel
 
 METHODS = ("pruner", "quantizer")  # a trial's parameters that say what is done to weights; it has one of them
 SAID = 1e-6  # difference between the level of a block and the mean of its linears that rounding may make
 Share = Annotated[float, Field(ge=0, le=1)]
+TypeName = Literal[*BLOCKS]  # type: ignore[valid-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +36,16 @@ class Level:
     """The treatment of one linear, or to each linear of a block.
 
     `sparsity`: its share of zeros; None where nothing is pruned. `bits` of its weights; None where nothing is rounded.
+    `type`: of ggml, by which it is rounded; the bits are then with scales.
     `rows`: how much sparser than the linear its rows are, as text of `allocations.rows`, if they differ. `linears`: of
     a block, if they differ; the block's own numbers are then their means, weighted by size.
     """
 
     sparsity: Share | None = None
-    bits: Annotated[int | float, Field(ge=2, le=8)] | None = None
+    bits: Annotated[int | float, Field(ge=2, le=16)] | None = None
     rows: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")] | None = None
     linears: tuple["StoredLevel", ...] = ()
+    type: TypeName | None = None
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -47,6 +53,11 @@ class Level:
     def amount(self) -> float:
         """The bits where weights are rounded and not pruned, else the sparsity."""
         return (self.bits or 0) if self.sparsity is None else self.sparsity
+
+    @property
+    def width(self) -> int | str:
+        """What rounds its weights: the type of ggml, or the bits."""
+        return self.type or int(self.bits or 0)
 
     def stored(self) -> Any:
         """The level as JSON has it."""
@@ -67,6 +78,7 @@ class Plan(FrozenModel):
     """A method, which is a pruner, or a quantizer where weights are only rounded, and a level for each block.
 
     The levels come from an allocation with these parameters. `target`: the sparsity, where a study searches for it.
+    `outer`: the types of ggml of embedding and head, by name; one of a matrix that is both.
     """
 
     method: str
@@ -74,15 +86,19 @@ class Plan(FrozenModel):
     parameters: dict[str, FiniteFloat] = Field({})
     target: Share | None = None
     levels: tuple[StoredLevel, ...] = Field(min_length=1)
+    outer: dict[str, TypeName] = Field({}, exclude_if=operator.not_)
 
     @model_validator(mode="after")
     def _alike(self) -> Self:
         """All levels have a sparsity or none has, and so their bits, which are whole numbers of a linear."""
         every = [level for block in self.levels for level in (block, *block.linears)]
         kinds = {(level.sparsity is None, level.bits is None) for level in every}
+        types = {level.type is None for level in self.each_linear()}
         if len(kinds) > 1 or (True, True) in kinds:
             raise ValueError("levels: must all have a sparsity, or bits, or both")
-        if any(isinstance(level.bits, float) or level.linears for level in self.each_linear()):
+        if len(types) > 1 or bool(self.outer) in types:
+            raise ValueError("levels: all linears, embedding and head have a type of ggml, or none has")
+        if any((isinstance(level.bits, float) and not level.type) or level.linears for level in self.each_linear()):
             raise ValueError("levels: a linear has a whole number of bits, and no linears of its own")
         if any(block.rows is not None for block in self.levels):
             raise ValueError("levels: rows are those of a linear, and a block has several")
@@ -111,9 +127,9 @@ class Plan(FrozenModel):
         return tuple(level.amount for level in self.levels)
 
     @property
-    def does(self) -> tuple[str, tuple[Level, ...]]:
+    def does(self) -> tuple[object, ...]:
         """Its effect on weights, wherever its levels come from."""
-        return self.method, self.levels
+        return self.method, self.levels, self.outer
 
     @property
     def by_linear(self) -> bool:
@@ -154,7 +170,9 @@ class Plan(FrozenModel):
         if len(self.levels) != len(budget.sizes):
             raise ValueError(f"levels: {len(self.levels)} for a model of {len(budget.sizes)} blocks")
         of_bits = bool(budget.widths) and budget.size is None
-        if self.by_bits != of_bits or {x.bits for x in self.each_linear()} - {*budget.widths, budget.bits}:
+        known: set[object] = {*budget.types} or {*budget.widths, budget.bits}
+        wrong = {x.type or x.bits for x in self.each_linear()} - known
+        if self.by_bits != of_bits or wrong or self.outer.keys() != budget.outer.keys():
             raise ValueError("levels: are not of what is done to weights here")
         check_whole([[linear.amount for linear in block.linears] for block in self.levels], budget.channels)
         for index, block in enumerate(self.levels):
@@ -168,6 +186,8 @@ class Plan(FrozenModel):
             for linear, shape in zip(block.linears, budget.linears[index] if budget.linears else (), strict=False):
                 if linear.rows is not None:
                     read_offsets(linear.rows, shape.rows)
+                if linear.type and linear.type not in fitting(budget.types, shape.columns):
+                    raise ValueError(f"levels: a row of {shape.columns} weights cannot be of type {linear.type}")
 
     def __str__(self) -> str:
         level = "" if self.target is None else f"{percent(self.target)} "

@@ -1,18 +1,14 @@
 """Runs llama.cpp's library, with the packages of a folder on PYTHONPATH.
 
 logits MODEL.gguf IDS.npy OUT.npy    float32 logits [tokens, vocabulary] of one window
-quantize IN.gguf OUT.gguf LINES.txt  Q4_K, and the types of LINES as `llama-quantize --tensor-type-file` reads them
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib  # type: ignore[import-not-found]
 
-TYPES = {"q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "q8_0": 8}  # numbers of ggml.h
-Q4_K_S = 14  # of llama.h
 ffi, lib = get_ffi(), get_lib()
 
 
@@ -34,16 +30,5 @@ def logits(model: str, ids: str, out: str) -> None:
     np.save(out, np.frombuffer(buffer, np.float32).reshape(shape))
 
 
-def quantize(model: str, out: str, lines: str) -> None:
-    told = [word.partition("=") for word in Path(lines).read_text().lower().split()]
-    patterns = [ffi.new("char[]", pattern.encode()) for pattern, _, _ in told]
-    types: Any = ffi.new("struct llama_model_tensor_override[]", len(told) + 1)  # the last is empty
-    for place, (_, _, name) in enumerate(told):
-        types[place].pattern, types[place].type = patterns[place], TYPES[name]
-    asked: Any = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
-    asked.ftype, asked.nthread, asked.tt_overrides = Q4_K_S, 1, types
-    assert lib.llama_model_quantize(model.encode(), out.encode(), asked) == 0
-
-
 lib.llama_backend_init()
-{"logits": logits, "quantize": quantize}[sys.argv[1]](*sys.argv[2:])
+{"logits": logits}[sys.argv[1]](*sys.argv[2:])

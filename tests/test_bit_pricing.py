@@ -16,12 +16,12 @@ from atp_tune.allocations.budget import Costs
 from atp_tune.allocations.gradient import cheapest_shares
 from atp_tune.blocks.gradients import BitPricing, BlockGradients
 from atp_tune.blocks.replay import AutoBatch
-from atp_tune.config.prune import QuantizeConfig
 from atp_tune.pruners.rounding import RTN
 from atp_tune.run.dense_model import CalibrationGradients, bit_costs
 from atp_tune.run.session import Session
 
 WIDTHS, GROUP = (2, 3, 5), 8
+LEVELS = [GROUP, False, [*WIDTHS]]
 
 
 def costs_of(context: Session, ids: Tensor) -> Costs:
@@ -29,7 +29,11 @@ def costs_of(context: Session, ids: Tensor) -> Costs:
     batch = AutoBatch(CPU, 1, 1, lambda text: None)
     batch.windows = 4
     gradients = BlockGradients(context.checkpoint, context.inputs, context.score.gradient, batch, context.heads)
-    return BitPricing(gradients, lambda w, bits: RTN(GROUP, False).quantize(w, bits, None), WIDTHS).costs(ids)
+    return BitPricing(gradients, at_widths).costs(ids)
+
+
+def at_widths(index: int, linear: Any, weight: Tensor) -> list[Tensor]:
+    return [RTN(GROUP, False).quantize(weight, bits, None) for bits in WIDTHS]
 
 
 def naive_costs(model: Any, context: Session, ids: Tensor) -> list[list[list[float]]]:
@@ -74,15 +78,14 @@ def test_costs_are_by_gradients_of_the_whole_model(family: str) -> None:
 def test_costs_are_kept_and_give_a_plan(cache: Any) -> None:
     context = bench_of(tiny("llama").requires_grad_(False))
     said: list[Any] = []
-    quantize = QuantizeConfig(group_size=GROUP, widths=WIDTHS)
     pool = context.windows["calibration"]
     parts = (context.checkpoint, context.inputs, context.score, pool, context.heads, said.append)
     gradients = CalibrationGradients(*parts)
     with torch.inference_mode():
-        found = bit_costs(gradients, quantize, "model")
+        found = bit_costs(gradients, at_widths, "model", LEVELS)
     assert said
     said.clear()
-    assert flat(bit_costs(gradients, quantize, "model")) == flat(found)
+    assert flat(bit_costs(gradients, at_widths, "model", LEVELS)) == flat(found)
     assert not said
     shapes = context.checkpoint.shapes
     shares = cheapest_shares(found, Budget(0.5, (), shapes, widths=WIDTHS))
@@ -91,7 +94,7 @@ def test_costs_are_kept_and_give_a_plan(cache: Any) -> None:
     mean = sum(s * size for s, size in zip((s for row in shares for s in row), sizes, strict=True)) / sum(sizes)
     assert 0.5 - 1e-9 <= mean < 0.55
     assert {round(s, 9) for row in shares for s in row} <= {0.0, round(2 / 3, 9), 1.0}
-    for other in (QuantizeConfig(group_size=4, widths=WIDTHS), QuantizeConfig(group_size=GROUP, symmetric=True)):
-        assert len(bit_costs(gradients, other, "model")[0][0]) == len(other.widths)
+    for other in ([4, False, [*WIDTHS]], [GROUP, True, [*WIDTHS]]):
+        assert len(bit_costs(gradients, at_widths, "model", other)[0][0]) == len(WIDTHS)
         assert said
         said.clear()

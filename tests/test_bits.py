@@ -187,8 +187,8 @@ ROUNDED: dict[str, Any] = {
         ({"quantize": None}, "quantize: is needed with bits and a plan that has bits"),
         ({"plan": rounded(4, 3)}, "linears: not one name for each linear"),
         ({"plan": rounded(3, 4, 4, linears=((4, 4), (3, 3), (4, 4)))}, "linears: not one name for each linear"),
-        ({"plan": rounded(4, 3, 4, method="awq")}, "Input should be 'rtn' or 'gptq'"),
-        ({"plan": rounded(4, 3, 4, method="wanda")}, "Input should be 'rtn' or 'gptq'"),
+        ({"plan": rounded(4, 3, 4, method="awq")}, "Input should be 'rtn', 'gptq' or 'ggml'"),
+        ({"plan": rounded(4, 3, 4, method="wanda")}, "Input should be 'rtn', 'gptq' or 'ggml'"),
         ({"plan": rounded(4, 4, 4, sparsities=(0.5, 0.6, 0.7))}, "Input should be 'magnitude', 'wanda'"),
     ],
 )
@@ -222,18 +222,12 @@ def test_recipes_of_bits_by_linear() -> None:
         4: ["model.layers.0.attn.q_proj"],
         8: ["model.layers.2.mlp.up_proj"],
     }
-    assert made("llama.cpp", **BY_LINEAR).splitlines() == [
-        r"blk\.(0|1)\.ffn_up\.weight=q3_k", r"blk\.(1)\.attn_q\.weight=q3_k", r"blk\.(0)\.attn_q\.weight=q4_k",
-        r"blk\.(2)\.ffn_up\.weight=q8_0",
-    ]  # fmt: skip
     assert json.loads(made("gptqmodel", **BY_LINEAR))["dynamic"] == {
         r"+:^(model\.layers\.(0|1)\.mlp\.up_proj$|model\.layers\.(1)\.attn\.q_proj$)": {"bits": 3},
         r"+:^(model\.layers\.(0)\.attn\.q_proj$)": {"bits": 4}, r"+:^(model\.layers\.(2)\.mlp\.up_proj$)": {"bits": 8},
     }  # fmt: skip
     rows = as_csv(config(**{**ROUNDED, **BY_LINEAR})).splitlines()
     assert rows[:3] == ["block,module,bits", "0,model.layers.0.attn.q_proj,4", "0,model.layers.0.mlp.up_proj,3"]
-    with refused(r"linears = attn\.q: llama\.cpp is told the tensors of the families of Llama"):
-        made("llama.cpp", **{**BY_LINEAR, "linears": ROUNDED["linears"]})
 
 
 @parametrize(
@@ -243,7 +237,6 @@ def test_recipes_of_bits_by_linear() -> None:
         ("gptqmodel", {"prune": PruneConfig(statistics="dense")}, "prune.statistics = dense: gptqmodel measures"),
         ("torchao", {}, "pruner = gptq: torchao rounds to nearest alone"),
         ("torchao", {"plan": RTN, "quantize": QuantizeConfig(symmetric=True)}, "symmetric = true: torchao rounds"),
-        ("llama.cpp", {"plan": rounded(7, 3, 4)}, "plan.levels = 7: llama.cpp has k-quants of"),
         *((kind, {"linears": None}, "linears: the configuration lacks") for kind in ("gptqmodel", "llm-compressor")),
         *((kind, {"blocks": "a'b\n"}, "is not the name of a module") for kind in ("gptqmodel", "llm-compressor")),
         ("torchao", {"blocks": "a'b\n", "plan": RTN}, "is not the name of a module"),

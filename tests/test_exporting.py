@@ -54,7 +54,7 @@ def recipe(**changes: Any) -> Any:
 # --- the command
 
 
-OF_BITS = ("gptqmodel", "torchao", "llama.cpp")  # formats that have no place for zeros
+OF_BITS = ("gptqmodel", "torchao")  # formats that have no place for zeros
 
 
 @slow

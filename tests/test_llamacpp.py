@@ -1,4 +1,4 @@
-"""By hand: llama.cpp's own converter and library, on folders that `apply` writes and types that `export` names.
+"""By hand: llama.cpp's own converter and library, on folders that `apply` writes.
 
     ATP_TUNE_LLAMACPP=install python -m pytest tests/test_llamacpp.py
 
@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -24,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config.study import ModelConfig
-from atp_tune.folders.exporting import K_QUANTS, TENSORS
 
 pytestmark = pytest.mark.slow
 ASKED = "ATP_TUNE_LLAMACPP"
@@ -130,27 +128,3 @@ def test_a_slim_folder_of_unequal_widths_is_refused(place: Path, command: Comman
     assert ran.returncode == 1
     assert "Model SlimLlamaForCausalLM is not supported" in ran.stderr
     assert not Path(f"{place / 'slim'}.gguf").exists()
-
-
-@parametrize("allocation", ["atp", "gradient"])
-def test_tensors_get_the_types_of_the_plan(
-    place: Path, command: CommandLine, llamacpp: Path, allocation: str, tmp_path: Path
-) -> None:
-    tables = "[quantize]\nquantizers = ['rtn']\ngroup_size = 64\n"
-    more = ["--beta=-0.2"] if allocation == "atp" else ["--allocation", "gradient", "--parameter", "kappa=1"]
-    folder = pruned(command, place, "bits = 4.5", tables, *more)
-    lines, out = tmp_path / "plan.tensor-types.txt", tmp_path / "rounded.gguf"
-    command.ok("export", "--config", folder / "atp_tune.json", "--format", "llama.cpp", "--out", lines)
-    assert (ran := convert(llamacpp, place / "model")).returncode == 0, ran.stderr[-3000:]
-    run(llamacpp, "quantize", f"{place / 'model'}.gguf", out, lines)
-    plan = json.loads((folder / "atp_tune.json").read_text())
-    found = {tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(out).tensors}
-    wanted: dict[str, str] = {}
-    for block, linears in enumerate(plan["linears"]):
-        for place_, linear in enumerate(linears):
-            level = plan["plan"]["levels"][block]
-            bits = level["linears"][place_]["bits"] if "linears" in level else level["bits"]
-            wanted[f"blk.{block}.{TENSORS[linear.rpartition('.')[2]]}.weight"] = K_QUANTS[round(bits)]
-    assert len(set(wanted.values())) > 2
-    assert wanted == {name: kind for name, kind in found.items() if name in wanted}
-    assert {kind for name, kind in found.items() if name.endswith("_norm.weight")} == {"f32"}

@@ -57,7 +57,7 @@ def test_prices_keep_to_the_pattern(kappa: float) -> None:
         (["0.5 and more"], "valid dictionary|instance of Level"),
         ([{}], "must all have a sparsity, or bits, or both"),
         ([{"bits": 4}, 0.5], "must all have a sparsity, or bits, or both"),
-        ([{"bits": 4}, {"bits": 9}], "less than or equal to 8"),
+        ([{"bits": 4}, {"bits": 17}], "less than or equal to 16"),
         ([{"bits": 1}], "greater than or equal to 2"),
         ([{"bits": 3.5}], "a linear has a whole number of bits"),
         ([{"bits": 3.5, "linears": [{"bits": 3}, {"bits": 4.5}]}], "a linear has a whole number of bits"),

@@ -66,7 +66,7 @@ def test_columns_are_ordered_by_their_inputs() -> None:
     assert torch.equal(again.factor(DAMPING), hessian.factor(DAMPING))
 
 
-@parametrize("name", list(QUANTIZERS))
+@parametrize("name", ["rtn", "gptq"])
 def test_after_a_pruner_zeros_stay(name: str) -> None:
     weight, x = problem((17, 29))
     both = Treatment(Wanda(), quantizer=QUANTIZERS[name](8, False, DAMPING))
@@ -120,7 +120,7 @@ def plan_of(work: Session, name: str, bits: float = 3.5) -> Plan:
 
 
 @parametrize("family", few(("llama", "gpt2", *MIXTURES), ("llama", "gpt2")))
-@parametrize("name", list(QUANTIZERS))
+@parametrize("name", ["rtn", "gptq"])
 def test_blocks_are_rounded_in_order(family: str, name: str) -> None:
     """Each behind those that are rounded already, each linear on its own."""
     work = bench(family)

@@ -1,6 +1,6 @@
 """The sparsity budget that an allocation shares out, and what allocations have in common."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
@@ -21,6 +21,7 @@ SYMBOLS = {
     "epsilon": "ε",
     "kappa": "κ",
     "zeros": "S",
+    "omega": "ω",
 }
 
 HALVINGS = 60  # bisection steps for a shift, enough for the precision of a float
@@ -71,7 +72,10 @@ class DenseMetricsProtocol(Protocol):
         """
 
     def width_costs(self) -> Costs:
-        """For each linear of each block, what rounding it to each of the widths costs."""
+        """For each linear of each block, what rounding it to each of the widths costs.
+
+        Of types of ggml one of each that its rows can have; then one row more, of the matrices outside of the blocks.
+        """
 
     def of_blocks(self, key: str, measure: Callable[[list[Any]], Measured], kind: Any = None) -> tuple[Measured, ...]:
         """Any other measurement: `measure` of each block, made once for each `key`.
@@ -89,7 +93,8 @@ class Budget:
     `channels` are those of each block where whole channels go; `widths` the bits that a block may have where bits are
     shared out: the target is then a share between the most and the fewest, see `allocations.bits`. `bits` are those
     of every block, where weights are pruned and then rounded; with a `size` those of each linear follow from it, and
-    the target is the highest sparsity.
+    the target is the highest sparsity. `types`: of ggml, in the place of bits, for linears and the matrices `outer` of
+    the blocks, by name.
     """
 
     target: float
@@ -101,6 +106,8 @@ class Budget:
     widths: tuple[int, ...] = ()
     bits: int | None = None
     size: "Size | None" = None
+    types: tuple[str, ...] = ()
+    outer: "Mapping[str, Shape]" = field(default_factory=dict)
 
     @property
     def score(self) -> Score:

@@ -54,6 +54,7 @@ FARTHEST = 1.5  # highest κ
 OF_SIZE = 0.5  # target of the one descent where the size is given: its end is shifted to other shares of zeros
 HIGHEST = 0.6  # share of zeros there
 SHARES = 0.5, 0.4, 0.0  # of zeros, where the search of such a study begins
+OF_TYPES = {"omega": (-2.0, 3.0)}  # interval of ω: costs of embedding and head count 2^ω times
 STEPS = 20
 AT_LOWEST = 4  # steps at the lowest target of a path, where few zeros hardly need an allocation
 FURTHER = 8  # steps at each further target of a path
@@ -78,14 +79,16 @@ class Gradient(Formula):
     name = "gradient"
 
     def bounds(self, budget: Budget) -> Bounds:
-        """The interval of `kappa`, and that of the share of `zeros` where the size is given."""
-        zeros = {} if budget.size is None else {"zeros": (0.0, budget.target)}
-        return {"kappa": (0.0, FARTHEST), **zeros}
+        """The intervals of `kappa`, of the share of `zeros` where the size is given, of types of ggml of `omega`."""
+        more = {} if budget.size is None else {"zeros": (0.0, budget.target)}
+        return {"kappa": (0.0, FARTHEST), **(OF_TYPES if budget.types else more)}
 
     def initial_points(self, budget: Budget) -> Points:
         """The end of the descent, and a point on the way to it; where the size is given, ends at some shares."""
         if budget.size is not None:
             return [{"kappa": 1.0, "zeros": zeros} for zeros in SHARES]
+        if budget.types:
+            return [{"kappa": 1.0, "omega": 0.0}, {"kappa": 1.0, "omega": 1.0}]
         return [{"kappa": 1.0}, {"kappa": 0.6}]
 
     def end(self, budget: Budget) -> RowSparsities:

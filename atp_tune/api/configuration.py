@@ -25,6 +25,7 @@ from atp_tune.folders.applying import PLAIN, Way, apply, fit_plan
 from atp_tune.folders.card import ABOUT, describe
 from atp_tune.folders.comparing import Classified, TaskOptions, classify, continuations, evaluate
 from atp_tune.folders.finetuning import apply_trained
+from atp_tune.folders.gguf_file import save as save_gguf
 from atp_tune.folders.packing import Codes, pack_folder, to_pack
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
@@ -78,6 +79,8 @@ def save(
     configuration may say. `codes` get those of rounded weights.
     """
     with in_folder(config, lender, place, out.parent) as (of_folder, there, dense):
+        if config.plan.outer:
+            return save_gguf(of_folder, out, there, dtype)
         if config.trained is not None:
             measured = apply_trained(of_folder, config.trained.settings, out, there, codes).record.after
         else:
@@ -131,6 +134,8 @@ def pruned_weights(session: Session, plan: Plan) -> dict[str, Tensor]:
     for block in session.prune(plan):
         for linear in checkpoint.linears[block.index]:
             weights[checkpoint.key(block.index, linear)] = block.weights[linear.key].cpu()
+    for name, kind in plan.outer.items():
+        weights[f"{name}.weight"] = session.outer.at({name: kind})[session.outer.modules[name][0]].cpu()
     session.folder.check_unchanged()
     return weights
 
@@ -202,7 +207,8 @@ class Configuration:
         as codes of their bits: smaller, and loaded by transformers where atp_tune is imported. `slim`: without the
         channels that `pattern = "channels"` prunes, smaller and usually faster. `dtype`: "float32", "bfloat16" or
         "float16", of all weights; by default as the dense model's files, of a .gguf file as the study computed, of
-        trained weights always as the files. UserError if the folder exists.
+        trained weights always as the files. UserError if the folder exists. Types of ggml make a file NAME.gguf, and
+        beside it what `llama-quantize` needs to make it again.
         """
         from atp_tune.folders.slim import SLIM, check_pattern
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.config.data import KINDS, MANUAL, MEMORY, MIXED, Text, short_source
-from atp_tune.config.prune import CHANNELS
+from atp_tune.config.prune import CHANNELS, bits_of_size
 from atp_tune.config.study import ModelConfig, Study
 from atp_tune.config.studyfile import toml_value
 from atp_tune.config.typed import WHOLE as WHOLE_INTERVAL
@@ -156,7 +156,7 @@ class StudyRequest:
     S and `limit` are those of `typed.goal`: a limit comes with an interval of S; with a `size` there is neither.
     `texts`: one of `TEXTS`, the path of a file, or a text in memory; or one of these for each role. `recover`: train
     the kept weights of the best plan. `settings`: tables of overrides that come after, which nothing unasked may
-    contradict. UserError at the start for a wish that nothing can meet.
+    contradict. `types`: of ggml, of all matrices, in the size. UserError at the start for a wish that nothing can meet.
     """
 
     source: str
@@ -169,6 +169,7 @@ class StudyRequest:
     recover: bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     size: str | None = None
+    types: bool = False
 
     def __post_init__(self) -> None:
         for option, names, choices in (
@@ -198,7 +199,7 @@ class StudyRequest:
         parts = [
             path.stem if path.suffix == ".gguf" else path.absolute().name,
             None if self.sparsity is None or (limit and self.sparsity == WHOLE_INTERVAL) else in_percent(self.sparsity),
-            self.size and f"size-{self.size}",
+            self.size and f"{'gguf' if self.types else 'size'}-{self.size}",
             *limit,
             self.preset,
             *map(short_name, [*self.pruners, *self.allocations]),
@@ -217,7 +218,7 @@ class StudyRequest:
         for key, stored, wanted in (
             ("model.source", study.model.source, model_source(self.source)),
             ("sparsity", study.sparsity, self.sparsity),
-            ("size", study.size, self.size),
+            ("size", study.size, None if self.types else self.size),
             ("limit", study.limit and study.limit.given, self.limit and dict(self.limit)),
             ("prune.pruners", study.prune.pruners, self.pruners or study.prune.pruners),
             ("allocation.names", study.allocation.names, self.allocations or study.allocation.names),
@@ -241,6 +242,10 @@ class StudyRequest:
         from atp_tune.checkpoints.files import has_experts
         from atp_tune.checkpoints.models import resolve
 
+        if self.types:
+            require("gguf", "--format gguf")
+        if self.types and self.pruners:
+            raise UserError("--pruner: --format gguf rounds weights and prunes none; leave it out")
         if self.limit and "min_accuracy" in self.limit:
             require("eval", "--min-accuracy")
         where = find_device(device or "auto")
@@ -252,8 +257,8 @@ class StudyRequest:
         check_language(folder.path, f"{self.source}: needs a study file with the tables [images.*]")
         preset = PRESETS[self.preset_on(where)]
         # A gradient of all experts of a block may not fit where the block does, and was measured on no mixture.
-        allocations = self.allocations or PRICES
-        if not self.allocations and has_experts(folder.path):
+        allocations = self.allocations or (("gradient",) if self.types else PRICES)
+        if not self.allocations and not self.types and has_experts(folder.path):
             notify(
                 "the model has experts, so blocks get sparsities by ATP (--allocation gradient-rows: gradients of all)"
             )
@@ -261,13 +266,13 @@ class StudyRequest:
         texts = preset_texts(usual_texts(notify) if self.texts is None else self.texts, preset, folder)
         # The best plan is trained; never that of a front, whose points would not compare with it.
         unasked = preset.recovers and not self._of_channels
-        is_trained = not self._is_front and (unasked if self.recover is None else self.recover)
+        is_trained = not self._is_front and not self.types and (unasked if self.recover is None else self.recover)
         settings = {
             "description": f"{self.source} at {self.size or percent(self.sparsity or 0)}",
-            **({"sparsity": self.sparsity} if self.size is None else {"size": self.size, "quantize": ROUNDING}),
+            **self._amounts(*folder.stored_bytes()),
             "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),
-            "prune": {"pruners": list(self.pruners or ("wanda",))},
+            "prune": {"statistics": "dense"} if self.types else {"pruners": list(self.pruners or ("wanda",))},
             "allocation": {"names": list(allocations)},
             "texts": texts,
             "search": self.search(preset, texts["validation"].get("nsamples"), allocations),
@@ -279,6 +284,16 @@ class StudyRequest:
             return Study.model_validate(settings)
         except ValidationError as error:
             raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+    def _amounts(self, total: int, itemsize: int) -> Table:
+        """The keys of what is asked for; `total`: bytes of all weights, `itemsize`: of one."""
+        if self.size is None:
+            return {"sparsity": self.sparsity}
+        if not self.types:
+            return {"size": self.size, "quantize": ROUNDING}
+        weights = total // itemsize
+        bits = round(bits_of_size(self.size, weights, 0, total) / weights, 4)
+        return {"bits": bits, "quantize": {"quantizers": ["ggml"]}}
 
     def _recovery(self, seqlen: int) -> Table:
         """The table `recover`; `seqlen`: of the validation text."""
@@ -309,7 +324,8 @@ class StudyRequest:
         """
         is_alone = allocations == PRICES and len(self.pruners) < 2 and self.size is None
         if not isinstance(self.sparsity, tuple):
-            return {"trials": preset.trials // 2 if is_alone else preset.trials, "sampler": "gp"}
+            table: Table = {"trials": preset.trials // 2 if is_alone else preset.trials, "sampler": "gp"}
+            return table | ({"objective": ["kl"]} if self.types else {})
         if windows == 1:
             raise UserError(
                 "texts.validation: has one window, and an interval of sparsities needs two; give a longer text"

@@ -275,7 +275,7 @@ class PrunedChannels:
     gone: dict[str, int]
     channels: Tensors = field(default_factory=dict)  # masks of those that are gone, by their reader
     experts_without_tokens: list[str] = field(default_factory=list)
-    bits: dict[str, int] = field(default_factory=dict)
+    bits: dict[str, int | str] = field(default_factory=dict)
     grids: dict[str, Any] = field(default_factory=dict)
 
     def copied(self, linear: Linear) -> Tensor:

@@ -490,19 +490,18 @@ class RowPricing(Pricing):
         return last.to(places.device, places.dtype)[:, None]
 
 
-Rounded = Callable[[Tensor, int], Tensor]  # a weight [out, in] at so many bits
+Rounded = Callable[[int, Linear, Tensor], list[Tensor]]  # a weight [out, in] of a block at all of its widths
 
 
 @dataclass(eq=False)
 class BitPricing:
-    """Measures what each linear of a dense checkpoint costs at each of `widths`.
+    """Measures what each linear of a dense checkpoint costs at each width, where `rounded` makes its weight at all.
 
     The weights of one block are kept at all widths.
     """
 
     gradients: BlockGradients
     rounded: Rounded
-    widths: Sequence[int]
 
     def costs(self, items: Batch, done: Callable[[int], None] = lambda blocks: None) -> Costs:
         """The cost of each linear of each block at each width; comparable with each other alone.
@@ -511,14 +510,13 @@ class BitPricing:
         """
         checkpoint = self.gradients.checkpoint
         errors = dict[int, list[Tensor]]()  # of the linears of one block, each [widths, weights]
-        none = torch.zeros(len(self.widths), dtype=torch.float64)
-        total = [[none] * len(linears) for linears in checkpoint.linears]
+        total = [[torch.zeros(1, dtype=torch.float64)] * len(linears) for linears in checkpoint.linears]
 
         def add(index: int, gradients: Mapping[str, Tensor]) -> None:
             if index not in errors:
                 errors.clear()
                 weights = checkpoint.weights(index)
-                errors[index] = [self._errors(x.matrix(weights[x.key])) for x in checkpoint.linears[index]]
+                errors[index] = [self._errors(index, x, x.matrix(weights[x.key])) for x in checkpoint.linears[index]]
                 done(len(total) - index)
             for k, (linear, error) in enumerate(zip(checkpoint.linears[index], errors[index], strict=True)):
                 slopes = error @ linear.matrix(gradients[linear.key]).flatten()
@@ -528,6 +526,6 @@ class BitPricing:
         check_finite((float(row.sum()) for block in total for row in block), "prices of bits")
         return tuple(tuple(tuple(row.tolist()) for row in block) for block in total)
 
-    def _errors(self, weight: Tensor) -> Tensor:
+    def _errors(self, index: int, linear: Linear, weight: Tensor) -> Tensor:
         """Errors [widths, out · in] of a weight, float32."""
-        return torch.stack([(self.rounded(weight, bits) - weight).float().flatten() for bits in self.widths])
+        return torch.stack([(rounded - weight).float().flatten() for rounded in self.rounded(index, linear, weight)])

@@ -262,7 +262,7 @@ class PrunedBlock:
     seconds: dict[str, float] = field(default_factory=dict)
     experts_without_tokens: tuple[str, ...] = ()  # pruned by magnitude
     channels: Mapping[str, Tensor] = field(default_factory=dict)  # masks of those that are gone, by their reader
-    bits: Mapping[str, int] = field(default_factory=dict)  # of each linear, where weights are rounded
+    bits: Mapping[str, int | str] = field(default_factory=dict)  # of each linear, where weights are rounded, or types
     grids: Mapping[str, Grid] = field(default_factory=dict)  # the same, if the pass keeps them
 
 
@@ -404,10 +404,11 @@ class Pruning(PrunedChannels):
         pruned = rule.prune(linear.matrix(self._dense[linear.key]), level.sparsity or 0.0, statistics)
         if level.bits is None or not isinstance(rule, Treatment) or rule.quantizer is None:
             return pruned
-        self.bits[linear.name] = bits = int(level.bits)
+        self.bits[linear.name] = level.width
         if self._keeps_grids:
-            self.grids[linear.name] = rule.quantizer.grid(pruned, bits)
-        return rule.rounded(pruned, bits, statistics)
+            assert isinstance(rule.quantizer, RTN)
+            self.grids[linear.name] = rule.quantizer.grid(pruned, int(level.bits))
+        return rule.rounded(pruned, level.width, statistics)
 
     def zeros(self) -> dict[str, int]:
         """Number of zeros in each linear, with a single synchronisation of the device."""

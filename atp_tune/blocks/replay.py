@@ -11,6 +11,7 @@ and there are steps between blocks, such as downsampling: those are run by a byp
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -49,7 +50,35 @@ class Replay:
         self._calls = dict[tuple[int, int], list[Call]]()
         self._blank = dict[int, Batch]()  # a batch of the last size that crossed a step
         self._steps = set[int]()  # blocks after which the model computes something before the next block
+        self._dense: Replay | None = None
+        self._outer: Mapping[nn.Module, Tensor] = {}
         self._rest = self._outputs()
+
+    @property
+    def dense(self) -> "Replay":
+        """The replay of the dense model; itself, unless it has weights of its own."""
+        return self._dense or self
+
+    def with_outer(self, weights: Mapping[nn.Module, Tensor]) -> "Replay":
+        """A replay of the model with other weights of some modules outside of the blocks."""
+        other = copy(self)
+        other._dense, other._outer = self.dense, weights
+        return other
+
+    @contextmanager
+    def _outside(self) -> Iterator[nn.Module]:
+        """Yields the model, whose modules outside of the blocks have their weights meanwhile."""
+        own: dict[nn.Module, Any] = {module: module._parameters["weight"] for module in self._outer}
+
+        def place(weights: Mapping[nn.Module, Any]) -> None:
+            for module, weight in weights.items():
+                module._parameters["weight"] = weight
+
+        try:
+            place(self._outer)
+            yield self.checkpoint.model
+        finally:
+            place(own)
 
     @property
     def in_tower(self) -> int:
@@ -101,8 +130,8 @@ class Replay:
     @contextmanager
     def whole(self, weights_of: Callable[[int], Tensors]) -> Iterator[nn.Module]:
         """Yields the model for code that runs it as a whole; its blocks use the weights of `weights_of`."""
-        with bypassed(self.checkpoint.blocks, self.with_weights(weights_of)):
-            yield self.checkpoint.model
+        with bypassed(self.checkpoint.blocks, self.with_weights(weights_of)), self._outside() as model:
+            yield model
 
     def with_weights(self, weights_of: Callable[[int], Tensors]) -> StandIn:
         """Computes what a block's own forward does, with the weights of `weights_of`."""
@@ -132,7 +161,8 @@ class Replay:
 
     def forward(self, batch: Batch) -> Any:
         """The output of the model for a batch."""
-        return self.inputs.forward(self.checkpoint.model, batch)
+        with self._outside() as model:
+            return self.inputs.forward(model, batch)
 
     def _wrap(self, index: int, hidden: Tensor) -> Any:
         """The output of a block in the form that the model expects."""

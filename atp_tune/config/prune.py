@@ -24,6 +24,7 @@ from atp_tune.allocations import ALLOCATIONS, Budget, bits, channels
 from atp_tune.allocations.bits import stored_bits
 from atp_tune.allocations.budget import ranked_by, weighted_mean
 from atp_tune.allocations.rows import RowOffsets, offsets_to_text
+from atp_tune.allocations.types import cheapest_types, fitting, type_bits
 from atp_tune.errors import UserError
 from atp_tune.measures import Change, Perplexity
 from atp_tune.plan import Level, Plan
@@ -294,7 +295,7 @@ def check_names(names: tuple[str, ...], key: str, registry: Registry[Any]) -> No
 
 # --- The table `[quantize]` of a study with `bits`: how weights are rounded, and the bits that blocks may have.
 
-QuantizerName = Literal["rtn", "gptq"]
+QuantizerName = Literal["rtn", "gptq", "ggml"]
 Width = Annotated[int, Field(ge=2, le=8)]
 WIDTHS = (2, 3, 4, 5, 6, 8)
 OF_ZEROS = ("er", "erk", "global", "gradient-rows")  # allocations that no number of bits follows from
@@ -305,7 +306,7 @@ class QuantizeConfig(SettingsTable):
     """How weights are rounded to fewer bits: the quantizers to compare, the groups that share a scale, the bits."""
 
     quantizers: tuple[QuantizerName, ...] = Field(("gptq",), min_length=1)
-    """rtn: round to nearest, gptq; Optuna chooses, if there are several"""
+    """rtn: round to nearest, gptq; Optuna chooses, if there are several; ggml, alone: types of .gguf files"""
     group_size: int = Field(128, ge=-1)
     """consecutive inputs of a row that share a scale; -1: the whole row"""
     symmetric: bool = False
@@ -320,14 +321,28 @@ class QuantizeConfig(SettingsTable):
     @model_validator(mode="after")
     def _check_values(self) -> Self:
         check_once(self.quantizers, "quantizers")
+        others = [*self.model_dump(exclude={"quantizers"}, exclude_defaults=True)] if self.by_types else []
+        for key, is_given, whose in (
+            ("quantizers", self.by_types and len(self.quantizers) > 1, "ggml stands alone"),
+            ((*others, "")[0], others, "is not of ggml; leave it out"),
+        ):
+            if is_given:
+                raise ValueError(f"{key}: {whose}")
         if list(self.widths) != sorted(set(self.widths)):
             raise ValueError("widths: must ascend, each once")
         if self.group_size == 0:
             raise ValueError("group_size: must be at least 1, or -1 for the whole row, got 0")
         return self
 
+    @property
+    def by_types(self) -> bool:
+        """Whether weights are rounded to types of ggml, embedding and head too."""
+        return "ggml" in self.quantizers
+
     def told(self, method: str) -> Table:
         """The settings that determine what a quantizer does; rtn has no `damping`."""
+        if method == "ggml":
+            return {}
         of_gptq = ["damping", *(["act_order"] if self.act_order else [])] if method == "gptq" else []
         return self.model_dump(include={"group_size", "symmetric", *of_gptq})
 
@@ -335,8 +350,13 @@ class QuantizeConfig(SettingsTable):
         """How many columns, of so many, share a scale."""
         return columns if self.group_size == -1 else self.group_size
 
-    def stored_bits(self, rows: int, columns: int, bits: int, zeros: int = 0) -> int:
-        """Bits of a quantized matrix with scales and zero points; without its zeros, if that is less."""
+    def stored_bits(self, rows: int, columns: int, bits: int | str, zeros: int = 0) -> int:
+        """Bits of a quantized matrix with scales and zero points; without its zeros, if that is less.
+
+        `bits`: of a weight, or the type of ggml.
+        """
+        if isinstance(bits, str):
+            return round(rows * columns * type_bits(bits))
         return stored_bits(rows, columns, bits, self.group_size, self.symmetric, zeros)
 
 
@@ -396,7 +416,7 @@ class Bits(FrozenModel):
             raise ValueError("target: must be given, or a size, and not both")
         return self
 
-    nominal: float = Field(ge=2, le=8)
+    nominal: float = Field(ge=2, le=16)
     effective: float | None = Field(None, ge=0, le=64)
 
 
@@ -482,6 +502,8 @@ def make_plan(
     """The plan of one allocation at given parameters, rounded to the pattern; ValueError if inadmissible."""
     if budget.size is not None:
         return _within_size(method, allocation, budget, parameters)
+    if budget.types:
+        return _of_types(method, allocation, budget, parameters)
     budget, pattern, module = replace(budget, pruner=method), pattern or Pattern(), ALLOCATIONS[allocation]
     shared = module.sparsities(budget, **parameters)
     by_linear = isinstance(shared[0], tuple)
@@ -519,6 +541,41 @@ def make_plan(
         of_linears = [tuple(map(level, *each)) for each in zip(rows, offsets, strict=True)]
         levels = map(level, map(weighted_mean, rows, budget.linear_sizes), [None] * len(rows), of_linears)
     return Plan(method=method, allocation=allocation, parameters=parameters, levels=tuple(levels))
+
+
+def _of_types(method: str, allocation: str, budget: Budget, parameters: dict[str, float]) -> Plan:
+    """The plan of the types of ggml that cost least, within the budget's bits a weight of all matrices.
+
+        even^(1 - κ) price^κ        even: 4^-bits for each weight; the price of embedding and head 2^ω times
+
+    so that κ = 0 is uniform, whatever the model.
+    """
+    kappa, omega = parameters.get("kappa", 0.0), parameters.get("omega", 0.0)
+    if allocation != "uniform":
+        budget.check(ALLOCATIONS[allocation].bounds(budget), **parameters)
+    # Blocks come in an order that spreads the first ones evenly: of equal steps in `cheapest` the first is taken.
+    order = bits.evenly(len(budget.linears))
+    shapes = [*(shape for index in order for shape in budget.linears[index]), *budget.outer.values()]
+    names = [fitting(budget.types, shape.columns) for shape in shapes]
+    costs = [
+        {name: shape.size * 0.25 ** type_bits(name) for name in own} for own, shape in zip(names, shapes, strict=True)
+    ]
+    if kappa:
+        *blocks, outer = budget.require_dense_metrics(allocation).width_costs()
+        prices = [*(row for index in order for row in blocks[index]), *([2**omega * x for x in row] for row in outer)]
+        costs = [
+            {name: even ** (1 - kappa) * price**kappa for (name, even), price in zip(row.items(), own, strict=True)}
+            for row, own in zip(costs, prices, strict=True)
+        ]
+    most = bits.bits_at(budget.target, budget.widths) * sum(shape.size for shape in shapes)
+    chosen = iter(cheapest_types(costs, [shape.size for shape in shapes], most))
+    linears = {index: [next(chosen) for _ in budget.linears[index]] for index in order}
+    levels = list[Level]()
+    for index, sizes in enumerate(budget.linear_sizes):
+        own = tuple(Level(bits=type_bits(name), type=name) for name in linears[index])
+        levels.append(Level(bits=weighted_mean([x.bits or 0 for x in own], sizes), linears=own))
+    outer_types = dict(zip(budget.outer, chosen, strict=True))
+    return Plan(method=method, allocation=allocation, parameters=parameters, levels=tuple(levels), outer=outer_types)
 
 
 def _within_size(method: str, allocation: str, budget: Budget, parameters: dict[str, float]) -> Plan:

@@ -507,6 +507,20 @@ def _of_weights(study: "Study") -> Iterator[Row]:
         )
 
 
+def _of_types(study: "Study") -> Iterator[Row]:
+    """Yields the rows on types of ggml."""
+    unpriced = [name for name in study.allocation.names if name not in ("uniform", "gradient")]
+    yield from _where(
+        study.quantize.by_types, 'quantize.quantizers = ["ggml"]',
+        ("bits", not study.by_bits, "are needed, a weight of all matrices, alone,"),
+        ("prune.statistics", study.prune.statistics != "dense", 'must be "dense", as importances are,'),
+        ("allocation.names", unpriced, f"{(*unpriced, '')[0]} has no prices of types; take gradient,"),
+        ("search.score", study.score != NEXT_TOKEN, "must be of language models, without plug-ins,"),
+        ("model.prune", study.model.has_tower, 'must be ["language"]'),
+        ("recover", study.recover, "trains scales, which ggml finds itself; leave it out"),
+    )  # fmt: skip
+
+
 def _of_the_best(study: "Study") -> Iterator[Row]:
     """Yields the rows on what comes after the search: training and speed."""
     calibration, pattern = study.data.calibration, parse(study.prune.pattern)
@@ -575,4 +589,4 @@ def _of_search(study: "Study") -> Iterator[Row]:
     )
 
 
-TABLE = (_of_items, _of_texts, _of_weights, _of_the_best, _of_roles, _of_search)
+TABLE = (_of_items, _of_texts, _of_weights, _of_types, _of_the_best, _of_roles, _of_search)

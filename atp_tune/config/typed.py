@@ -152,6 +152,17 @@ def goal(
     return target, limit
 
 
+def size_of(kind: str | None, bpw: float | None, size: str | None) -> str | None:
+    """The size that is asked for, by itself or in bits a weight of a .gguf file; UserError for wrong ones."""
+    if bpw is not None:
+        if size or not kind:
+            raise UserError("--bpw: goes with --format gguf, in the place of --size")
+        return f"{bpw:g}bpw"
+    if kind and not size:
+        raise UserError("--format: gguf needs --bpw, such as --bpw 4.8, or --size, such as --size 100MB")
+    return size
+
+
 def option(key: str) -> str:
     """The option that sets a key of `LimitConfig`."""
     return f"--{key.replace('_', '-')}"

@@ -9,6 +9,7 @@ import optuna
 import psutil
 
 from atp_tune.allocations import Budget
+from atp_tune.allocations.types import BLOCKS
 from atp_tune.checkpoints.files import Free, ModelSizes, Offload, choose, read_sizes
 from atp_tune.config.data import IMAGES
 from atp_tune.config.study import Study
@@ -225,7 +226,8 @@ def _descent_bytes(amounts: Known) -> int:
     sizes, pool = amounts.sizes.blocks, POOL * (rows_descents(amounts) > 0)
     states = ((len(sizes) + 1) * tokens + pool) * amounts.width * amounts.itemsize
     shares_bits = amounts.study.by_bits or amounts.study.size
-    errors = len(amounts.study.quantize.widths) * FLOAT32 if shares_bits else 0
+    own = amounts.study.quantize
+    errors = len(BLOCKS if own.by_types else own.widths) * FLOAT32 if shares_bits else 0
     return states + max(sizes) * (2 * amounts.itemsize + FLOAT32 + errors)
 
 

@@ -84,9 +84,9 @@ def plan_config(file: StudyFile, context: Session, plan: Plan) -> Config:
     """The configuration of a plan, without measurements."""
     study, checkpoint = file.study, context.checkpoint
     effective = None
-    if study.by_bits:  # else the zeros are not counted yet
+    if study.by_bits and not plan.outer:  # else the zeros, or embedding and head, are not counted yet
         total = sum(
-            study.quantize.stored_bits(x.out_features, x.in_features, int(level.bits or 0))
+            study.quantize.stored_bits(x.out_features, x.in_features, level.width)
             for index, linears in enumerate(checkpoint.linears)
             for x, level in zip(linears, plan.of(index, len(linears)), strict=True)
         )
@@ -120,6 +120,8 @@ def write_sparse(
     the grids on which their weights were rounded, and says what is written in the place of the weights.
     """
     checkpoint, source, zeros = context.checkpoint, context.folder.path, list[int]()
+    if plan.outer:
+        raise UserError("--out: types of ggml are written by `apply --out NAME.gguf`, as a study has found them")
     if dtype is None:
         dtype = context.dtype if str(gguf_origin(source).get("file")).endswith(".gguf") else SOURCE
     stored = None if dtype == SOURCE else DTYPES[dtype]

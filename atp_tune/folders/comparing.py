@@ -373,8 +373,9 @@ class BothModels(Released):
                 uniform_plan(config, context) if side == "uniform" else fit_plan(config, context, says_untrained=True)
             )
             self._place.watch(TrialStarted("pruning", plan))
+            context = context.of(plan)
             names = self._use.command, self._use.with_folder
-            if self._packs(checkpoint):
+            if self._packs(checkpoint) and not plan.outer:
                 model, _ = packed_copy(checkpoint, context.prune(plan), *names)
                 opened = lambda: nullcontext(model)  # noqa: E731
             else:

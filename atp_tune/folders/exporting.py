@@ -17,7 +17,7 @@ A comment at the head of the recipe gives the arguments of `oneshot`: `pipeline=
 behind pruned blocks (`statistics = "block"`), with `propagate_error=False` on the dense model ("dense"), with
 `sequential_targets=["Linear"]` behind pruned linears too ("sequential").
 
-gptqmodel, torchao, llama.cpp  recipes of a configuration that rounds weights, see below.
+gptqmodel, torchao  recipes of a configuration that rounds weights, see below.
 
 Wanda's masks are equal but for ties within the rounding of its scores. Its SparseGPT zeroes one weight more in each
 block of columns, as the authors' code does.
@@ -184,7 +184,7 @@ def rows(config: Config) -> Iterator[Table]:
             name = block_name(names(config, "blocks"), index) + (f".{linear}" if block.linears else "")
             if not NAME.fullmatch(name):
                 raise UserError(f"linears: {name} is not the name of a module")
-            amounts = {"sparsity": level.sparsity, "bits": level.bits}
+            amounts = {"sparsity": level.sparsity, "bits": level.bits, "type": level.type}
             yield {"block": index, "module": name, **{key: own for key, own in amounts.items() if own is not None}}
 
 
@@ -205,15 +205,7 @@ def names(config: Config, key: Literal["blocks", "linears"]) -> Any:
 # gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of each block, or of each linear. It quantizes
 #                 no linears outside of the blocks. A pattern for them, "-:", would be tried before all others.
 # torchao         a Python script with a `FqnToConfig`; it rounds to nearest, so that GPTQ's weights cannot be made.
-# llama.cpp       a file for `llama-quantize --tensor-type-file`: the plan's bits as k-quants of its own, which have
-#                 other grids and more bits a weight: q2_k 2.6, q3_k 3.4, q4_k 4.5, q5_k 5.5, q6_k 6.6, q8_0 8.5.
 
-K_QUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
-TENSORS = {  # of llama.cpp, by the last part of a linear's name in the families that share these names
-    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-}  # fmt: skip
-OF_LANGUAGE = ("gptqmodel", "llama.cpp")
 TORCHAO = '''\
 """Rounds a model by torchao as {study} says: {bits:g} bits a weight in the mean, found by atp_tune."""
 
@@ -313,31 +305,6 @@ def as_torchao(config: Config) -> str:
     )  # fmt: skip
 
 
-def as_llama_cpp(config: Config) -> str:
-    """Lines for `llama-quantize --tensor-type-file`; UserError for what it does not read."""
-    _rounding(config, "llama.cpp")
-    # The blocks in which llama.cpp's tensors, a pattern, have so many bits; UserError for linears without one.
-    blocks_of = dict[tuple[str, int], list[int]]()
-    for index, block in enumerate(config.plan.levels):
-        if not block.linears:
-            blocks_of.setdefault(("(attn|ffn)_.*", int(block.amount)), []).append(index)
-            continue
-        for linear, level in zip(names(config, "linears")[index], block.linears, strict=True):
-            tensor = TENSORS.get(linear.rpartition(".")[2])
-            if tensor is None:
-                raise _cannot("llama.cpp", "linears", linear, "is told the tensors of the families of Llama alone")
-            blocks_of.setdefault((rf"{tensor}\.weight", int(level.amount)), []).append(index)
-    if wrong := [width for _, width in blocks_of if width not in K_QUANTS]:
-        raise _cannot(
-            "llama.cpp", "plan.levels", str(wrong[0]), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits"
-        )
-    lines = (
-        rf"blk\.({'|'.join(map(str, blocks))})\.{tensor}={K_QUANTS[bits]}"
-        for (tensor, bits), blocks in sorted(blocks_of.items(), key=lambda row: row[0][1])
-    )
-    return "\n".join(lines) + "\n"
-
-
 def _linears(config: Config, kind: str) -> dict[int, list[str]]:
     """The model's names of the linears that have each number of bits; UserError for what is no `nn.Linear`."""
     if config.conv1d:
@@ -361,12 +328,14 @@ def _rounding(config: Config, kind: str) -> QuantizeConfig:
         raise UserError(
             f"--format {kind}: says zeros or bits, and this configuration has both; `apply` writes the folder"
         )
-    if kind in OF_LANGUAGE and not isinstance(config.texts.test, Text):
+    if kind == "gptqmodel" and not isinstance(config.texts.test, Text):
         raise UserError(f"--format {kind}: reads language models, and this is an image classifier; take yaml or csv")
     if config.quantize is None:
         raise UserError(
             f"--format {kind}: is of rounded weights, and this configuration has zeros; take llm-compressor"
         )
+    if config.quantize.by_types:
+        raise UserError(f"--format {kind}: is not of types of ggml; `apply --out NAME.gguf` writes those")
     return config.quantize
 
 
@@ -382,7 +351,6 @@ FORMATS = {
     "llm-compressor": (".recipe.yaml", as_recipe),
     "gptqmodel": (".gptqmodel.json", as_gptqmodel),
     "torchao": (".torchao.py", as_torchao),
-    "llama.cpp": (".tensor-types.txt", as_llama_cpp),
     "yaml": (".yaml", as_yaml),
     "csv": (".csv", as_csv),
 }

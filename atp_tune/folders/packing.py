@@ -91,7 +91,7 @@ class Codes:
             each = self.quantize.columns_of_group(columns)
             linear.matrix(scales).copy_(spread(grid.scale.cpu(), each, columns))
             linear.matrix(zeros).copy_(spread(grid.zero.cpu(), each, columns))
-            linear.matrix(bits).fill_(block.bits[linear.name])
+            linear.matrix(bits).fill_(int(block.bits[linear.name]))
         weights, *grids = (checkpoint.as_saved(name, tensor) for tensor in (shaped.cpu(), scales, zeros, bits))
         decoded: Tensors = {}
         for part, weight in weights.items():

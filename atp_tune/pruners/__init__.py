@@ -69,15 +69,12 @@ class Quantizer(Protocol):
         """Computes what depends on the statistics only, before they are saved."""
 
     def quantize(
-        self, weight: "Tensor", bits: int, statistics: Statistics | None, zeros: "Tensor | None" = None
+        self, weight: "Tensor", bits: Any, statistics: Statistics | None, zeros: "Tensor | None" = None
     ) -> "Tensor":
         """A copy of weight [out, in] with at most 2^bits values in each group, in the dtype of the weight.
 
-        `zeros`: mask [out, in] of weights that are 0 and stay 0.
+        `bits`: or the type of ggml. `zeros`: mask [out, in] of weights that are 0 and stay 0.
         """
-
-    def grid(self, weight: "Tensor", bits: int) -> Any:
-        """The scale and zero point [out, groups] of each group, as `quantize` takes them for this weight."""
 
 
 class Unprepared:
@@ -100,7 +97,12 @@ PRUNERS = Registry[type[Pruner]](
     "atp_tune.pruners.settings:finished",
 )
 QUANTIZERS = Registry[type[Quantizer]](
-    "quantizer", {"rtn": "atp_tune.pruners.rounding:RTN", "gptq": "atp_tune.pruners.rounding:GPTQ"}
+    "quantizer",
+    {
+        "rtn": "atp_tune.pruners.rounding:RTN",
+        "gptq": "atp_tune.pruners.rounding:GPTQ",
+        "ggml": "atp_tune.pruners.ggml:GGML",
+    },
 )
 SETTINGS = Registry[type[SettingsTable]](
     "pruner with settings",

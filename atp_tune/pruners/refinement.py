@@ -84,11 +84,12 @@ class Treatment:
         B = refine(pruned.float() * scaled.scales, mask, W, scaled.matrix, self.steps)
         return zeroed((B / scaled.scales).to(weight.dtype), mask)
 
-    def rounded(self, pruned: Tensor, bits: int, statistics: Statistics | None) -> Tensor:
-        """A copy of what `prune` made with at most 2^bits values in each group."""
+    def rounded(self, pruned: Tensor, bits: int | str, statistics: Statistics | None) -> Tensor:
+        """A copy of what `prune` made with at most 2^bits values in each group, or of a type of ggml."""
         assert self.quantizer is not None
-        zeros = None if self.pruner is None else pruned == 0
-        return self.quantizer.quantize(pruned, bits, _parts(statistics)[1], zeros)
+        if self.pruner is None:
+            return self.quantizer.quantize(pruned, bits, statistics)
+        return self.quantizer.quantize(pruned, bits, _parts(statistics)[1], pruned == 0)
 
 
 def _parts(statistics: Statistics | None) -> tuple[Statistics | None, Hessian | None]:

@@ -50,9 +50,13 @@ class InputNorms:
         statistics._squares = tensors["squares"]
         return statistics
 
+    def squares(self) -> Tensor:
+        """The sums of squares [in]; TrialError if one is not finite."""
+        return finite(self._squares, "norms of inputs")
+
     def norms(self) -> Tensor:
         """The norms [in]; TrialError if one is not finite."""
-        return finite(self._squares, "norms of inputs").sqrt()
+        return self.squares().sqrt()
 
 
 class InputMoments:
@@ -65,7 +69,7 @@ class InputMoments:
         self._norms = InputNorms(inputs, device)
         self._means = torch.zeros(inputs, dtype=torch.float32, device=device)
         self._deviations = torch.zeros_like(self._means)
-        self._tokens = 0
+        self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Adds inputs [..., in] of any float dtype."""
@@ -73,16 +77,16 @@ class InputMoments:
         if not len(flat):
             return
         self._norms.add(flat)
-        before, new = self._tokens, len(flat)
-        self._tokens += new
+        before, new = self.tokens, len(flat)
+        self.tokens += new
         means = flat.mean(0)  # not var_mean, which is slower and in some releases rounds equal columns differently
         shift = means - self._means
-        self._means += shift * (new / self._tokens)
-        self._deviations += (flat - means).square_().sum(0) + shift.square() * (before * new / self._tokens)
+        self._means += shift * (new / self.tokens)
+        self._deviations += (flat - means).square_().sum(0) + shift.square() * (before * new / self.tokens)
 
     def tensors(self) -> Tensors:
         """Sums of squares, means and sums of squared deviations [in], and the number of tokens."""
-        tokens = torch.tensor(self._tokens)
+        tokens = torch.tensor(self.tokens)
         return {**self._norms.tensors(), "means": self._means, "deviations": self._deviations, "tokens": tokens}
 
     @staticmethod
@@ -96,12 +100,16 @@ class InputMoments:
         statistics = cls.__new__(cls)
         statistics._norms = InputNorms.restored(tensors)
         statistics._means, statistics._deviations = tensors["means"], tensors["deviations"]
-        statistics._tokens = int(tensors["tokens"])
+        statistics.tokens = int(tensors["tokens"])
         return statistics
 
     def norms(self) -> Tensor:
         """The norms [in]."""
         return self._norms.norms()
+
+    def mean_squares(self) -> Tensor:
+        """The means of squares [in]; TrialError if one is not finite."""
+        return self._norms.squares() / max(1, self.tokens)
 
     def means(self) -> Tensor:
         """The means [in]."""
@@ -109,7 +117,7 @@ class InputMoments:
 
     def variances(self) -> Tensor:
         """The variances [in], over all tokens."""
-        return self._deviations / max(1, self._tokens)
+        return self._deviations / max(1, self.tokens)
 
 
 class Several:
@@ -171,7 +179,7 @@ class Hessian:
         self._gram = torch.zeros(
             inputs, inputs, dtype=torch.float32, device=device
         )  # n/2 H; invalid below the diagonal
-        self._tokens = 0
+        self.tokens = 0
         self._factors: Tensors = {}
         self._scaled = dict[float, Scaled]()
 
@@ -188,14 +196,14 @@ class Hessian:
                 part += torch.ops.aten.mm.dtype(left, right, torch.float32)
             else:
                 part.addmm_(left, right)
-        self._tokens += flat.shape[0]
+        self.tokens += flat.shape[0]
         self._factors.clear()
         self._scaled.clear()
 
     def tensors(self) -> Tensors:
         """The sum Xᵀ X [in, in], the number of tokens, and the computed factors."""
         factors = {f"factor {name}": factor for name, factor in self._factors.items()}
-        return {"gram": self._gram, "tokens": torch.tensor(self._tokens), **factors}
+        return {"gram": self._gram, "tokens": torch.tensor(self.tokens), **factors}
 
     @staticmethod
     def bytes_for(inputs: int) -> int:
@@ -206,7 +214,7 @@ class Hessian:
     def restored(cls, tensors: Tensors) -> Self:
         """Restores statistics from `tensors`."""
         statistics = cls.__new__(cls)
-        statistics._gram, statistics._tokens, statistics._scaled = tensors["gram"], int(tensors["tokens"]), {}
+        statistics._gram, statistics.tokens, statistics._scaled = tensors["gram"], int(tensors["tokens"]), {}
         factors = {name: part for name, part in tensors.items() if name.startswith("factor ")}
         statistics._factors = {name.removeprefix("factor "): part for name, part in factors.items()}
         return statistics
@@ -219,7 +227,7 @@ class Hessian:
 
     def _upper(self) -> Tensor:
         """`matrix`, but invalid below the diagonal."""
-        hessian = self._gram * (2 / max(1, self._tokens))
+        hessian = self._gram * (2 / max(1, self.tokens))
         diagonal = hessian.diagonal()
         diagonal[diagonal == 0] = 1
         return hessian

@@ -221,7 +221,7 @@ class Amount:
     """The amount that a study shares out over blocks, in words.
 
     column    head of the column of amounts; `counted`: of what was counted of a trial; `several`: amounts
-    method    what does it; `form`: what a checkpoint of it is
+    method    what does it; `form`: what a checkpoint of it is, `ending`: of its name
     title     of the figure by blocks, `axis` its axis, which ends at `top`
     row       name and attribute of a trial's amount in rows
     told      the target and what the best has of it, as a sentence; `share`: that amount
@@ -232,6 +232,7 @@ class Amount:
     counted = "zeros"
     method = "pruner"
     form = "sparse"
+    ending = ""
     title = "Sparsity of each block"
     axis = "sparsity (share of zeros)"
     top = 1
@@ -263,18 +264,19 @@ class Bits(Amount):
     form = "rounded"
     title = "Bits of each block"
     axis = "bits per weight, without scales"
+    counting = "with scales"
     top = 9
     row = ("effective_bits", "effective_bits")
     told = "{} per weight{}."
 
-    def of(self, trial: FrozenTrial, summary: Summary, counting: str = "with scales") -> str:
+    def of(self, trial: FrozenTrial, summary: Summary, counting: str = "") -> str:
         """A trial's bits per weight without and with scales, or what is counted too; "" if not known."""
         attrs = trial.user_attrs
         plan, sizes = Plan.stored_in(attrs), summary.sizes
         if plan is None:
             return ""
         nominal = plan.mean_bits(sizes if len(sizes) == len(plan.levels) else [1] * len(plan.levels))
-        effective = f" ({attrs['effective_bits']:.2f} {counting})" if "effective_bits" in attrs else ""
+        effective = f" ({attrs['effective_bits']:.2f} {counting or self.counting})" if "effective_bits" in attrs else ""
         return f"{nominal:.2f}{effective}"
 
     def of_dense(self, summary: Summary) -> str:
@@ -288,6 +290,14 @@ class Bits(Amount):
         return bits and f", {bits} in the best"
 
 
+class Types(Bits):
+    """Types of ggml, whose bits a weight are with scales."""
+
+    axis = "bits per weight"
+    ending = ".gguf"
+    counting = "with embedding and head"
+
+
 class ZerosAndBits(Amount):
     """Zeros, and bits of the kept weights, which share a size."""
 
@@ -297,14 +307,14 @@ class ZerosAndBits(Amount):
     def of(self, trial: FrozenTrial, summary: Summary) -> str:
         """A trial's zeros without those of rounding, and bits of its weights without and with masks and scales."""
         zeros = trial.user_attrs.get("plan", {}).get("parameters", {}).get("zeros", 0.0)
-        return f"{zeros:.2%}, {BITS.of(trial, summary, 'stored')}"
+        return f"{zeros:.2%}, {BITS[0].of(trial, summary, 'stored')}"
 
     def best(self, summary: Summary) -> str:
         """The zeros and bits of the best trial."""
         return f"; zeros and bits of the best: {self.of(summary.best_trial, summary)}" if summary.best_trial else ""
 
 
-ZEROS, BITS, BOTH = Amount(), Bits(), ZerosAndBits()
+ZEROS, BITS, BOTH = Amount(), (Bits(), Types()), ZerosAndBits()  # of bits the second by types of ggml
 
 
 # --- What a study came to, and what is unusual in it, in sentences: the same on the screen, in notes and reports.

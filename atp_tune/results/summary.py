@@ -157,7 +157,7 @@ def summarise(study: optuna.Study) -> Summary:
         ranks=goal.leaders(),
         results=results,
         goal=goal,
-        amount=BITS if shared else BOTH if "size" in facts else ZEROS,
+        amount=BITS["ggml" in facts.get("quantize.quantizers", ())] if shared else BOTH if "size" in facts else ZEROS,
         made_from=made_from(study),
         sizes=tuple(attrs.get("sizes", ())),
         in_tower=in_tower(attrs.get("blocks")),

@@ -50,6 +50,7 @@ from atp_tune.blocks.gradients import (
     ByPruner,
     Places,
     Pricing,
+    Rounded,
     RowPricing,
     Sample,
 )
@@ -58,13 +59,12 @@ from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import Tensors, arithmetic, host_memory
-from atp_tune.config.prune import NLL_SHARES, Loss, QuantizeConfig
+from atp_tune.config.prune import NLL_SHARES, Loss
 from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.inputs import Batch, InputKind
 from atp_tune.inputs.items import Items
 from atp_tune.plugins import code_digest
 from atp_tune.pruners import Pruner, Statistics, Unprepared
-from atp_tune.pruners.rounding import RTN
 from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.statistics import Hessian, Several
 from atp_tune.pruners.wanda import Ranks, Wanda
@@ -441,21 +441,26 @@ def by_magnitude(weight: Tensor, group: int | None = None) -> Tensor:
     return order_in_rows(weight.abs().float(), group)
 
 
-def bit_costs(gradients: CalibrationGradients, quantize: QuantizeConfig, measured: str) -> Costs:
-    """The costs of each linear at each width, from the cache if possible.
+def bit_costs(
+    gradients: CalibrationGradients,
+    rounded: Rounded,
+    measured: str,
+    levels: Sequence[Any],
+    of_outer: Callable[[], Sequence[Sequence[float]]] | None = None,
+) -> Costs:
+    """The costs of each linear at each width to which `rounded` rounds it, from the cache if possible.
 
-    `measured`: SHA-256 of all that determines the dense model and the calibration windows.
+    `measured`: SHA-256 of all that determines the dense model and the calibration windows, `levels`: what determines
+    `rounded`. `of_outer`: one row more, of the matrices outside of the blocks.
     """
-    levels = [quantize.group_size, quantize.symmetric, list(quantize.widths)]
     own = {"dense": measured, "targets": [], "levels": levels, "constants": [COST_TOKENS, COST_ITEMS]}
 
     def measure(_: Path) -> Costs:
-        nearest, watch = RTN(quantize.group_size, quantize.symmetric), gradients.watch
-        sample = next(gradients.samples(items_of_costs(gradients.pool.positions), 1))
+        sample, watch = next(gradients.samples(items_of_costs(gradients.pool.positions), 1)), gradients.watch
         watch(TrialStarted("gradient", None))
-        rounded, blocks = partial(nearest.quantize, statistics=None), len(gradients.checkpoint.blocks)
-        pricing = BitPricing(gradients.of_blocks, rounded, quantize.widths)
-        return pricing.costs(sample.items, lambda done: watch(Step("block", done, blocks)))
+        blocks, pricing = len(gradients.checkpoint.blocks), BitPricing(gradients.of_blocks, rounded)
+        costs = pricing.costs(sample.items, lambda done: watch(Step("block", done, blocks)))
+        return costs if of_outer is None else (*costs, of_outer())
 
     costs: Costs = gradients.cached(measure, **own)
     return costs

@@ -21,10 +21,12 @@ from atp_tune.allocations.bits import Size
 from atp_tune.allocations.budget import Costs, ranked_by
 from atp_tune.allocations.channels import BlockChannels
 from atp_tune.allocations.rows import RowSparsities
+from atp_tune.allocations.types import BLOCKS, fitting
 from atp_tune.blocks.channels import ChannelPruner, find_channels, too_sparse
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
 from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
 from atp_tune.blocks.verification import check_batch, verified, verified_with_tower
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error, other_products, reuse_freed_memory
 from atp_tune.checkpoints.models import Ask, ModelFolder, resolve
@@ -39,6 +41,8 @@ from atp_tune.inputs import KINDS, Batch
 from atp_tune.inputs.items import Items
 from atp_tune.metrics import BosEffect
 from atp_tune.plan import Plan
+from atp_tune.pruners.ggml import GGML
+from atp_tune.pruners.rounding import RTN
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.run.dense_model import (
@@ -51,9 +55,11 @@ from atp_tune.run.dense_model import (
     dense_blocks,
     dense_final_states,
 )
+from atp_tune.run.outer import Outer
 from atp_tune.scores import SCORES
 from atp_tune.scores.next_token import compare_bos
 from atp_tune.storage.fingerprint import BOS
+from atp_tune.utils.cache import package_version
 
 if TYPE_CHECKING:
     from atp_tune.run.observers import Observer
@@ -279,7 +285,8 @@ class Session(Released):
     def _with(self, role: str, items: Items, **changed: Any) -> "Session":
         """A copy with other items of one role and these attributes, without dense measurements and error curve."""
         other = copy(self)
-        vars(other).pop("measured", None)
+        for name in ("measured", "outer"):  # are of the calibration text
+            vars(other).pop(name, None)
         roles = {**self._roles, role: Role(items.batch(self.checkpoint.device), self.batch(role))}
         vars(other).update(windows={**self.windows, role: items}, _roles=roles, _has_error_curve=False, **changed)
         return other
@@ -324,7 +331,9 @@ class Session(Released):
     def measured(self) -> DenseMeasurements:
         """Measurements of the dense model on the calibration text."""
         items, batch = self.windows["calibration"], self.batch("calibration")
-        return DenseMeasurements(self.replay, items, self.items("calibration"), batch, self.folder.content, self.watch)
+        return DenseMeasurements(
+            self.replay.dense, items, self.items("calibration"), batch, self.folder.content, self.watch
+        )
 
     @cached_property
     def stored_bytes(self) -> tuple[int, int]:
@@ -356,16 +365,43 @@ class Session(Released):
     def budget(self, target: float) -> Budget:
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
         settings, sizes, shapes = self.prune_settings, self.checkpoint.sizes, self.checkpoint.shapes
+        outer = self.outer.shapes if self.by_types else {}
         own = (self._priced, settings.priced_by, settings.by_rows, self._path, self._width_costs)
         evidence = self.measured.evidence(*own)
         if not self.pattern.channels:
             size = self._size
             widths = () if self.quantize is None or (self.prunes and size is None) else self.quantize.widths
-            return Budget(target, sizes, shapes, evidence, widths=widths, bits=self.bits, size=size)
+            types = tuple(BLOCKS) if self.by_types else ()
+            return Budget(
+                target, sizes, shapes, evidence, widths=widths, bits=self.bits, size=size, types=types, outer=outer
+            )
         budget = Budget(target, sizes, (), evidence, channels=self.channels)
         if target > budget.highest:
             raise too_sparse(target, self.channels, self.prune_settings.channels)
         return budget
+
+    @property
+    def by_types(self) -> bool:
+        """Whether weights are rounded to types of ggml, embedding and head too."""
+        return self.quantize is not None and self.quantize.by_types
+
+    @cached_property
+    @torch.no_grad()
+    def outer(self) -> Outer:
+        """Embedding and head, with the importance of their columns on the calibration text."""
+        outer, items = Outer(self.checkpoint), self.items("calibration")
+        [hidden] = dense_final_states(self.replay.dense, self.batch("calibration"), [items], self.watch, "measure")
+        outer.measure(self.replay.dense, self.heads, items, hidden)
+        return outer
+
+    def of(self, plan: Plan | None) -> "Session":
+        """The session for a plan: with its embedding and head, where it has types of those."""
+        if plan is None or not plan.outer:
+            return self
+        replay = self.replay.dense.with_outer(self.outer.at(plan.outer))
+        other = copy(self)
+        other.replay = replay
+        return other
 
     @property
     def pattern(self) -> Pattern:
@@ -404,7 +440,20 @@ class Session(Released):
     def _width_costs(self) -> Costs:
         """What it costs to round each linear of the dense model to each width."""
         assert self.quantize is not None
-        return bit_costs(self._gradients(), self.quantize, self.measured.statistics_key(Wanda(), InputNorms))
+        gradients, own = self._gradients(), self.quantize
+        measured = self.measured.statistics_key(Wanda(), InputNorms)
+        if not self.by_types:
+            nearest, levels = RTN(own.group_size, own.symmetric), [own.group_size, own.symmetric, list(own.widths)]
+            by = lambda index, linear, weight: [nearest.quantize(weight, bits, None) for bits in own.widths]  # noqa: E731
+            return bit_costs(gradients, by, measured, levels)
+        quantizer, statistics = GGML(), self.measured.statistics(self.methods.pruner("ggml"))
+
+        def at_types(index: int, linear: Linear, weight: Tensor) -> list[Tensor]:
+            inputs = statistics[index].get(linear.name)
+            return [quantizer.quantize(weight, name, inputs) for name in fitting([*BLOCKS], linear.in_features)]
+
+        levels = ["ggml", package_version("llama-cpp-py-sync"), [*BLOCKS]]
+        return bit_costs(gradients, at_types, measured, levels, lambda: self.outer.costs(self, [*BLOCKS]))
 
     def _gradients(self) -> CalibrationGradients:
         pool = self._pool()
@@ -447,7 +496,7 @@ class Session(Released):
         """
         own, sizes = self._roles[role], [len(part) for part in parts]
         if not own.dense:
-            own.dense = dense_final_states(self.replay, own.batch, parts, self.watch)
+            own.dense = dense_final_states(self.replay.dense, own.batch, parts, self.watch)
         if [len(hidden) for hidden in own.dense] == sizes:
             return own.dense
         return torch.split(torch.cat([*own.dense]), sizes)  # batches became smaller when memory ran out
@@ -470,9 +519,10 @@ class Session(Released):
         All see a block before the next one is pruned, so that no more than one pruned block need be held. They end in
         their order; after an error of one those behind it do not.
         """
+        own = self.of(plan)
         for observer in observers:
-            observer.begin(self, name, plan)
-        for block in self.blocks(plan) if blocks is None else blocks:
+            observer.begin(own, name, plan)
+        for block in own.blocks(plan) if blocks is None else blocks:
             for observer in observers:
                 observer.block(block)
         for observer in observers:

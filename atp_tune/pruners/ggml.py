@@ -1,0 +1,77 @@
+"""Rounding by ggml itself, the library of llama.cpp: the values of a .gguf file's types, bit for bit.
+
+Each type minimises squared errors of blocks of a row, weighted by the importance of each column: the mean of the
+squares of its inputs, as llama.cpp's importance matrix has it. The package `gguf` reads the bytes back.
+"""
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atp_tune.errors import UserError
+from atp_tune.pruners import Measures, Statistics, Unprepared
+from atp_tune.pruners.statistics import InputMoments
+from atp_tune.utils.system import require
+
+LEAST = 1e-8  # importance of a column without inputs, as a share of the mean
+
+
+class GGML(Unprepared):
+    """Rounds weights to a type of ggml; the settings of other quantizers do nothing."""
+
+    measures: ClassVar[Measures] = InputMoments
+
+    def __init__(self, *settings: object) -> None:
+        require("gguf", "quantize.quantizers", "llama_cpp_py_sync")
+
+    def quantize(self, weight: Tensor, bits: int | str, statistics: Statistics | None, zeros: object = None) -> Tensor:
+        """The values of weight [out, in] at the type `bits`; statistics are the inputs' `InputMoments`."""
+        assert isinstance(bits, str)
+        importance = importances(statistics) if isinstance(statistics, InputMoments) else None
+        return rounded(weight, bits, importance)
+
+
+def importances(statistics: InputMoments) -> Tensor:
+    """The mean square of each input [in], float32; of inputs that were always 0 a little."""
+    means = statistics.mean_squares().cpu()
+    return means.clamp(min=LEAST * float(means.mean()))
+
+
+def rounded(weight: Tensor, name: str, importance: Tensor | None) -> Tensor:
+    """The values of weight [rows, columns] at a type, in its dtype; without importance [columns] columns count alike.
+
+    UserError for weights that are not finite, at which ggml ends the process.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+    values = np.ascontiguousarray(weight.detach().float().cpu().numpy())
+    if not np.isfinite(values).all():
+        raise UserError(f"quantize.quantizers: ggml rounds finite weights, and one of {[*weight.shape]} has others")
+    given = np.ones(values.shape[1], np.float32) if importance is None else np.ascontiguousarray(importance.numpy())
+    block, size = GGML_QUANT_SIZES[number := GGMLQuantizationType[name]]
+    stored, threads = np.empty((len(values), values.shape[1] // block * size), np.uint8), torch.get_num_threads()
+
+    def part(dense: Any, there: Any) -> None:
+        _function()(int(number), dense.ctypes.data, there.ctypes.data, 0, len(dense), dense.shape[1], given.ctypes.data)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(part, np.array_split(values, threads), np.array_split(stored, threads)))
+    return torch.from_numpy(quants.dequantize(stored, number)).to(weight.device, weight.dtype)
+
+
+@cache
+def _function() -> Any:
+    """`ggml_quantize_chunk`: type, values, bytes, first row, rows, columns, importance."""
+    import llama_cpp_py_sync
+
+    folder = Path(llama_cpp_py_sync.__path__[0])
+    function = ctypes.CDLL(str(next(folder.glob("*ggml-base*")))).ggml_quantize_chunk
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    function.argtypes = [ctypes.c_int, pointer, pointer, size, size, size, pointer]
+    return function

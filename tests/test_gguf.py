@@ -1,0 +1,361 @@
+"""Types of ggml: the table, rounding, plans, and a study whose best plan llama.cpp itself writes."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from expect import parametrize, refused, slow
+from safetensors.torch import load_file
+from tinystudy import CommandLine, study_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from atp_tune.allocations import Budget, Shape
+from atp_tune.allocations.types import BLOCKS, cheapest_types, fitting, type_bits
+from atp_tune.checkpoints.models import resolve
+from atp_tune.config.prune import make_plan
+from atp_tune.config.study import ModelConfig
+from atp_tune.errors import UserError
+from atp_tune.folders import gguf_file
+from atp_tune.inputs.items import IDS
+from atp_tune.plan import Level, Plan
+from atp_tune.pruners.ggml import LEAST, importances, rounded
+from atp_tune.pruners.statistics import InputMoments
+from atp_tune.run.session import Session, Setup
+
+pytest.importorskip("llama_cpp_py_sync", reason="has no wheel for Linux on ARM")
+
+# --- Types and rounding.
+
+
+def test_the_table_is_that_of_ggml() -> None:
+    assert {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in BLOCKS} == BLOCKS
+
+
+@parametrize("name", ["Q8_0", "BF16"])
+def test_values_are_those_of_the_package_gguf(name: str) -> None:
+    """Which has these two in numpy."""
+    weight, kind = torch.randn(6, 64), gguf.GGMLQuantizationType[name]
+    expected = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind)
+    assert torch.equal(rounded(weight, name, None), torch.from_numpy(expected))
+
+
+@parametrize("name", [*BLOCKS])
+def test_more_bits_are_nearer_and_columns_of_weight_nearer_still(name: str) -> None:
+    weight, importance = torch.randn(4, 512), torch.ones(512)
+    importance[::4] = 1000.0
+    plain, given = (rounded(weight, name, each) - weight for each in (None, importance))
+    assert plain.square().mean() < max(0.5 * 0.3 ** (type_bits(name) - 2), 1e-5)
+    if name.startswith(("IQ", "Q2", "Q3", "Q4_K")):
+        assert given[:, ::4].square().mean() < plain[:, ::4].square().mean()
+
+
+def test_a_type_in_sixteen_bits_keeps_the_dtype() -> None:
+    assert rounded(torch.randn(2, 32).bfloat16(), "Q4_0", None).dtype == torch.bfloat16
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    with refused(r"finite weights, and one of \[2, 32\]"):
+        rounded(torch.full((2, 32), torch.nan), "Q4_0", None)
+
+
+def test_importances_are_means_of_squares_and_never_zero() -> None:
+    statistics, x = InputMoments(8, torch.device("cpu")), torch.randn(20, 8)
+    x[:, 3] = 0
+    statistics.add(x[:5])
+    statistics.add(x[5:])
+    means = x.square().mean(0)
+    means[3] = LEAST * means.mean()
+    torch.testing.assert_close(importances(statistics), means)
+
+
+# --- Plans.
+
+
+def test_the_cheapest_types_beside_all_plans() -> None:
+    """No plan that is smaller by the largest step costs less."""
+    draw, names = np.random.default_rng(0), ["Q4_0", "IQ4_NL", "Q5_0", "Q8_0"]
+    for _ in range(30):
+        weights = draw.integers(1, 5, 4).tolist()
+        costs = [{name: float(draw.random() * 0.25 ** type_bits(name) * count) for name in names} for count in weights]
+
+        def measured(plan: Sequence[str], weights: Any = weights, costs: Any = costs) -> tuple[float, float]:
+            size = sum(type_bits(name) * count for name, count in zip(plan, weights, strict=True))
+            return size, sum(row[name] for name, row in zip(plan, costs, strict=True))
+
+        for most in (5.0 * sum(weights), 6.5 * sum(weights), 9.0 * sum(weights)):
+            size, cost = measured(cheapest_types(costs, weights, most))
+            assert size <= most
+            assert all(
+                cost <= other
+                for there, other in map(measured, product(names, repeat=4))
+                if there <= most - 4 * max(weights)
+            )
+
+
+def test_rows_have_only_types_that_fit() -> None:
+    assert fitting([*BLOCKS], 576) == [name for name, (block, _) in BLOCKS.items() if block <= 32]
+    assert fitting(["Q4_K"], 576) == ["BF16"]
+
+
+LINEARS = (Shape(64, 256, True), Shape(128, 64, False))
+
+
+def budget(bits: float, **more: Any) -> Budget:
+    sizes = (sum(shape.size for shape in LINEARS),) * 3
+    share = (8 - bits) / 6
+    outer = {"embed": Shape(100, 256, False)}
+    return Budget(share, sizes, (LINEARS,) * 3, widths=(2, 8), types=(*BLOCKS,), outer=outer, **more)
+
+
+class Metrics:
+    """Costs as squared errors would be, of one linear and of the embedding far higher."""
+
+    def width_costs(self) -> list[list[list[float]]]:
+        rows = [[shape.size * 0.2 ** type_bits(n) for n in fitting([*BLOCKS], shape.columns)] for shape in LINEARS]
+        dear = [[100 * cost for cost in row] for row in rows]
+        return [rows, dear, rows, [[1e4 * 100 * 256 * 0.2 ** type_bits(n) for n in BLOCKS]]]
+
+
+@parametrize("bits", [4.6, 5.0, 6.3])
+def test_plans_fill_the_bits_of_all_matrices(bits: float) -> None:
+    metrics: Any = Metrics()
+    plans = {
+        name: make_plan("ggml", name, budget(bits, dense_metrics=metrics), own)
+        for name, own in (("uniform", {}), ("gradient", {"kappa": 1.0, "omega": 0.0}))
+    }
+    for plan in plans.values():
+        linears = [(x, shape) for block in plan.levels for x, shape in zip(block.linears, LINEARS, strict=True)]
+        total = sum((x.bits or 0) * shape.size for x, shape in linears) + type_bits(plan.outer["embed"]) * 25600
+        weights = sum(shape.size for _, shape in linears) + 25600
+        assert bits - 0.5 < total / weights <= bits
+        plan.check_fits(budget(bits))
+    assert type_bits(plans["gradient"].outer["embed"]) > type_bits(plans["uniform"].outer["embed"])
+    assert plans["gradient"].levels[1].amount > plans["gradient"].levels[0].amount
+    assert plans["uniform"].is_uniform and not plans["gradient"].is_uniform
+    still = make_plan("ggml", "gradient", budget(bits, dense_metrics=metrics), {"kappa": 0.0, "omega": 0.0})
+    assert still.does == plans["uniform"].does
+
+
+def test_omega_weighs_embedding_and_head() -> None:
+    metrics: Any = Metrics()
+    here = budget(5, dense_metrics=metrics)
+    low, high = (make_plan("ggml", "gradient", here, {"kappa": 1.0, "omega": omega}) for omega in (-2.0, 3.0))
+    assert type_bits(low.outer["embed"]) <= type_bits(high.outer["embed"])
+    with pytest.raises(ValueError, match="ω = 4"):
+        make_plan("ggml", "gradient", here, {"kappa": 1.0, "omega": 4.0})
+
+
+def test_a_plan_goes_through_json_and_refuses_halves() -> None:
+    plan = make_plan("ggml", "uniform", budget(5), {})
+    assert Plan.model_validate(json.loads(plan.model_dump_json())) == plan
+    assert "outer" not in Plan(method="gptq", allocation="uniform", levels=(Level(bits=4),)).model_dump()
+    fields = plan.model_dump(mode="json")
+    for wrong in ({"outer": {}}, {"outer": {"embed": "Q9"}}, {"levels": [{"bits": 4}] * 3}):
+        with pytest.raises(ValueError, match=r"levels|outer"):
+            Plan.model_validate({**fields, **wrong})
+    with pytest.raises(ValueError, match="levels: are not of"):
+        plan.check_fits(Budget(0.5, (1, 1, 1), (LINEARS,) * 3, widths=(2, 8)))
+
+
+def test_too_few_bits_name_the_fewest() -> None:
+    with refused(r"bits: 2 a weight are less than the smallest types take, 2\.\d+; give at least those"):
+        make_plan("ggml", "uniform", budget(2.0), {})
+
+
+# --- Refusals.
+
+GGML = "bits = 5.0\nallocation = 'gradient'\n[quantize]\nquantizers = ['ggml']\n[prune]\nstatistics = 'dense'\n"
+
+
+@parametrize(
+    "change, said",
+    [
+        (
+            ("bits = 5.0", "bits = 4\nsparsity = 0.5"),
+            r"bits: are needed, a weight of all matrices, alone",
+        ),
+        (("'dense'", "'block'"), r"prune.statistics: must be \"dense\""),
+        (("'gradient'", "'atp'"), r"allocation.names: atp has no prices of types; take gradient"),
+        (("['ggml']", "['ggml', 'rtn']"), r"quantizers: ggml stands alone"),
+        (("['ggml']", "['ggml']\ngroup_size = 64"), r"group_size: is not of ggml; leave it out"),
+        (("bits = 5.0", "bits = 5.0\nrecover = {}"), r"recover: trains scales, which ggml finds itself; leave it out"),
+    ],
+)
+def test_what_does_not_go_together(place: Path, change: tuple[str, str], said: str) -> None:
+    text = (place / "tiny.toml").read_text().replace("sparsity = 0.6\n", "")
+    head, tables = GGML.replace(*change).split("[quantize]", 1)
+    (place / "tiny.toml").write_text(f"{head}{text}\n[quantize]{tables}")
+    with refused(said):
+        study_file(place)
+
+
+@parametrize(
+    "words, said",
+    [
+        (("--bpw", "5"), "--bpw: goes with --format gguf"),
+        (("--format", "gguf"), "--format: gguf needs --bpw, such as --bpw 4.8"),
+        (
+            ("--format", "gguf", "--bpw", "5", "--size", "3bpw"),
+            "--bpw: goes with --format gguf, in the place of --size",
+        ),
+        (("--format", "gguf", "--bpw", "5", "--sparsity", "0.5"), "--sparsity: --size finds"),
+        (("--format", "gguf", "--bpw", "5", "--pruner", "wanda"), "--pruner: --format gguf rounds weights"),
+    ],
+)
+def test_options_that_do_not_go_together(place: Path, command: CommandLine, words: tuple[str, ...], said: str) -> None:
+    answer = command(place / "model", *words, "--dry-run")
+    assert answer.code == 2
+    assert said in " ".join(answer.err.split())
+
+
+# --- A study, end to end.
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose rows can have all types, with a tokenizer that the converter knows."""
+    folder = tmp_path_factory.mktemp("gguf") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(next((smollm2 / "models/wheel").iterdir()))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=3, initializer_range=0.06, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def ggml_study(model: Path, place: Path) -> None:
+    """The tiny study with this model and types of ggml."""
+    shutil.rmtree(place / "model")
+    shutil.copytree(model, place / "model")
+    text = (place / "tiny.toml").read_text().replace("sparsity = 0.6\n", "")
+    head, tables = GGML.split("[quantize]", 1)
+    (place / "tiny.toml").write_text(f"{head}{text}\n[quantize]{tables}")
+
+
+@slow
+def test_from_study_to_the_file_that_llama_cpp_writes(model: Path, place: Path, command: CommandLine) -> None:
+    """Types and values are those of the best plan, importances those of transformers, and the recipe's bytes equal."""
+    ggml_study(model, place)
+    said = command.ok("--study", place / "tiny.toml", "--trials", "4").out
+    assert "apply --config" in said and ".gguf" in said
+    config = json.loads((place / "tiny.best.json").read_text())
+    assert config["bits"]["effective"] <= 5.0
+    out = place / "out" / "tiny.gguf"
+    said = command.ok("apply", "--study", place / "tiny.toml", "--out", out).out
+    assert "llama.cpp and Ollama load it" in said and "warning" not in said
+    # Types, and values of matrices whose rows the converter does not permute.
+    there = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+    plan = Plan.model_validate(config["plan"])
+    assert {there[f"{name}.weight"].tensor_type.name for name in ("token_embd", "output")} == {*plan.outer.values()}
+    back = load_file(resolve(ModelConfig(source=str(out)), place).path / "model.safetensors")
+    dense = load_file(model / "model.safetensors")
+    importance = importances_of(model, place)
+    for index, block in enumerate(config["linears"]):
+        for name, level in zip(block, plan.levels[index].linears, strict=True):
+            own = f"model.layers.{index}.{name}.weight"
+            wanted = rounded(dense[own], str(level.type), importance[own.removesuffix(".weight")])
+            assert torch.equal(back[own], wanted), own
+    head_importance = importance["lm_head"]
+    assert torch.equal(back["lm_head.weight"], rounded(dense["lm_head.weight"], plan.outer["lm_head"], head_importance))
+    embedding = rounded(dense["model.embed_tokens.weight"], plan.outer["model.embed_tokens"], None)
+    assert torch.equal(back["model.embed_tokens.weight"], embedding)
+    check_recipe(out, model, place)
+    with refused("exists already"):
+        gguf_file.check_free(out)
+    assert (
+        "as a file, --out NAME.gguf" in command("apply", "--study", place / "tiny.toml", "--out", place / "folder").err
+    )
+
+
+@slow
+def test_each_draw_and_each_plan_has_its_own_head(model: Path, place: Path) -> None:
+    """Importances are of the draw; logits those of a copy with the rounded matrices; the model stays as it was."""
+    ggml_study(model, place)
+    study = study_file(place, "texts.calibration.draws=2").study
+    with Session.open(Setup.of_study(study, place, False)) as session:
+        first, second = session.outer.importance("lm_head"), session.drawn(1).outer.importance("lm_head")
+        assert not torch.equal(first, second)
+        plan = make_plan("ggml", "uniform", session.budget(study.highest), {})
+        copy: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        dense = {name: weight.clone() for name, weight in session.outer.weights.items()}
+        for name, kind in plan.outer.items():
+            copy.get_submodule(name).weight.data = rounded(dense[name], kind, session.outer.importance(name))
+        ids = session.windows["test"].tensors[IDS].long()[:2]
+        own = session.of(plan)
+        with torch.inference_mode(), own.replay.whole(session.checkpoint.weights) as whole:
+            found = whole(ids).logits
+        with torch.no_grad():
+            torch.testing.assert_close(found, copy(ids).logits, rtol=1e-4, atol=1e-4)
+        assert all(torch.equal(weight, dense[name]) for name, weight in session.outer.weights.items())
+        assert own.replay.dense is session.replay is session.replay.dense
+
+
+def importances_of(model: Path, place: Path) -> dict[str, torch.Tensor]:
+    """The session's importances by module, after a comparison with those of hooks in transformers."""
+    with Session.open(Setup.of_study(study_file(place).study, place, False)) as session:
+        items = session.windows["calibration"].tensors[IDS].long()
+        statistics: Any = session.measured.statistics(session.methods.pruner("ggml"))
+        found = {
+            f"model.layers.{index}.{name}": importances(own)
+            for index in range(3)
+            for name, own in statistics[index].items()
+        } | {"lm_head": session.outer.importance("lm_head")}  # type: ignore[dict-item]
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    sums = {name: 0.0 for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+
+    def hook(name: str) -> Any:
+        def see(module: nn.Module, args: Any) -> None:
+            sums[name] = sums[name] + args[0].double().square().mean((0, 1))
+
+        return see
+
+    for name in sums:
+        plain.get_submodule(name).register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        plain(items)
+    for name, expected in sums.items():
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=0)
+    return found
+
+
+def check_recipe(out: Path, model: Path, place: Path) -> None:
+    """The importance matrix and the types beside the file make its bytes."""
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(out.with_suffix(".imatrix.gguf")).tensors}
+    means = {
+        name.removesuffix(".in_sum2"): torch.from_numpy(sums[0] / stored[name.replace("in_sum2", "counts")][0])
+        for name, sums in stored.items()
+        if name.endswith(".in_sum2")
+    }
+    lines = [line.split("=") for line in out.with_suffix(".tensor-types.txt").read_text().splitlines()]
+    kinds = {pattern[1:-1].replace("[.]", "."): kind.upper() for pattern, kind in lines}
+    with Session.open(Setup.of_study(study_file(place).study, place, False)) as session:
+        gguf_file.convert(session, place / "dense.gguf")
+    matrices = {name: (kind, means[name]) for name, kind in kinds.items()}
+    gguf_file.quantize(place / "dense.gguf", place / "again.gguf", matrices)
+    assert (place / "again.gguf").read_bytes() == out.read_bytes()
+
+
+@slow
+def test_a_command_for_a_model(
+    model: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "studies").mkdir()
+    few = [word for role in ("calibration", "validation", "test") for word in ("--set", f"texts.{role}.nsamples=4")]
+    words = ("--format", "gguf", "--bpw", "5", "--preset", "quick", "--trials", "3", "--texts", "mixed")
+    said = command.ok(model, *words, *few, "--name", "own").out
+    assert "5 bits" in said
+    with pytest.raises(UserError, match="is not of types of ggml"):
+        from atp_tune.config.best import read_config
+        from atp_tune.folders.exporting import FORMATS
+
+        FORMATS["gptqmodel"][1](read_config(next(tmp_path.rglob("*.best.json"))))
