@@ -47,6 +47,8 @@ ELSEWHERE = {  # words of commands that another test runs
     "classify": "needs an image classifier: test_classifying.py, test_image_studies.py",
     "fashion": "fetches 120 MB and takes minutes: test_image_studies.py has a small one",
     "search.seed=1": "runs on another machine: test_merging.py",
+    "gguf": "needs rows of ggml's blocks, which the tiny model has not: test_gguf.py",
+    "model.gguf": "needs a study of such a model: test_gguf.py",
 }
 SHORTER = {  # options that make a command as short as the tiny model
     "own": settings(
