@@ -43,6 +43,9 @@ class Call:
 class Replay:
     """Embeds, runs single blocks, and computes logits, with the code of the model."""
 
+    _dense: "Replay | None" = None
+    _outer: Mapping[nn.Module, Tensor] = {}
+
     @torch.inference_mode()
     def __init__(self, checkpoint: Checkpoint, inputs: InputKind) -> None:
         self.checkpoint = checkpoint
@@ -50,8 +53,6 @@ class Replay:
         self._calls = dict[tuple[int, int], list[Call]]()
         self._blank = dict[int, Batch]()  # a batch of the last size that crossed a step
         self._steps = set[int]()  # blocks after which the model computes something before the next block
-        self._dense: Replay | None = None
-        self._outer: Mapping[nn.Module, Tensor] = {}
         self._rest = self._outputs()
 
     @property
