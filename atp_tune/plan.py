@@ -22,7 +22,7 @@ from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.allocations.budget import SYMBOLS, weighted_mean
 from atp_tune.allocations.channels import check_whole
 from atp_tune.allocations.rows import read_offsets
-from atp_tune.allocations.types import BLOCKS, fitting
+from atp_tune.allocations.types import BLOCKS
 from atp_tune.utils.registry import FrozenModel
 
 METHODS = ("pruner", "quantizer")  # a trial's parameters that say what is done to weights; it has one of them
@@ -170,7 +170,7 @@ class Plan(FrozenModel):
         if len(self.levels) != len(budget.sizes):
             raise ValueError(f"levels: {len(self.levels)} for a model of {len(budget.sizes)} blocks")
         of_bits = bool(budget.widths) and budget.size is None
-        known: set[object] = {*budget.types} or {*budget.widths, budget.bits}
+        known: set[object] = {*BLOCKS} if budget.outer else {*budget.widths, budget.bits}
         wrong = {x.type or x.bits for x in self.each_linear()} - known
         if self.by_bits != of_bits or wrong or self.outer.keys() != budget.outer.keys():
             raise ValueError("levels: are not of what is done to weights here")
@@ -186,8 +186,6 @@ class Plan(FrozenModel):
             for linear, shape in zip(block.linears, budget.linears[index] if budget.linears else (), strict=False):
                 if linear.rows is not None:
                     read_offsets(linear.rows, shape.rows)
-                if linear.type and linear.type not in fitting(budget.types, shape.columns):
-                    raise ValueError(f"levels: a row of {shape.columns} weights cannot be of type {linear.type}")
 
     def __str__(self) -> str:
         level = "" if self.target is None else f"{percent(self.target)} "

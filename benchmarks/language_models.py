@@ -1,13 +1,14 @@
-"""Two small language models on which nothing is tuned, trained here on Debian's manuals: a Llama and a GPT-NeoX.
+"""Small language models on which nothing is tuned, trained here on Debian's manuals: two Llamas and a GPT-NeoX.
 
-    python benchmarks/language_models.py                    texts, tokenizer and both models, into build/language
+    python benchmarks/language_models.py                    texts, tokenizers and all models, into build/language
     python benchmarks/language_models.py llama-small        one of them; the same command goes on where it was stopped
     python benchmarks/language_models.py --packages DIR     takes the packages from a folder, and does not call apt
 
 `language_texts.py` has the packages and the parts; the models see of the part `training` as much as their steps take,
-each token once. Each takes about ten minutes of one core. AdamW, one cycle of the learning rate, bfloat16 autocast,
-seed 0. Weights are not committed: on another machine the last digits differ. benchmarks/studies has a study of each,
-for `allocations.py` and `finetuning.py`.
+each token once. `llama-small` and `gpt-neox-small` take about ten minutes of one core each, `llama-wide` half an hour:
+its rows are multiples of 256 weights, and llama.cpp's converter knows the kind of its tokenizer. AdamW, one cycle of
+the learning rate, bfloat16 autocast, seed 0. Weights are not committed: on another machine the last digits differ.
+benchmarks/studies has a study of the first two, for `allocations.py` and `finetuning.py`.
 """
 
 import argparse
@@ -42,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "language"
 END = "<|endoftext|>"  # after each page
 VOCABULARY, SEQLEN, BATCH = 4096, 256, 4
-RATE, DECAY, NORM = 2e-3, 0.1, 1.0  # highest learning rate, weight decay, largest norm of a gradient
+DECAY, NORM = 0.1, 1.0  # weight decay, largest norm of a gradient
 SAVED_EVERY = 120.0  # seconds
 
 
@@ -53,15 +54,18 @@ class Shape:
     width: int = 320
     blocks: int = 8
     heads: int = 5
-    vocabulary: int = VOCABULARY
     steps: int = 0
+    rate: float = 2e-3  # highest learning rate
+    inner: int = 864  # of an MLP
+    vocabulary: int = VOCABULARY
+    spaces: bool = False  # a tokenizer as Llama 2 has it: spaces are "▁", unknown characters are bytes
 
 
 def llama(shape: Shape) -> PreTrainedModel:
-    """RMSNorm, gated MLP of 2.7 times the width, no biases."""
+    """RMSNorm, gated MLP, no biases."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.width * 27 // 10,
+            vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.inner,
             num_hidden_layers=shape.blocks, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
             max_position_embeddings=2 * SEQLEN, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
         )
@@ -72,7 +76,7 @@ def gpt_neox(shape: Shape) -> PreTrainedModel:
     """LayerNorm, attention and MLP side by side, one linear for queries, keys and values, biases."""
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.width * 4,
+            vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.inner,
             num_hidden_layers=shape.blocks, num_attention_heads=shape.heads, max_position_embeddings=2 * SEQLEN,
             tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
         )
@@ -81,14 +85,15 @@ def gpt_neox(shape: Shape) -> PreTrainedModel:
 
 MODELS: dict[str, tuple[Callable[[Shape], PreTrainedModel], Shape]] = {
     "llama-small": (llama, Shape(steps=1600)),
-    "gpt-neox-small": (gpt_neox, Shape(steps=2400)),
+    "gpt-neox-small": (gpt_neox, Shape(steps=2400, inner=1280)),
+    "llama-wide": (llama, Shape(width=512, heads=8, steps=1600, rate=7e-4, inner=1536, spaces=True)),
 }
 
 
 def main() -> None:
     """Makes what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; default: both")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; default: all")
     parser.add_argument("--packages", type=Path, default=BUILD / "packages", help="the folder of the .deb files")
     parser.add_argument("--folder", type=Path, help="take the .html and .txt files below it in the place of packages")
     parser.add_argument("--out", type=Path, default=BUILD)
@@ -123,15 +128,22 @@ def pages_of(out: Path, part: str) -> list[str]:
     return read_jsonl(file, Text(source=f"file:{file}"))
 
 
-def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the texts; the end of a page is token 0."""
-    found = Tokenizer(models.BPE())
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.decoder = decoders.ByteLevel()
+def make_tokenizer(texts: list[str], shape: Shape) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the texts, or BPE of characters with bytes behind it; the end of a page is token 0."""
+    if shape.spaces:
+        found = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
+        found.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        ways = (decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse())
+        found.decoder = decoders.Sequence([*ways])
+        special, alphabet = [END, *(f"<0x{byte:02X}>" for byte in range(256))], list[str]()
+    else:
+        found = Tokenizer(models.BPE())
+        found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        found.decoder = decoders.ByteLevel()
+        special, alphabet = [END], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
+        vocab_size=shape.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     found.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=found, eos_token=END, clean_up_tokenization_spaces=False
@@ -149,10 +161,10 @@ def windows_of(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
 
 
 @cache
-def training_windows(out: Path, vocabulary: int) -> tuple[PreTrainedTokenizerFast, Tensor]:
-    """The tokenizer of all models, and what they are trained on."""
+def training_windows(out: Path, shape: Shape) -> tuple[PreTrainedTokenizerFast, Tensor]:
+    """The tokenizer of a model, and what it is trained on."""
     texts = pages_of(out, "training")
-    tokenizer = make_tokenizer(texts, vocabulary)
+    tokenizer = make_tokenizer(texts, shape)
     return tokenizer, windows_of(texts, tokenizer)
 
 
@@ -160,11 +172,11 @@ def trained(name: str, out: Path = BUILD) -> Path:
     """The folder of a trained model."""
     target, (make, shape) = out / name, MODELS[name]
     if not target.is_dir():
-        tokenizer, windows = training_windows(out, shape.vocabulary)
+        tokenizer, windows = training_windows(out, shape)
         torch.manual_seed(0)
         model = make(shape)
         print(f"{name}: {sum(weight.numel() for weight in model.parameters()):,} parameters", flush=True)
-        train(model, windows, shape.steps, out / f"{name}.part")
+        train(model, windows, shape, out / f"{name}.part")
         with folder_atomically(target) as place:
             model.to(torch.bfloat16).save_pretrained(place)  # type: ignore[arg-type]
             tokenizer.save_pretrained(place)
@@ -172,10 +184,11 @@ def trained(name: str, out: Path = BUILD) -> Path:
     return target
 
 
-def train(model: PreTrainedModel, windows: Tensor, steps: int, part: Path) -> None:
+def train(model: PreTrainedModel, windows: Tensor, shape: Shape, part: Path) -> None:
     """Trains on windows [windows, SEQLEN + 1], from the file `part` if there is one."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
+    steps, rate = shape.steps, shape.rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
     states: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     first = 0
     if part.is_file():

@@ -61,9 +61,17 @@ def test_a_type_in_sixteen_bits_keeps_the_dtype() -> None:
     assert rounded(torch.randn(2, 32).bfloat16(), "Q4_0", None).dtype == torch.bfloat16
 
 
-def test_weights_that_are_not_finite_are_refused() -> None:
-    with refused(r"finite weights, and one of \[2, 32\]"):
-        rounded(torch.full((2, 32), torch.nan), "Q4_0", None)
+@parametrize(
+    "weight, name, said",
+    [
+        (torch.full((2, 32), torch.nan), "Q4_0", r"finite weights up to 65504, not one of \[2, 32\]"),
+        (torch.full((2, 256), 1e30), "IQ2_XS", r"finite weights up to 65504, not one of \[2, 256\]"),
+        (torch.ones(2, 288), "Q4_K", "a row of 288 weights cannot be of type Q4_K"),
+    ],
+)
+def test_what_ends_the_process_in_ggml_is_refused(weight: torch.Tensor, name: str, said: str) -> None:
+    with refused(said):
+        rounded(weight, name, None)
 
 
 def test_importances_are_means_of_squares_and_never_zero() -> None:
@@ -101,8 +109,8 @@ def test_the_cheapest_types_beside_all_plans() -> None:
 
 
 def test_rows_have_only_types_that_fit() -> None:
-    assert fitting([*BLOCKS], 576) == [name for name, (block, _) in BLOCKS.items() if block <= 32]
-    assert fitting(["Q4_K"], 576) == ["BF16"]
+    assert fitting(576) == [name for name, (block, _) in BLOCKS.items() if block <= 32]
+    assert fitting(7) == ["BF16"]
 
 
 LINEARS = (Shape(64, 256, True), Shape(128, 64, False))
@@ -112,14 +120,14 @@ def budget(bits: float, **more: Any) -> Budget:
     sizes = (sum(shape.size for shape in LINEARS),) * 3
     share = (8 - bits) / 6
     outer = {"embed": Shape(100, 256, False)}
-    return Budget(share, sizes, (LINEARS,) * 3, widths=(2, 8), types=(*BLOCKS,), outer=outer, **more)
+    return Budget(share, sizes, (LINEARS,) * 3, widths=(2, 8), outer=outer, **more)
 
 
 class Metrics:
     """Costs as squared errors would be, of one linear and of the embedding far higher."""
 
     def width_costs(self) -> list[list[list[float]]]:
-        rows = [[shape.size * 0.2 ** type_bits(n) for n in fitting([*BLOCKS], shape.columns)] for shape in LINEARS]
+        rows = [[shape.size * 0.2 ** type_bits(n) for n in fitting(shape.columns)] for shape in LINEARS]
         dear = [[100 * cost for cost in row] for row in rows]
         return [rows, dear, rows, [[1e4 * 100 * 256 * 0.2 ** type_bits(n) for n in BLOCKS]]]
 
@@ -166,7 +174,7 @@ def test_a_plan_goes_through_json_and_refuses_halves() -> None:
 
 
 def test_too_few_bits_name_the_fewest() -> None:
-    with refused(r"bits: 2 a weight are less than the smallest types take, 2\.\d+; give at least those"):
+    with refused(r"bits: 2 a weight are less than the smallest types take, 2\.\d+, 16 where no block divides a row"):
         make_plan("ggml", "uniform", budget(2.0), {})
 
 
@@ -208,6 +216,8 @@ def test_what_does_not_go_together(place: Path, change: tuple[str, str], said: s
         ),
         (("--format", "gguf", "--bpw", "5", "--sparsity", "0.5"), "--sparsity: --size finds"),
         (("--format", "gguf", "--bpw", "5", "--pruner", "wanda"), "--pruner: --format gguf rounds weights"),
+        (("--format", "gguf", "--bpw", "5", "--recover"), "recover: trains scales, which ggml finds itself"),
+        (("--format", "gguf", "--bpw", "100"), "bits: must be at most 8, got 100"),
     ],
 )
 def test_options_that_do_not_go_together(place: Path, command: CommandLine, words: tuple[str, ...], said: str) -> None:
@@ -247,6 +257,8 @@ def test_from_study_to_the_file_that_llama_cpp_writes(model: Path, place: Path, 
     ggml_study(model, place)
     said = command.ok("--study", place / "tiny.toml", "--trials", "4").out
     assert "apply --config" in said and ".gguf" in said
+    command.ok("report", "--study", place / "tiny.toml", "--format", "md")
+    assert "--out tiny.gguf" in (place / "tiny.report.md").read_text()
     config = json.loads((place / "tiny.best.json").read_text())
     assert config["bits"]["effective"] <= 5.0
     out = place / "out" / "tiny.gguf"
@@ -354,6 +366,10 @@ def test_a_command_for_a_model(
     words = ("--format", "gguf", "--bpw", "5", "--preset", "quick", "--trials", "3", "--texts", "mixed")
     said = command.ok(model, *words, *few, "--name", "own").out
     assert "5 bits" in said
+    other = command(model, "--format", "gguf", "--bpw", "4.9", "--preset", "quick", "--texts", "mixed", "--name", "own")
+    assert other.code == 2 and "size is gguf 5bpw there, and gguf 4.9bpw is asked for" in other.err
+    exported = command.ok("export", "--study", "own", "--format", "csv", "--out", "own.csv")
+    assert "model.embed_tokens" in (tmp_path / "own.csv").read_text(), exported
     with pytest.raises(UserError, match="is not of types of ggml"):
         from atp_tune.config.best import read_config
         from atp_tune.folders.exporting import FORMATS

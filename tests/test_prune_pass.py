@@ -28,7 +28,7 @@ from torch.testing import assert_close
 from atp_tune.allocations.formulas import atp
 from atp_tune.blocks import prune_pass
 from atp_tune.blocks.channels import ChannelPruner
-from atp_tune.blocks.prune_pass import PrunedBlock, advance, measure
+from atp_tune.blocks.prune_pass import PrunedBlock, advance, measure_and_advance
 from atp_tune.blocks.replay import AutoBatch, Replay
 from atp_tune.checkpoints import devices
 from atp_tune.config.prune import PruneConfig, make_plan
@@ -54,15 +54,15 @@ def test_statistics_are_gone_before_the_pruned_block_runs(monkeypatch: pytest.Mo
     alive: list[int] = []
 
     def measured(*arguments: Any, **options: Any) -> Any:
-        found = measure(*arguments, **options)
-        known.extend(map(weakref.ref, found.values()))
+        found = measure_and_advance(*arguments, **options)
+        known.extend(map(weakref.ref, found[0].values()))
         return found
 
     def advanced(*arguments: Any) -> Tensor:
         alive.append(sum(one() is not None for one in known))
         return advance(*arguments)
 
-    monkeypatch.setattr(prune_pass, "measure", measured)
+    monkeypatch.setattr(prune_pass, "measure_and_advance", measured)
     monkeypatch.setattr(prune_pass, "advance", advanced)
     work = bench_of(tiny("llama"), prune=PruneConfig(pruners=("sparsegpt",)))
     list(work.prune(atp_plan(work, "sparsegpt")))
@@ -147,7 +147,7 @@ def test_sparsegpt_in_every_family(family: str) -> None:
 
 @parametrize("family", ["llama", "gpt2", "falcon", "qwen2_moe", "gpt_oss"])
 def test_magnitude_measures_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atp_tune.blocks.prune_pass.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("atp_tune.blocks.prune_pass.measure_and_advance", lambda *_: pytest.fail("measured"))
     model = tiny(family)
     work = bench_of(model)
     plan = atp_plan(work, "magnitude")
@@ -210,7 +210,8 @@ def test_statistics_do_not_depend_on_the_batch_size(family: str, kind: Any, valu
     for windows in (8, 1, 2, 3):
         replay, batch, hidden = work_of(model, windows)
         weights = replay.checkpoint.weights(0)
-        found.append({name: value(s) for name, s in measure(replay, batch, 0, weights, hidden, kind).items()})
+        statistics, _ = measure_and_advance(replay, batch, 0, weights, hidden, kind, stops=True)
+        found.append({name: value(s) for name, s in statistics.items()})
         full = naive.inputs_of(
             model, [f"{replay.checkpoint.blocks_name}.0.{x.name}" for x in replay.checkpoint.linears[0]], random_ids(7)
         )

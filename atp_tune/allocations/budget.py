@@ -93,8 +93,7 @@ class Budget:
     `channels` are those of each block where whole channels go; `widths` the bits that a block may have where bits are
     shared out: the target is then a share between the most and the fewest, see `allocations.bits`. `bits` are those
     of every block, where weights are pruned and then rounded; with a `size` those of each linear follow from it, and
-    the target is the highest sparsity. `types`: of ggml, in the place of bits, for linears and the matrices `outer` of
-    the blocks, by name.
+    the target is the highest sparsity. `outer`: of types of ggml the matrices outside of the blocks, by name.
     """
 
     target: float
@@ -106,7 +105,6 @@ class Budget:
     widths: tuple[int, ...] = ()
     bits: int | None = None
     size: "Size | None" = None
-    types: tuple[str, ...] = ()
     outer: "Mapping[str, Shape]" = field(default_factory=dict)
 
     @property

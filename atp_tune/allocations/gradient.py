@@ -81,13 +81,13 @@ class Gradient(Formula):
     def bounds(self, budget: Budget) -> Bounds:
         """The intervals of `kappa`, of the share of `zeros` where the size is given, of types of ggml of `omega`."""
         more = {} if budget.size is None else {"zeros": (0.0, budget.target)}
-        return {"kappa": (0.0, FARTHEST), **(OF_TYPES if budget.types else more)}
+        return {"kappa": (0.0, FARTHEST), **(OF_TYPES if budget.outer else more)}
 
     def initial_points(self, budget: Budget) -> Points:
         """The end of the descent, and a point on the way to it; where the size is given, ends at some shares."""
         if budget.size is not None:
             return [{"kappa": 1.0, "zeros": zeros} for zeros in SHARES]
-        if budget.types:
+        if budget.outer:
             return [{"kappa": 1.0, "omega": 0.0}, {"kappa": 1.0, "omega": 1.0}]
         return [{"kappa": 1.0}, {"kappa": 0.6}]
 

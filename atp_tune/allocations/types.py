@@ -24,9 +24,9 @@ def type_bits(name: str) -> float:
     return 8 * size / weights
 
 
-def fitting(types: Sequence[str], columns: int) -> list[str]:
+def fitting(columns: int) -> list[str]:
     """The types whose blocks rows of so many weights can be cut into; any length has BF16."""
-    return [name for name in types if columns % BLOCKS[name][0] == 0] or ["BF16"]
+    return [name for name, (weights, _) in BLOCKS.items() if columns % weights == 0]
 
 
 def cheapest_types(costs: Sequence[Mapping[str, float]], weights: Sequence[int], most: float) -> list[str]:
@@ -42,6 +42,8 @@ def cheapest_types(costs: Sequence[Mapping[str, float]], weights: Sequence[int],
     rows = [[type_bits(name) * count for name in own] for own, count in zip(choices, weights, strict=True)]
     if (least := sum(row[0] for row in rows)) > most:
         asked, fewest = (f"{size / sum(weights):.4g}" for size in (most, least))
-        raise UserError(f"bits: {asked} a weight are less than the smallest types take, {fewest}; give at least those")
+        raise UserError(
+            f"bits: {asked} a weight are less than the smallest types take, {fewest}, 16 where no block divides a row"
+        )
     prices = [[row[name] for name in own] for row, own in zip(costs, choices, strict=True)]
     return [own[place] for own, place in zip(choices, cheapest(prices, rows, most), strict=True)]

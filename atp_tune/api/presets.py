@@ -17,7 +17,7 @@ from atp_tune.allocations import ALLOCATIONS
 from atp_tune.config.data import KINDS, MANUAL, MEMORY, MIXED, Text, short_source
 from atp_tune.config.prune import CHANNELS, bits_of_size
 from atp_tune.config.study import ModelConfig, Study
-from atp_tune.config.studyfile import toml_value
+from atp_tune.config.studyfile import invalid, toml_value
 from atp_tune.config.typed import WHOLE as WHOLE_INTERVAL
 from atp_tune.config.typed import Interval, in_percent
 from atp_tune.errors import UserError, did_you_mean
@@ -215,10 +215,11 @@ class StudyRequest:
         """UserError if a study file of this name is the study of something else."""
         text = self.texts["validation"] if isinstance(self.texts, Mapping) else self.texts
         texts = None if text is None else study.data.validation.source
+        types = study.quantize.by_types and f"gguf {study.description.rpartition(' at ')[2]}"
         for key, stored, wanted in (
             ("model.source", study.model.source, model_source(self.source)),
             ("sparsity", study.sparsity, self.sparsity),
-            ("size", study.size, None if self.types else self.size),
+            ("size", types or study.size, f"gguf {self.size}" if self.types else self.size),
             ("limit", study.limit and study.limit.given, self.limit and dict(self.limit)),
             ("prune.pruners", study.prune.pruners, self.pruners or study.prune.pruners),
             ("allocation.names", study.allocation.names, self.allocations or study.allocation.names),
@@ -265,8 +266,8 @@ class StudyRequest:
             allocations = ("atp",)
         texts = preset_texts(usual_texts(notify) if self.texts is None else self.texts, preset, folder)
         # The best plan is trained; never that of a front, whose points would not compare with it.
-        unasked = preset.recovers and not self._of_channels
-        is_trained = not self._is_front and not self.types and (unasked if self.recover is None else self.recover)
+        unasked = preset.recovers and not self._of_channels and not self.types
+        is_trained = not self._is_front and (unasked if self.recover is None else self.recover)
         settings = {
             "description": f"{self.source} at {self.size or percent(self.sparsity or 0)}",
             **self._amounts(*folder.stored_bytes()),
@@ -283,7 +284,7 @@ class StudyRequest:
         try:
             return Study.model_validate(settings)
         except ValidationError as error:
-            raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+            raise invalid(self.source, error) from None
 
     def _amounts(self, total: int, itemsize: int) -> Table:
         """The keys of what is asked for; `total`: bytes of all weights, `itemsize`: of one."""

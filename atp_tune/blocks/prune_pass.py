@@ -305,7 +305,7 @@ class Pass:
         linears, timer, weights = checkpoint.linears[index], Timer(checkpoint.device), checkpoint.weights(index)
         levels = plan.of(index, len(linears))
         make = partial(Pruning, linears, weights, self.pruner, levels, self.keeps_grids)
-        measured = partial(measure, self.replay, self.batch, index, weights, hidden)
+        measured = partial(measure_and_advance, self.replay, self.batch, index, weights, hidden, stops=True)
         kind = (channels or self.pruner).measures
         pruned: PrunedChannels
         if self.in_one_pass and kind is not None:  # never of channels
@@ -314,7 +314,7 @@ class Pass:
             statistics: BlockStatistics = {}
             if channels is not None:
                 readers = {each.reader for each in channels.blocks[index].sets}
-                statistics = {} if kind is None else measured(kind, [x for x in linears if x.name in readers])
+                statistics = {} if kind is None else measured(kind, [x for x in linears if x.name in readers])[0]
                 timer.lap("calibrate")
                 shares = tuple(level.amount for level in levels)
                 pruned = once_more(partial(channels.prune, index, linears, weights, shares, statistics))
@@ -322,7 +322,7 @@ class Pass:
                 if self.dense_statistics is not None:
                     statistics = self.dense_statistics[index]
                 elif kind is not None:
-                    statistics = measured(kind)
+                    statistics = measured(kind)[0]
                 timer.lap("calibrate")
                 pruned = pruning = make()
                 for linear in linears:
@@ -468,22 +468,6 @@ def joined(parts: list[Tensor], hidden: Tensor) -> Tensor:
     return torch.cat(parts, out=hidden) if parts[0].shape[1:] == hidden.shape[1:] else torch.cat(parts)
 
 
-def measure(
-    replay: Replay,
-    batch: AutoBatch,
-    index: int,
-    weights: Tensors,
-    hidden: Tensor,
-    kind: type[Statistics],
-    only: list[Linear] | None = None,
-) -> BlockStatistics:
-    """Statistics of the inputs of each linear of block `index`, by name, over all windows of `hidden`.
-
-    `only`: these linears, in the place of all.
-    """
-    return measure_and_advance(replay, batch, index, weights, hidden, kind, only, stops=True)[0]
-
-
 def measure_and_advance(
     replay: Replay,
     batch: AutoBatch,
@@ -494,9 +478,10 @@ def measure_and_advance(
     only: list[Linear] | None = None,
     stops: bool = False,
 ) -> tuple[BlockStatistics, Tensor]:
-    """`measure` and `advance` in one pass for a dense block; overwrites hidden [windows, tokens, width].
+    """Statistics of the inputs of each linear of block `index`, by name, over all windows, and `advance` in one pass.
 
-    `stops`: the block runs until all linears have their inputs, and the states stay as they are.
+    It overwrites hidden [windows, tokens, width]. `only`: these linears, in the place of all; `stops`: the block runs
+    until they have their inputs, and the states stay as they are.
     """
 
     def step(windows: int) -> tuple[BlockStatistics, Tensor]:

@@ -502,7 +502,7 @@ def make_plan(
     """The plan of one allocation at given parameters, rounded to the pattern; ValueError if inadmissible."""
     if budget.size is not None:
         return _within_size(method, allocation, budget, parameters)
-    if budget.types:
+    if budget.outer:
         return _of_types(method, allocation, budget, parameters)
     budget, pattern, module = replace(budget, pruner=method), pattern or Pattern(), ALLOCATIONS[allocation]
     shared = module.sparsities(budget, **parameters)
@@ -556,7 +556,7 @@ def _of_types(method: str, allocation: str, budget: Budget, parameters: dict[str
     # Blocks come in an order that spreads the first ones evenly: of equal steps in `cheapest` the first is taken.
     order = bits.evenly(len(budget.linears))
     shapes = [*(shape for index in order for shape in budget.linears[index]), *budget.outer.values()]
-    names = [fitting(budget.types, shape.columns) for shape in shapes]
+    names = [fitting(shape.columns) for shape in shapes]
     costs = [
         {name: shape.size * 0.25 ** type_bits(name) for name in own} for own, shape in zip(names, shapes, strict=True)
     ]

@@ -143,7 +143,7 @@ class Study(SettingsTable):
     protocol: Literal["held-out", "paper", "paper-images"] = "held-out"
     ("paper: β is chosen on the text it is tested on; paper-images: that of classifiers, pruned with dense statistics")
     bits: float | None = Field(None, ge=2, le=8)
-    """in the place of sparsity: bits per weight over all linears, without scales"""
+    """bits per weight over all linears, without scales; of ggml over all matrices, with them"""
     size: str | None = None
     """in the place of both, which are searched for: 3.3bpw (a weight of blocks, all counted), 100MB, or 40% of dense"""
     sparsity: Target | tuple[Target, Target] | None = Field(None, validate_default=True)

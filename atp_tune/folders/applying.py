@@ -336,12 +336,18 @@ def sparse_folder(source: Path, out: Path) -> Iterator[Path]:
 
     Of a slim source no code is copied: the folder gets that of this package.
     """
+    with writing(out), folder_atomically(out) as folder:
+        copy_small(source, folder)
+        if is_slim(source):
+            bring_own_code(folder)
+        yield folder
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """UserError where the body cannot write."""
     try:
-        with folder_atomically(out) as folder:
-            copy_small(source, folder)
-            if is_slim(source):
-                bring_own_code(folder)
-            yield folder
+        yield
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out}: cannot be written: {error}") from None
 

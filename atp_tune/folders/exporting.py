@@ -34,6 +34,7 @@ from typing import Any, Literal
 
 import yaml
 
+from atp_tune.allocations.types import type_bits
 from atp_tune.checkpoints.files import Table
 from atp_tune.config.best import Config
 from atp_tune.config.data import Text
@@ -176,16 +177,24 @@ NAME = re.compile(r"\w+(\.\w+)*(\[\d+\])?")
 def rows(config: Config) -> Iterator[Table]:
     """Block, module and sparsity, or bits, of each row of the table.
 
-    UserError if names are missing, or are not names of modules, which a spreadsheet might take for formulas.
+    UserError if names are missing, or are not names of modules.
     """
     for index, block in enumerate(config.plan.levels):
         linears = names(config, "linears")[index] if block.linears else ("",)
         for linear, level in zip(linears, block.linears or (block,), strict=True):
-            name = block_name(names(config, "blocks"), index) + (f".{linear}" if block.linears else "")
-            if not NAME.fullmatch(name):
-                raise UserError(f"linears: {name} is not the name of a module")
+            name = _named(config, index, f".{linear}" if block.linears else "")
             amounts = {"sparsity": level.sparsity, "bits": level.bits, "type": level.type}
             yield {"block": index, "module": name, **{key: own for key, own in amounts.items() if own is not None}}
+    for name, kind in config.plan.outer.items():
+        yield {"block": "", "module": name, "bits": type_bits(kind), "type": kind}
+
+
+def _named(config: Config, index: int, ending: str) -> str:
+    """The model's name of a linear of a block, or of the block; UserError for what a spreadsheet may take for code."""
+    name = block_name(names(config, "blocks"), index) + ending
+    if not NAME.fullmatch(name):
+        raise UserError(f"linears: {name} is not the name of a module")
+    return name
 
 
 def names(config: Config, key: Literal["blocks", "linears"]) -> Any:
@@ -309,14 +318,12 @@ def _linears(config: Config, kind: str) -> dict[int, list[str]]:
     """The model's names of the linears that have each number of bits; UserError for what is no `nn.Linear`."""
     if config.conv1d:
         raise _cannot(kind, "model", config.model.id, "rounds nn.Linear alone, and this model has Conv1D")
-    prefix, by_bits = names(config, "blocks"), dict[int, list[str]]()
+    by_bits = dict[int, list[str]]()
     for index, linears in enumerate(names(config, "linears")):
         for linear, level in zip(linears, config.plan.of(index, len(linears)), strict=True):
-            by_bits.setdefault(int(level.amount), []).append(f"{prefix}.{index}.{linear}")
+            by_bits.setdefault(int(level.amount), []).append(_named(config, index, f".{linear}"))
     by_bits = dict(sorted(by_bits.items()))
     for name in (name for own in by_bits.values() for name in own):
-        if not NAME.fullmatch(name):
-            raise UserError(f"linears: {name} is not the name of a module")
         if name.endswith("]"):
             raise _cannot(kind, "linears", name, "has no name for a single expert in a tensor of many")
     return by_bits

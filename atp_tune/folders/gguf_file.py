@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -27,15 +28,16 @@ from atp_tune.checkpoints.convert import LONGEST
 from atp_tune.config.best import Config
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place
-from atp_tune.folders.applying import fit_plan, folder_scores
+from atp_tune.folders.applying import Way, fit_plan, folder_scores, writing
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.plan import Plan
 from atp_tune.pruners.ggml import importances
 from atp_tune.run.session import Session, Setup
-from atp_tune.utils.cache import temporary_folder
+from atp_tune.utils.cache import rename_new, temporary_folder
 from atp_tune.utils.system import check_free, errors_alone, require
 
 RECIPE = (".imatrix.gguf", ".tensor-types.txt")  # endings of what stands beside the file
+COPIES = 3  # of the dense model: a file in float32 of one in 16 bits, and the result
 NEAR = 1e-2  # relative difference of mean squares that number formats make
 SILENT: list[Any] = []  # the function that llama.cpp logs by, which has to stay
 
@@ -53,7 +55,8 @@ def save(config: Config, out: Path, place: Place, dtype: str | None) -> Perplexi
     for file in files:
         check_free(file)
     setup = Setup.of_config(config, {"calibration": config.calibration, "test": config.texts.test}, place)
-    with Session.open(setup) as context, temporary_folder(out) as folder:
+    ask = Way(copies=COPIES).asked(out)
+    with Session.open(replace(setup, ask=ask)) as context, writing(out), temporary_folder(out) as folder:
         plan = fit_plan(config, context)
         base = folder / "dense.gguf"
         convert(context, base)
@@ -64,7 +67,7 @@ def save(config: Config, out: Path, place: Place, dtype: str | None) -> Perplexi
         context.watch(Message(f"writing {out}"))
         quantize(base, made[0], matrices)
         for file, written in zip(files, made, strict=True):
-            written.replace(file)
+            rename_new(written, file)
     return perplexity(folder_scores(setup, out, f"checking {out}")["test"]["nlls"])
 
 

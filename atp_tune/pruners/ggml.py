@@ -20,6 +20,7 @@ from atp_tune.pruners.statistics import InputMoments
 from atp_tune.utils.system import require
 
 LEAST = 1e-8  # importance of a column without inputs, as a share of the mean
+LARGEST = 65504  # of 16 bits
 
 
 class GGML(Unprepared):
@@ -44,17 +45,30 @@ def importances(statistics: InputMoments) -> Tensor:
 
 
 def rounded(weight: Tensor, name: str, importance: Tensor | None) -> Tensor:
-    """The values of weight [rows, columns] at a type, in its dtype; without importance [columns] columns count alike.
+    """The values of weight [rows, columns] at a type, in its dtype, see `encoded`."""
+    from gguf import GGMLQuantizationType, quants
 
-    UserError for weights that are not finite, at which ggml ends the process.
+    values = quants.dequantize(encoded(weight, name, importance), GGMLQuantizationType[name])
+    return torch.from_numpy(values).to(weight.device, weight.dtype)
+
+
+def encoded(weight: Tensor, name: str, importance: Tensor | None) -> Any:
+    """Weight [rows, columns] as bytes [rows, bytes] of a type; without importance [columns] columns count alike.
+
+    UserError for what ggml ends the process at: rows that are no whole blocks, and weights that are not finite, or
+    beyond its scales of 16 bits.
     """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     values = np.ascontiguousarray(weight.detach().float().cpu().numpy())
-    if not np.isfinite(values).all():
-        raise UserError(f"quantize.quantizers: ggml rounds finite weights, and one of {[*weight.shape]} has others")
-    given = np.ones(values.shape[1], np.float32) if importance is None else np.ascontiguousarray(importance.numpy())
     block, size = GGML_QUANT_SIZES[number := GGMLQuantizationType[name]]
+    if values.shape[1] % block:
+        raise UserError(f"levels: a row of {values.shape[1]} weights cannot be of type {name}")
+    if not np.abs(values).max() <= LARGEST:  # nor NaN
+        raise UserError(
+            f"quantize.quantizers: ggml rounds finite weights up to {LARGEST:g}, not one of {[*weight.shape]}"
+        )
+    given = np.ones(values.shape[1], np.float32) if importance is None else np.ascontiguousarray(importance.numpy())
     stored, threads = np.empty((len(values), values.shape[1] // block * size), np.uint8), torch.get_num_threads()
 
     def part(dense: Any, there: Any) -> None:
@@ -62,7 +76,7 @@ def rounded(weight: Tensor, name: str, importance: Tensor | None) -> Tensor:
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(part, np.array_split(values, threads), np.array_split(stored, threads)))
-    return torch.from_numpy(quants.dequantize(stored, number)).to(weight.device, weight.dtype)
+    return stored
 
 
 @cache

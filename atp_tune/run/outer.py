@@ -8,7 +8,7 @@ measured on the calibration text, and goes to the others by their squared errors
 since a price is the mean over windows of the squared slope of a window's mean loss, of which T / 2 is a KL per token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -99,7 +99,7 @@ class Outer:
         return {module: self._rounded[name][1] for name in types for module in self.modules[name]}
 
     @torch.no_grad()
-    def costs(self, session: "Session", types: Sequence[str]) -> list[list[float]]:
+    def costs(self, session: "Session") -> list[list[float]]:
         """The cost of each matrix at each type that its rows can have, on the first windows of the calibration text."""
         items, replay = session.items("calibration"), session.replay.dense
         few, heads = items[: max(1, TOKENS // items.shape[1])], session.heads
@@ -111,7 +111,7 @@ class Outer:
         session.watch(TrialStarted("embedding and head", None))
         dense, rows = final(replay), []
         for name, weight in self.weights.items():
-            names = fitting(types, weight.shape[1])
+            names = fitting(weight.shape[1])
             first = min(names, key=lambda kind: abs(type_bits(kind) - MEASURED))
             there, importance = replay.with_outer(self.at({name: first})), self.importance(name)
             kl = fmean(head_scores(there, session.score, heads, few, final(there), dense)["kls"])

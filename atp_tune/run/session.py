@@ -371,10 +371,7 @@ class Session(Released):
         if not self.pattern.channels:
             size = self._size
             widths = () if self.quantize is None or (self.prunes and size is None) else self.quantize.widths
-            types = tuple(BLOCKS) if self.by_types else ()
-            return Budget(
-                target, sizes, shapes, evidence, widths=widths, bits=self.bits, size=size, types=types, outer=outer
-            )
+            return Budget(target, sizes, shapes, evidence, widths=widths, bits=self.bits, size=size, outer=outer)
         budget = Budget(target, sizes, (), evidence, channels=self.channels)
         if target > budget.highest:
             raise too_sparse(target, self.channels, self.prune_settings.channels)
@@ -450,10 +447,10 @@ class Session(Released):
 
         def at_types(index: int, linear: Linear, weight: Tensor) -> list[Tensor]:
             inputs = statistics[index].get(linear.name)
-            return [quantizer.quantize(weight, name, inputs) for name in fitting([*BLOCKS], linear.in_features)]
+            return [quantizer.quantize(weight, name, inputs) for name in fitting(linear.in_features)]
 
         levels = ["ggml", package_version("llama-cpp-py-sync"), [*BLOCKS]]
-        return bit_costs(gradients, at_types, measured, levels, lambda: self.outer.costs(self, [*BLOCKS]))
+        return bit_costs(gradients, at_types, measured, levels, lambda: self.outer.costs(self))
 
     def _gradients(self) -> CalibrationGradients:
         pool = self._pool()
