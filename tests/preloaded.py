@@ -111,7 +111,7 @@ def at_call(owner: Any, name: str, number: int, action: Callable[[], None]) -> N
 PHASES: dict[str, tuple[Any, str, int]] = {  # what is called in it, and how often before the fault
     "loading": (Checkpoint, "load", 1),
     "measuring the dense model": (observers, "head_scores", 1),
-    "calibration": (prune_pass, "measure", 10),
+    "calibration": (prune_pass, "measure_and_advance", 10),
     "pruning": (Wanda, "prune", 31),
     "evaluation": (observers, "head_scores", 4),
     "measuring the test text": (observers, "head_scores", TOTAL + 3),

@@ -55,20 +55,20 @@ def test_a_study_is_resumed_in_its_own_batches(began: Path, elsewhere: pytest.Mo
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
-    """Numbers of calls to `measure`, one a block, in which memory runs out unless half the windows are taken."""
+    """Numbers of calls that measure a block, where memory runs out unless half the windows are taken."""
     calls, chosen = [0], set[int]()
-    measure = prune_pass.measure
+    measure = prune_pass.measure_and_advance
 
-    def failing(replay: Replay, batch: replay.AutoBatch, *more: Any) -> Any:
+    def failing(replay: Replay, batch: replay.AutoBatch, *more: Any, **options: Any) -> Any:
         calls[0] += 1
         if calls[0] in chosen:
             batch.run(lambda windows: raised() if windows > 4 else None)
-        return measure(replay, batch, *more)
+        return measure(replay, batch, *more, **options)
 
     def raised() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(prune_pass, "measure", failing)
+    monkeypatch.setattr(prune_pass, "measure_and_advance", failing)
     yield chosen
 
 
