@@ -416,13 +416,15 @@ class File:
 
 def measure(model: Rounded, file: File, texts: Sequence[Tensor], options: argparse.Namespace) -> None:
     """Measures llama.cpp's mixes, and plans at the bytes of each; keeps lines as they are found."""
+    calibration = windows(options.calibration, options.folder, WINDOWS, PARTS["calibration"])
     for mix in options.mixes:
         theirs = file.plan_of(mix)
         most = model.bits(theirs)
         found, seconds = by_command(options.folder, options.calibration, most / model.weights)
         plans = {THEIRS: theirs, COMMAND: found} | {way: model.plan(way, most) for way in WAYS}
-        text = windows(options.calibration, options.folder, WINDOWS, PARTS["calibration"])
-        plans |= {f"evolution × {times:g}": model.evolved(most, text, times * seconds) for times in options.evolve}
+        plans |= {
+            f"evolution × {times:g}": model.evolved(most, calibration, times * seconds) for times in options.evolve
+        }
         measures = [model.measures(plans, text) for text in texts]
         for name, plan in plans.items():
             bits = model.bits(plan)
