@@ -1,6 +1,7 @@
 """What the modules of the package may import, and how their code is written: read from the source, not run."""
 
 import ast
+import importlib
 import importlib.machinery
 import importlib.util
 import json
@@ -333,6 +334,23 @@ def test_help_imports_no_heavy_library(options: list[str], said: str, others: se
     )
     shown = output(sys.executable, "-c", script, cwd=REPO)
     assert "Usage" in shown and said in shown
+
+
+def test_what_runs_elsewhere_imports_names_that_are_there() -> None:
+    """Tests of a GPU, benches, scripts and examples are run by no fast test; a name that went would be seen late."""
+    places = ("tests/gpu", "benchmarks", "scripts", "examples")
+    files = [path for place in places for path in sorted((REPO / place).rglob("*")) if path.suffix in {"", ".py"}]
+    scripts = [path for path in files if path.suffix or (path.is_file() and b"python" in path.read_bytes()[:40])]
+    names = [
+        (str(path.relative_to(REPO)), node.module, alias.name)
+        for path in scripts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "atp_tune"
+        for alias in node.names
+    ]
+    assert len(names) > 100
+    there = FILES.keys()
+    assert [x for x in names if ".".join(x[1:]) not in there and not hasattr(importlib.import_module(x[1]), x[2])] == []
 
 
 # Code

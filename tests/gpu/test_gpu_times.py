@@ -8,7 +8,7 @@ import pytest
 import torch
 from cards import bench_on, trial
 
-from atp_tune.blocks.prune_pass import advance, measure, wait_for
+from atp_tune.blocks.prune_pass import advance, measure_and_advance, wait_for
 from atp_tune.cost.probe import probe
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.run.session import Session
@@ -52,7 +52,7 @@ def calibration_seconds(context: Session) -> float:
     for block in context.blocks(None):
         wait_for(device)
         began = perf_counter()
-        measure(replay, batch, block.index, block.weights, hidden, InputNorms)
+        measure_and_advance(replay, batch, block.index, block.weights, hidden, InputNorms, stops=True)
         advance(replay, batch, block.index, block.weights, hidden)
         wait_for(device)
         seconds += perf_counter() - began
