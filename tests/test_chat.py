@@ -20,9 +20,12 @@ from expect import parametrize, slow
 from forking import Forked
 from preloaded import at_terminal
 from processes import popen
+from test_models import write_gguf
 from tinystudy import HANGS, TUNE, Answer, CommandLine, Process, make_tokenizer
 from transformers import AutoModelForCausalLM
 
+from atp_tune.checkpoints.convert import gguf_folder
+from atp_tune.events import silent
 from atp_tune.packed.kernel import PackedMatrix
 
 # Makes the terminal that is its input the one whose Ctrl-C it hears, then becomes the command.
@@ -65,6 +68,13 @@ def piped(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         return command("chat", *arguments)
 
     return send
+
+
+def test_a_gguf_file_answers_as_its_folder(piped: Callable[..., Answer], tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    answer, other = (piped("the", each, "--max-new-tokens", "6") for each in (file, gguf_folder(file, silent)))
+    assert answer == other
+    assert (answer.code, answer.err) == (0, "")
 
 
 def environment() -> dict[str, str]:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from atp_tune.allocations import Budget, Shape
 from atp_tune.allocations.types import BLOCKS, cheapest_types, fitting, type_bits
+from atp_tune.checkpoints.convert import write_gguf
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config.prune import make_plan
 from atp_tune.config.study import ModelConfig
@@ -349,8 +350,7 @@ def check_recipe(out: Path, model: Path, place: Path) -> None:
     }
     lines = [line.split("=") for line in out.with_suffix(".tensor-types.txt").read_text().splitlines()]
     kinds = {pattern[1:-1].replace("[.]", "."): kind.upper() for pattern, kind in lines}
-    with Session.open(Setup.of_study(study_file(place).study, place, False)) as session:
-        gguf_file.convert(session, place / "dense.gguf")
+    write_gguf(model, place / "dense.gguf", "--outtype", "f32")
     matrices = {name: (kind, means[name]) for name, kind in kinds.items()}
     gguf_file.quantize(place / "dense.gguf", place / "again.gguf", matrices)
     assert (place / "again.gguf").read_bytes() == out.read_bytes()

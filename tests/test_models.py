@@ -5,6 +5,7 @@ import re
 import shutil
 import stat
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,7 @@ from expect import parametrize, refusal, refused, slow
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config import study
@@ -50,8 +52,10 @@ def interleaved(weight: np.ndarray) -> np.ndarray:
     return weight.reshape(HEADS, 2, -1, WIDTH).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, without: str = "") -> Path:
-    """The tiny model as llama.cpp would have converted it."""
+def write_gguf(
+    path: Path, without: str = "", more: Mapping[str, np.ndarray] | None = None, base: float = 10000.0
+) -> Path:
+    """The tiny model as llama.cpp would have converted it, and more tensors; `base`: of its positions."""
     config, writer = tiny().config, gguf.GGUFWriter(path, "llama")
     writer.add_license("mit")
     writer.add_string("general.source.repo_url", "https://huggingface.co/org/tiny")
@@ -62,7 +66,7 @@ def write_gguf(path: Path, without: str = "") -> Path:
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(base)
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
@@ -78,6 +82,8 @@ def write_gguf(path: Path, without: str = "") -> Path:
         weight = tensor.numpy()
         weight = interleaved(weight) if name.endswith(("q_proj.weight", "k_proj.weight")) else weight
         writer.add_tensor(names.get_name(name, (".weight",)), weight)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -218,6 +224,48 @@ def test_a_gguf_file_is_converted_once(
     assert resolve(model, tmp_path, notes.append) == found
     assert notes == ["converting tiny.gguf to safetensors, once"]
     assert [path.name for path in (cache / "models" / "gguf").iterdir()] == [content]
+
+
+BASE = 1e9  # of positions, so large that Llama 3 scales one of two frequencies
+
+
+def factors_of_llama_3(times: float) -> np.ndarray:
+    """By what llama.cpp divides the frequencies of positions, as its converter writes it of a Llama 3.2."""
+    config = tiny().config
+    config.rope_parameters = {
+        "rope_type": "llama3", "rope_theta": BASE, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    return (times * frequencies() / LlamaRotaryEmbedding(config).inv_freq).numpy()
+
+
+def frequencies() -> torch.Tensor:
+    return BASE ** -(torch.arange(0, WIDTH // HEADS, 2) / (WIDTH // HEADS))
+
+
+def test_a_gguf_file_with_the_positions_of_llama_3(cache: Path, tmp_path: Path) -> None:
+    """Which transformers leaves out: it is of more than a config says, so they are written into the folder's."""
+    file = write_gguf(tmp_path / "tiny.gguf", more={"rope_freqs.weight": factors_of_llama_3(1.0)}, base=BASE)
+    folder = resolve(study.ModelConfig(source=str(file)), tmp_path).path
+    scaled = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb.inv_freq
+    torch.testing.assert_close(scaled, frequencies() / torch.from_numpy(factors_of_llama_3(1.0)), rtol=1e-5, atol=0)
+    assert not torch.equal(scaled, frequencies())
+
+
+@parametrize(
+    ("name", "values", "said"),
+    [
+        ("rope_freqs.weight", factors_of_llama_3(1.5), "it scales positions, otherwise than Llama 3"),
+        ("blk.0.attn_q.bias", np.ones(WIDTH, np.float32), f"it has {WIDTH} weights, such as biases"),
+    ],
+)
+def test_what_transformers_leaves_out_of_a_gguf_file(
+    cache: Path, tmp_path: Path, name: str, values: np.ndarray, said: str
+) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", more={name: values}, base=BASE)
+    with refused(f"would not read all of the .gguf file: {said}, which it leaves out; give the model's folder"):
+        resolve(study.ModelConfig(source=str(file)), tmp_path)
+    assert not [*(cache / "models" / "gguf").iterdir()]
 
 
 @slow

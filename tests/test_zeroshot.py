@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from expect import slow
+from test_models import write_gguf
 from tinystudy import TOKENS, CommandLine, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_tune.blocks import replay
 from atp_tune.blocks.prune_pass import Pass
+from atp_tune.checkpoints.convert import gguf_folder
 from atp_tune.config.best import read_config
-from atp_tune.events import Place
+from atp_tune.events import Place, silent
 from atp_tune.folders.comparing import TaskOptions, evaluate
 from atp_tune.measures import TaskScore, difference, mean_of_tasks
 from atp_tune.run import observers
@@ -168,6 +170,14 @@ def test_statistics_by_hand() -> None:
     both = mean_of_tasks([TaskScore(value=0.2, stderr=0.03), TaskScore(value=0.6, stderr=0.04)])
     assert (both.value, both.stderr) == (pytest.approx(0.4), pytest.approx(math.sqrt(0.03**2 + 0.04**2) / 2))
     assert mean_of_tasks([TaskScore(value=0.2, stderr=0.03), TaskScore(value=0.6, stderr=0)]).stderr == 0
+
+
+@slow
+def test_a_gguf_file_is_scored_as_its_folder(tasks: Path, tmp_path: Path, command: CommandLine) -> None:
+    words = "--tasks", f"{tasks}/far.yaml", "--limit", "4"
+    found = evaluated(command, file := write_gguf(tmp_path / "tiny.gguf"), *words)
+    folder = evaluated(command, gguf_folder(file, silent), *words)
+    assert found["tasks"] == folder["tasks"]
 
 
 @slow

