@@ -157,6 +157,8 @@ def size_of(kind: str | None, bpw: float | None, size: str | None) -> str | None
     if bpw is not None:
         if size or not kind:
             raise UserError("--bpw: goes with --format gguf, in the place of --size")
+        if not 0 < bpw < float("inf"):
+            raise UserError(f"--bpw: must be bits a weight, such as 4.8, got {bpw:g}")
         return f"{bpw:g}bpw"
     if kind and not size:
         raise UserError("--format: gguf needs --bpw, such as --bpw 4.8, or --size, such as --size 100MB")

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.allocations.gradient import steps_along
+from atp_tune.allocations.types import BLOCKS
 from atp_tune.checkpoints.files import Free, ModelSizes, Offload, states
 from atp_tune.config.prune import FEWEST
 from atp_tune.config.study import Study
@@ -376,10 +377,10 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
         yield Part("screening", done.screening_total, left, screened, seconds, screened)
     # Descents by prices, then the trials.
     descended, number = descent_tokens(amounts), len(study.descents)
-    # Each step copies streamed blocks upwards and on the way back; pruners make the weights of descents by their own.
+    # Each step copies streamed blocks upwards and on the way back; weights are made where prices are of them.
     copied = rates.blocks * 2 * number * _steps(amounts)[0] * rates.fetch
-    made = LEVELS * len(_path(amounts)) * rates.blocks * sum(rates.pruners[name].prune for name in study.own_prices)
-    by_prices = max(copied, rates.statistics(descended)) + made
+    made = sum(many * rates.pruners[name].prune for name, many in _made_at(amounts).items())
+    by_prices = max(copied, rates.statistics(descended)) + rates.blocks * made
     if descended:
         each, seconds = 2 * descended / number, by_prices / number
         yield Part("gradient", number, 0 if done.trials or not is_open else number, each, seconds, each, seconds)
@@ -439,6 +440,12 @@ def step_tokens(amounts: Amounts) -> int:
 def _path(amounts: Amounts) -> tuple[float, ...]:
     """The targets of a descent by prices."""
     return amounts.study.path or (amounts.study.highest,)
+
+
+def _made_at(amounts: Amounts) -> dict[str, int]:
+    """At how many levels prices need the weights that a pruner makes, or the types of ggml."""
+    types = {"ggml": len(BLOCKS)} if amounts.study.quantize.by_types else {}
+    return dict.fromkeys(amounts.study.own_prices, LEVELS * len(_path(amounts))) | types
 
 
 def descent_tokens(amounts: Amounts) -> int:
