@@ -1,6 +1,7 @@
 """Types of ggml: the table, rounding, plans, and a study whose best plan llama.cpp itself writes."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from itertools import product
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from atp_tune.allocations import Budget, Shape
 from atp_tune.allocations.types import BLOCKS, cheapest_types, fitting, type_bits
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import write_gguf
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config.prune import make_plan
@@ -219,12 +221,27 @@ def test_what_does_not_go_together(place: Path, change: tuple[str, str], said: s
         (("--format", "gguf", "--bpw", "5", "--pruner", "wanda"), "--pruner: --format gguf rounds weights"),
         (("--format", "gguf", "--bpw", "5", "--recover"), "recover: trains scales, which ggml finds itself"),
         (("--format", "gguf", "--bpw", "100"), "bits: must be at most 8, got 100"),
+        (("--format", "gguf", "--bpw", "nan"), "--bpw: must be bits a weight, such as 4.8, got nan"),
+        (("--format", "gguf", "--bpw", "-1"), "--bpw: must be bits a weight, such as 4.8, got -1"),
     ],
 )
 def test_options_that_do_not_go_together(place: Path, command: CommandLine, words: tuple[str, ...], said: str) -> None:
     answer = command(place / "model", *words, "--dry-run")
     assert answer.code == 2
     assert said in " ".join(answer.err.split())
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know(
+    place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is refused before the model is read, not by `apply` after the search."""
+    text = (place / "tiny.toml").read_text().replace("sparsity = 0.6\n", "")
+    head, tables = GGML.split("[quantize]", 1)
+    (place / "tiny.toml").write_text(f"{head}{text}\n[quantize]{tables}")
+    monkeypatch.setattr(Checkpoint, "load", None)
+    answer = command("--study", place / "tiny.toml")
+    assert answer.code == 2
+    assert "model.source: llama.cpp's converter cannot write" in answer.error
 
 
 # --- A study, end to end.
@@ -265,6 +282,8 @@ def test_from_study_to_the_file_that_llama_cpp_writes(model: Path, place: Path, 
     out = place / "out" / "tiny.gguf"
     said = command.ok("apply", "--study", place / "tiny.toml", "--out", out).out
     assert "llama.cpp and Ollama load it" in said and "warning" not in said
+    theirs, ours = map(float, re.findall(r"on the file (\S+) ± .* it was searched (\S+) ±", said.replace(",", ""))[0])
+    assert abs(theirs / ours - 1) < 0.005
     # Types, and values of matrices whose rows the converter does not permute.
     there = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
     plan = Plan.model_validate(config["plan"])
