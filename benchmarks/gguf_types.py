@@ -36,7 +36,7 @@ from typing import Any
 
 import gguf
 import torch
-from engines import convert, llama
+from engines import llama
 from marked_page import write_between
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -45,7 +45,9 @@ import atp_tune
 from atp_tune.allocations.bits import cheapest
 from atp_tune.allocations.types import BLOCKS, type_bits
 from atp_tune.api.presets import PRESETS
+from atp_tune.checkpoints.convert import write_gguf
 from atp_tune.config.data import Text
+from atp_tune.folders.gguf_file import llama_logits
 from atp_tune.inputs.items import IDS
 from atp_tune.inputs.windows import token_windows
 from atp_tune.pruners.ggml import LEAST, encoded
@@ -344,7 +346,7 @@ class File:
 
     def __init__(self, model: Rounded, folder: Path) -> None:
         self._model, self._base = model, folder / "dense.gguf"
-        convert(model.folder, self._base, "f32")
+        write_gguf(model.folder, self._base, "--outtype", "f32")
         reader = gguf.GGUFReader(self._base)
         arch = str(reader.fields["general.architecture"].contents())
         number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
@@ -390,28 +392,7 @@ class File:
         """Log-probabilities [tokens - 1, vocabulary] of each window by llama.cpp on the file of a plan."""
         out = self._base.with_name("plan.gguf")
         self.write(out, label, plan)
-        ffi, library = llama()
-        model = library.llama_model_load_from_file(str(out).encode(), library.llama_model_default_params())
-        words = library.llama_context_default_params()
-        words.n_ctx = words.n_batch = words.n_ubatch = LENGTH
-        words.n_threads = words.n_threads_batch = torch.get_num_threads()
-        context, batch = library.llama_init_from_model(model, words), library.llama_batch_init(LENGTH, 0, 1)
-        size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-        found = []
-        for window in text.tolist():
-            library.llama_memory_clear(library.llama_get_memory(context), True)
-            batch.n_tokens = len(window)
-            for at, token in enumerate(window):
-                batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.seq_id[at][0] = token, at, 1, 0
-                batch.logits[at] = 1
-            if library.llama_decode(context, batch):
-                raise SystemExit(f"{out}: llama.cpp could not decode")
-            values = bytearray(ffi.buffer(library.llama_get_logits(context), 4 * size * len(window)))
-            found.append(torch.frombuffer(values, dtype=torch.float32).view(-1, size)[:-1].log_softmax(-1))
-        library.llama_batch_free(batch)
-        library.llama_free(context)
-        library.llama_model_free(model)
-        return found
+        return [logits[:-1].log_softmax(-1) for logits in llama_logits(out, text)]
 
 
 def measure(model: Rounded, file: File, texts: Sequence[Tensor], options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atp_tune.checkpoints.convert import write_gguf
+from atp_tune.checkpoints.convert import as_user_error, write_gguf
 from atp_tune.config.best import Config
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place
@@ -94,26 +94,23 @@ def measured(context: Session, plan: Plan, file: Path) -> Perplexity:
 
 def llama_logits(file: Path, windows: Tensor) -> Iterator[Tensor]:
     """Logits [tokens, vocabulary] of each window [windows, tokens] by llama.cpp on a file, on the CPU."""
-    ffi, library = _library()
-    model = library.llama_model_load_from_file(str(file).encode(), library.llama_model_default_params())
-    words, length = library.llama_context_default_params(), windows.shape[1]
-    words.n_ctx = words.n_batch = words.n_ubatch = length
-    words.n_threads = words.n_threads_batch = torch.get_num_threads()
-    context, batch = library.llama_init_from_model(model, words), library.llama_batch_init(length, 0, 1)
-    size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-    for window in windows.tolist():
-        library.llama_memory_clear(library.llama_get_memory(context), True)
-        batch.n_tokens = length
-        for at, token in enumerate(window):
-            batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, at, 1, 1
-            batch.seq_id[at][0] = 0
-        if library.llama_decode(context, batch):
-            raise UserError(f"{file}: llama.cpp cannot run it")
-        values = bytearray(ffi.buffer(library.llama_get_logits(context), 4 * size * length))
-        yield torch.frombuffer(values, dtype=torch.float32).view(length, size)
-    library.llama_batch_free(batch)
-    library.llama_free(context)
-    library.llama_model_free(model)
+    (ffi, library), (_, length), load = _library(), windows.shape, import_module("llama_cpp_py_sync").Llama
+    with (
+        as_user_error(f"{file}: llama.cpp cannot run it"),
+        load(str(file), length, length, torch.get_num_threads()) as llama,
+    ):
+        context, batch = llama._ctx, library.llama_batch_init(length, 0, 1)
+        for window in windows.tolist():
+            library.llama_memory_clear(library.llama_get_memory(context), True)
+            batch.n_tokens = length
+            for at, token in enumerate(window):
+                batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, at, 1, 1
+                batch.seq_id[at][0] = 0
+            if library.llama_decode(context, batch):
+                raise RuntimeError("its decoder failed")
+            values = bytearray(ffi.buffer(library.llama_get_logits(context), 4 * llama.n_vocab * length))
+            yield torch.frombuffer(values, dtype=torch.float32).view(length, -1)
+        library.llama_batch_free(batch)
 
 
 def matrices_of(context: Session, plan: Plan, base: Path) -> Matrices:
