@@ -25,22 +25,28 @@ from pydantic_core import to_jsonable_python
 import atp_tune
 from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.config.best import SHARES, ZeroShot
+from atp_tune.config.data import short_source
 from atp_tune.config.plugged import permission
 from atp_tune.config.studyfile import settings
 from atp_tune.errors import printable
-from atp_tune.measures import TEXTS, Gain, Role, TaskScore
+from atp_tune.measures import MEASURES, TEXTS, Gain, Role, TaskScore
 from atp_tune.metrics import NAMES, Continuations, ImageAnswer, Speed, spread
 from atp_tune.report import figures
 from atp_tune.results.formatting import (
     continuations_note,
     duration,
     in_one_line,
+    limit_words,
     meaning_of_errors,
+    plan_words,
+    resume_command,
     spent,
     study_remarks,
     texts_note,
+    trial_remark,
+    wanted,
 )
-from atp_tune.results.results import DENSE, NOTHING
+from atp_tune.results.results import DENSE, NOTHING, is_uniform
 from atp_tune.results.status import make_status
 from atp_tune.results.summary import Summary, Table, front, kinds, overview, summarise, trials
 from atp_tune.storage.attributes import StudySnapshot
@@ -64,7 +70,6 @@ class Contents:
     realised      share of zeros counted in the best trial
     description   in the study file
     seconds       of all trials; `devices` that they ran on
-    notes         sentences on what is unusual in the study
     versions      of the libraries, of all trials
     study_file    with all overrides, as TOML; None where an early version made the study
     state         numbers of trials by state, in words
@@ -82,7 +87,6 @@ class Contents:
     description: str
     seconds: float
     devices: str
-    notes: list[str]
     versions: dict[str, str]
     study_file: str | None
     state: str
@@ -124,7 +128,6 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
         description=file.study.description if file else "",
         seconds=sum(sum(spent(trial).values()) for trial in trials),
         devices=_several(trial.user_attrs.get("device") for trial in trials),
-        notes=study_remarks(summary),
         versions={name: _several(each.get(name) for each in versions) for name in names},
         study_file=toml(settings(file)["settings"]) if file else None,
         state=", ".join([f"{summary.done}{of} trials done", *(f"{count} {what}" for count, what in counts if count)]),
@@ -309,6 +312,11 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#$&~])", r"\\\1", printable(" ".join(text.split())))
 
 
+def code(text: object) -> str:
+    """Text as inline code."""
+    return "`" + printable(str(text)).replace("`", "'") + "`"
+
+
 def fenced(language: str, text: str) -> str:
     """Text as a fenced code block, which text with fences in it cannot end."""
     fence = "`" * (3 + max(map(len, re.findall("`+", text)), default=0))
@@ -317,8 +325,7 @@ def fenced(language: str, text: str) -> str:
 
 def markdown(studies: Sequence[Contents]) -> bytes:
     """The report: a comparison if there are several studies, then each study."""
-    sections = list(map(_tables, studies))
-    return (rendered("report.md.jinja", studies=sections, comparison=comparison(studies)) + "\n").encode()
+    return (rendered("report.md.jinja", studies=studies, comparison=comparison(studies)) + "\n").encode()
 
 
 def table(content: Table, gap: str = "") -> str:
@@ -369,10 +376,14 @@ PAGES = Environment(
     lstrip_blocks=True, undefined=StrictUndefined,
 )  # fmt: skip
 PAGES.filters |= {"escaped": escaped, "printable": printable, "tex": tex}
-PAGES.globals |= {
-    "table": table, "fenced": fenced, "symbol": symbol, "zero_shot_note": zero_shot_note,
-    "continuations_note": continuations_note, "version": atp_tune.__version__,
-}  # fmt: skip
+GAP = "&emsp;"  # the dashboard leaves no space between columns
+HELPERS = (  # functions that the documents call
+    as_typed, code, commands, continuations, continuations_note, fenced, fingerprint, front, importance, is_lost,
+    is_uniform, kinds, limit_words, meaning_of_errors, overview, permission, plain_name, plan_words, resume_command,
+    short_source, speed, study_remarks, symbol, table, trial_remark, trials, wanted, zero_shot, zero_shot_note,
+)  # fmt: skip
+PAGES.globals |= {each.__name__: each for each in HELPERS}
+PAGES.globals |= {"gap": GAP, "measures": MEASURES, "version": atp_tune.__version__}
 
 
 def rendered(name: str, **given: Any) -> str:
@@ -453,7 +464,7 @@ SAME = ("model.content", "texts.validation.content", "images.validation.content"
 def html(studies: Sequence[Contents]) -> bytes:
     """The page of the studies; a comparison comes first if there are several."""
     page = PAGES.get_template("page.html.jinja").render(
-        studies=[_section(contents, index) for index, contents in enumerate(studies)],
+        studies=list(map(_section, studies)),
         made=max(contents.made for contents in studies),
         comparison=comparison(studies),
         overlays=_drawn(overlays(studies)),
@@ -477,41 +488,20 @@ def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
     return {name: figure for name, figure in by_name.items() if figure is not None}
 
 
-def _tables(contents: Contents) -> dict[str, Any]:
-    """What the page and the Markdown show of a study: its contents, and their tables."""
-    summary = contents.summary
-    return {
-        "contents": contents,
-        "summary": summary,
-        "headline": overview(summary),
-        "kinds": kinds(summary),
-        "front": front(summary),
-        "zero_shot": summary.zero_shot and zero_shot(summary.zero_shot),
-        "speed": summary.speed and speed(summary.speed),
-        "continuations": summary.continuations and continuations(summary.continuations),
-        "importance": importance(contents),
-        "trials": trials(summary),
-        "fingerprint": fingerprint(contents),
-        "commands": commands(summary),
-    }
-
-
-def _section(contents: Contents, index: int) -> dict[str, Any]:
+def _section(contents: Contents) -> dict[str, Any]:
     summary = contents.summary
     plots, results = figures.draw(summary), summary.results
     if "perplexity" in plots and (went := figures.draw_history(summary)):
         plots["history"] = went
     models = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
     return {
-        **_tables(contents),
-        "id": f"study-{index + 1}",
+        "contents": contents,
         "figures": _drawn(plots),
         "scores": {
             name: model and {text: results.shown(model, text, results.main) for text in TEXTS}
             for name, model in models.items()
         },
         "answers": _answers(summary),
-        "file_name": f"{plain_name(summary.name)}.toml",
     }
 
 

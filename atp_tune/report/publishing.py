@@ -5,42 +5,25 @@ A run does this when it has found a better trial, and at its end. `serve` makes 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from atp_tune.config.data import short_source
-from atp_tune.config.plugged import permission
-from atp_tune.errors import printable
-from atp_tune.measures import MEASURES
 from atp_tune.plan import Plan
 from atp_tune.report.figures import draw
 from atp_tune.report.formats import rendered
-from atp_tune.results.formatting import (
-    limit_words,
-    meaning_of_errors,
-    plan_words,
-    resume_command,
-    study_remarks,
-    trial_remark,
-    wanted,
-)
-from atp_tune.results.results import is_uniform
+from atp_tune.results.formatting import trial_remark
 from atp_tune.results.status import best_config, measured_columns
-from atp_tune.results.summary import Summary, front, overview, summarise
+from atp_tune.results.summary import Summary, summarise
 from atp_tune.storage import database
 from atp_tune.storage.attributes import Attributes, StudySnapshot, readable
-from atp_tune.storage.progress import is_lost
 from atp_tune.utils.cache import temporary_folder, write_atomically
 from atp_tune.utils.registry import Table
-from atp_tune.utils.system import as_typed
 
 # --- The texts of the dashboard: Markdown notes on studies and trials, and columns of its table.
 
 OWN = "*Above: written by atp_tune. Below: your own notes, which are kept.*"
-GAP = "&emsp;"  # the dashboard leaves no space between columns
 
 
 def own_words(written: str) -> str:
@@ -55,26 +38,12 @@ def study_note(
 
     `address` is the storage's URL, `join` its URL for other machines; `files`: the study's artifacts.
     """
-    return _note("study", summary, file=summary.made_from, address=address, join=join, files=files)
+    return rendered("study.md.jinja", summary=summary, file=summary.made_from, address=address, join=join, files=files)
 
 
 def trial_note(trial: FrozenTrial, summary: Summary) -> str:
     """Plan, value or the reason for none, sparsities and times of a trial."""
-    return _note("trial", summary, trial=trial, plan=Plan.stored_in(trial.user_attrs))
-
-
-def _note(name: str, summary: Summary, **given: Any) -> str:
-    helpers = (
-        as_typed, front, is_lost, is_uniform, limit_words, meaning_of_errors, overview, permission, plan_words,
-        resume_command, short_source, study_remarks, trial_remark, wanted,
-    )  # fmt: skip
-    given |= {each.__name__: each for each in helpers}
-    return rendered(f"{name}.md.jinja", summary=summary, gap=GAP, measures=MEASURES, code=_code, **given)
-
-
-def _code(text: object) -> str:
-    """Text as inline code."""
-    return "`" + printable(str(text)).replace("`", "'") + "`"
+    return rendered("trial.md.jinja", summary=summary, trial=trial, plan=Plan.stored_in(trial.user_attrs))
 
 
 def columns(trial: FrozenTrial) -> Table:
