@@ -248,13 +248,14 @@ def push(words: list[str], *, private: bool = False, options: BestOptions) -> No
     from atp_tune.folders.publishing import check_folder, check_permission
 
     *folders, name = words
-    options.check("DIR", folders[0] if folders else None, storage=options.storage)
+    folder = Path(folders[0]) if folders else None
+    options.check("DIR", folder, storage=options.storage)
     if len(folders) > 1:
         raise wrong("DIR ORG/NAME", f"got {len(words)} words, and takes DIR ORG/NAME")
-    if folders:
-        check_folder(Path(folders[0]))
+    if folder is not None:
+        check_folder(folder)
         check_permission(name, private)
-        upload(Path(folders[0]), name, private)
+        upload(folder, name, private)
         return
 
     best = options.best()
