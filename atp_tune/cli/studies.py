@@ -599,18 +599,15 @@ def export(
         if target is not PRINTED:
             write(configuration, kind, target)
     if target is not PRINTED and kind != "json":
-        notes = (  # on the parts of a configuration that a table or a recipe does not have
-            (
-                configuration.plan.by_row,
-                "rows of a linear differ in sparsity: this has each linear's mean; `apply` writes the exact plan, and "
-                "--format json has the rows (plan)",
-            ),
-            (
-                configuration.is_trained,
-                "these are the zeros of the plan; `apply` trains the weights it keeps, which another program does not",
-            ),
-        )
-        for holds, note in notes:
-            if holds:
-                print(f"note: {note}", file=sys.stderr)
+        # The parts of a configuration that a table or a recipe does not have.
+        if configuration.plan.by_row:
+            print(
+                "note: rows of a linear differ in sparsity: this has each linear's mean; `apply` writes the exact "
+                "plan, and --format json has the rows (plan)", file=sys.stderr,
+            )  # fmt: skip
+        if configuration.is_trained:
+            print(
+                "note: these are the zeros of the plan; `apply` trains the weights it keeps, which another program "
+                "does not", file=sys.stderr,
+            )  # fmt: skip
     print(configuration.to_json() if json else f"{printable(str(target))}\n", end="")
