@@ -10,7 +10,7 @@ from rich.text import Text
 from atp_tune.cli.terminal import console, echo
 from atp_tune.cost.remaining import Remaining
 from atp_tune.errors import printable
-from atp_tune.events import Ahead, Event, EventHandler, Message, Step, TrialEnded, TrialStarted
+from atp_tune.events import Ahead, Event, EventHandler, Message, Step, TrialEnded, TrialStarted, ignore_events
 
 PERIOD = 60  # seconds after which a plain line says how far a phase is
 
@@ -38,7 +38,7 @@ class Display:
         self._began = monotonic()
         self._notes = set[str]()
         self._only: Line | None = None
-        self.listeners = list[EventHandler]()  # are told of each trial that ends, of any worker
+        self.listener: EventHandler = ignore_events  # is told of each trial that ends, of any worker
 
     def __enter__(self) -> "Display":
         if console().is_terminal:
@@ -122,8 +122,7 @@ class Line:
                 echo(trial_line(event, self._plan, now - self._began, later), markup=False)
                 count = f"{event.done}/{event.total} {event.what}s"
                 bars.update(self._display.whole, description=f"study ({best_so_far(event)})", count=count)
-                for listen in self._display.listeners:
-                    listen(event)
+                self._display.listener(event)
 
     def hide(self) -> None:
         """Removes the bar of a process that has ended."""

@@ -136,7 +136,7 @@ def start(study: str, options: RunOptions, study_name: str | None = None, remark
         )
         pool = partial(_in_workers, workers, display) if workers else None
         with Follower(trackers, partial(load_existing, run), file.beside, display) as follower:
-            display.listeners.append(follower)
+            display.listener = follower
             try:
                 result = run_study(run, pool)
             except KeyboardInterrupt:
