@@ -101,9 +101,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
 def load_study(
     study: str,
-    storage: str | None,
-    device: str | None,
-    set_: list[str] | None,
+    storage: str | None = None,
+    set_: list[str] | None = None,
+    device: str | None = None,
     plugins: bool | None = None,
     folder: Path | None = None,
 ) -> "StudyFile":
@@ -194,7 +194,7 @@ class BestOptions(Permissions):
         """The stored study, its file with the settings that it was run with, and the file of its best configuration."""
         from atp_tune.results.status import file_as_run, stored_study
 
-        file = load_study(str(self.study), self.storage, None, set_)
+        file = load_study(str(self.study), self.storage, set_)
         study, path = stored_study(file, self.study_name), file.best_path(self.study_name or file.name)
         return study, file_as_run(study, file, bool(set_)), path
 
@@ -284,7 +284,7 @@ def trials(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     from atp_tune.config.finding import finished_trials
 
     options = ctx.params
-    file = load_study(options["study"], options.get("storage"), None, list(options.get("set_") or []))
+    file = load_study(options["study"], options.get("storage"), list(options.get("set_") or []))
     name = options.get("study_name") or file.name
     return [str(number) for number in finished_trials(file.database, name)] if file.database else []
 

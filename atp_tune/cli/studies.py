@@ -104,7 +104,7 @@ def plugins(
                 raise UserError(f"{each}: is Python code, which is not run; read it, then allow it with {ASK}")
             names += registered_in(each)
         if study is not None:
-            loaded = load_study(study, None, None, set_, trust_plugins)
+            loaded = load_study(study, None, set_, None, trust_plugins)
             names += [(one.kind, one.short) for one in named_in(loaded.study)]
         rows = entries(names)
     if json:
@@ -229,7 +229,7 @@ def status(
     from atp_tune.results.status import make_status, stored_study
     from atp_tune.results.summary import summarise
 
-    file = load_study(study, storage, None, set_)
+    file = load_study(study, storage, set_)
     if watch:
         tables.watch(file, study_name or file.name, every or 2, json)
         return
@@ -271,7 +271,7 @@ def report(
     if study_names and len(study_names) != len(study):
         raise UserError(f"--study-name: must be given once for each --study, got {len(study_names)} for {len(study)}")
     pairs = zip(study, study_names or [None] * len(study), strict=True)
-    files = [(load_study(one, storage, None, set_), name) for one, name in pairs]
+    files = [(load_study(one, storage, set_), name) for one, name in pairs]
     target = out or files[0][0].beside(report_name([name or file.name for file, name in files], kind))
     check(kind, target)
     stored = [stored_study(file, name) for file, name in files]
@@ -302,7 +302,7 @@ def plan(
 
     Example: `python tune.py plan --study smol`
     """
-    show_plan(load_study(study, storage, device, set_, trust_plugins), study_name, json)
+    show_plan(load_study(study, storage, set_, device, trust_plugins), study_name, json)
 
 
 def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> None:
@@ -584,7 +584,7 @@ def export(
     if config is not None:
         target = out or (PRINTED if json else config.with_name(f"{config.name.removesuffix('.json')}{ending}"))
     else:
-        file = load_study(str(study), storage, None, set_)
+        file = load_study(str(study), storage, set_)
         stored, name = stored_study(file, study_name), study_name or file.name
         may_ask = sys.stdin.isatty() and sys.stdout.isatty() and not json
         number = _chosen(stored, choice, may_ask)

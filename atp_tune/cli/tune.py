@@ -75,7 +75,7 @@ class RunOptions:
 
     def load(self, study: str, device: str | None = None) -> "StudyFile":
         """The study file with the overrides of all options."""
-        return load_study(study, self.storage, device or self.device, self.overrides, self.trust_plugins)
+        return load_study(study, self.storage, self.overrides, device or self.device, self.trust_plugins)
 
     @property
     def overrides(self) -> list[str]:
@@ -332,7 +332,7 @@ def model(
 
 def _go_on(path: Path, wishes: "StudyRequest", options: RunOptions) -> None:
     """Runs the study of a file that is there; UserError if it is another's."""
-    study = load_study(str(path), None, None, None).study
+    study = load_study(str(path)).study
     wishes.check_same(study, path)
     _start(path, replace(options, set_=[*wishes.training_overrides(study), *(options.set_ or [])]))
 
@@ -365,7 +365,7 @@ def _remove_unused(path: Path, storage: str | None) -> None:
     try:
         from atp_tune.results.status import stored_study
 
-        is_used = bool(stored_study(load_study(str(path), storage, None, None), None).trials)
+        is_used = bool(stored_study(load_study(str(path), storage), None).trials)
     except UserError:
         is_used = False
     if not is_used:
@@ -439,7 +439,7 @@ def prune(
     if sparsity is not None:
         overrides.append("limit=none")  # which only a search over sparsities has
     base = Path() if study is None else None
-    file = load_study(study or str(BARE), None, device, [*overrides, *(set_ or [])], trust_plugins, base)
+    file = load_study(study or str(BARE), None, [*overrides, *(set_ or [])], device, trust_plugins, base)
     if file.study.interval is not None:
         from atp_tune.plan import percent
 
