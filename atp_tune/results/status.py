@@ -150,8 +150,6 @@ def study_columns(attrs: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: facts[name] for name in names if name in facts}, "trials": attrs.get("total", "not known yet")}
 
 
-FORMAT: Literal["atp_tune.status/3"] = "atp_tune.status/3"
-
 State = Literal["not started", "unfinished", "complete", "unknown", "invalid"]
 
 
@@ -266,7 +264,7 @@ class Status(FrozenModel):
     trials by number, and of the best one `trained`.
     """
 
-    format: Literal["atp_tune.status/3"] = FORMAT
+    format: Literal["atp_tune.status/3"] = "atp_tune.status/3"
     study: str
     sparsity: float | tuple[float, float] | None
     done: int
