@@ -192,8 +192,7 @@ class OverInterval(AtSparsity):
     def best(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The knee of the front, without one the sparsest within `LIMIT`."""
         done = ranked(trials)
-        at_knee = self._knee(done)
-        return self._within(done, self.limit) if at_knee is None else at_knee
+        return self._knee(done) or self._within(done, self.limit)
 
     def _knee(self, done: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The knee of the front of ranked trials over sparsity; None without one."""
