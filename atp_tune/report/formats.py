@@ -283,11 +283,11 @@ def fingerprint(contents: Contents) -> Table:
 
 def commands(summary: Summary) -> list[tuple[str, str]]:
     """Purpose and command, for each command that the report shows."""
-    stored = summary.made_from is not None
-    study = shlex.quote(f"{plain_name(summary.name)}.toml" if stored else printable(summary.name))
+    file = summary.made_from
+    study = shlex.quote(f"{plain_name(summary.name)}.toml" if file else printable(summary.name))
     endings = (".best.json", summary.amount.ending or "-sparse")
     config, folder = (shlex.quote(plain_name(summary.name) + ending) for ending in endings)
-    trusts = "".join(f" {word}" for word in permission(summary.made_from.study)) if summary.made_from else ""
+    trusts = "".join(f" {word}" for word in permission(file.study)) if file else ""
     rows = [
         ("run or resume", f"python tune.py --study {study}{trusts}"),
         ("show the trials", f"python tune.py status --study {study}"),
