@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import optuna
 from optuna.trial import FrozenTrial
 from pydantic import Field, PlainSerializer
+from pydantic_core import to_jsonable_python
 
 from atp_tune.config.best import BothDraws, Config, Score, Scores, Sparsity, dumps
 from atp_tune.config.studyfile import StudyFile
@@ -314,9 +315,7 @@ class Listed(FrozenModel):
 
 def to_json(what: FrozenModel | Sequence[FrozenModel], indent: int | None = 2) -> str:
     """One JSON document without a final line break; in one line if `indent` is None."""
-    if isinstance(what, FrozenModel):
-        return dumps(what.model_dump(mode="json"), indent)
-    return dumps([part.model_dump(mode="json") for part in what], indent)
+    return dumps(to_jsonable_python(what), indent)
 
 
 def make_status(summary: Summary, now: datetime) -> Status:
