@@ -421,11 +421,11 @@ def sign_of_beta(summary: Summary) -> str:
         return ""
     word = "positive, which keeps early blocks denser," if is_positive else "negative, which keeps late blocks denser,"
     uniform, against = results.uniform(better), results.change(other, better, main, "validation")
-    values = [str(results.score(trial, "validation", main) or NOTHING) for trial in (better, other, uniform)]
     texts = [
-        f"β = {trial.params['beta']:.4g} has {value}" for trial, value in zip((better, other), values, strict=False)
+        f"β = {trial.params['beta']:.4g} has {results.score(trial, 'validation', main) or NOTHING}"
+        for trial in (better, other)
     ]
-    beside = f", uniform {values[2]}" if uniform is not None else ""
+    beside = f", uniform {results.score(uniform, 'validation', main) or NOTHING}" if uniform is not None else ""
     # Of equal accuracies the cross-entropy has decided.
     chance = against is not None and (against.is_chance or not against.change.value)
     return (

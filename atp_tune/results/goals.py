@@ -146,8 +146,7 @@ class AtSparsity:
     def columns(self, summary: "Summary") -> Iterator[Column]:
         """Columns of changes of the perplexity, also over draws."""
         yield "against uniform", summary.results.against_uniform
-        best = drawn(summary)
-        if best:
+        if best := drawn(summary):
             count, over = best.count, summary.over_draws
             yield f"perplexity, {count} draws", lambda m: None if isinstance(m, str) else over.get(m.number)
             yield (
