@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.pruners import Measures, Statistics, Unprepared
+from atp_tune.pruners.selection import column_groups
 from atp_tune.pruners.sparsegpt import change_by_blocks, through_strips
 from atp_tune.pruners.statistics import Hessian
 
@@ -48,17 +49,6 @@ class Grid:
     def nearest(self, weights: Tensor) -> Tensor:
         """The values nearest to weights, whose shape matches that of the scales."""
         return (weights / self.scale).round_().add_(self.zero).clamp_(0, self.top).sub_(self.zero).mul_(self.scale)
-
-
-def column_groups(columns: int, group_size: int) -> list[tuple[slice, int]]:
-    """The groups of that many columns: all whole ones together, then the smaller last one, each with its size.
-
-    A group size of -1 is one group for all columns.
-    """
-    size = columns if group_size == -1 else min(group_size, columns)
-    whole = columns - columns % size
-    parts = [(slice(0, whole), size), (slice(whole, columns), columns - whole)]
-    return [(part, size) for part, size in parts if size]
 
 
 # --- RTN: rounds each weight to the nearest value of its group; needs no inputs.

@@ -67,11 +67,24 @@ def lowest_in_rows(scores: Tensor, sparsity: float, group: int | None = None) ->
     """Mask [rows, columns] of the ⌊columns·s⌋ lowest scores of each row, or the ⌊M·s⌋ lowest of each group."""
     if group is None:
         return lowest(scores, int(scores.shape[1] * sparsity))
-    rows, columns = scores.shape
-    whole = columns - columns % group
-    parts = [scores[:, :whole].reshape(-1, group), scores[:, whole:]]
-    masks = [lowest(part, int(part.shape[1] * sparsity + SLACK)) for part in parts if part.numel()]
-    return torch.cat([mask.reshape(rows, -1) for mask in masks], 1)
+    masks = [lowest(part, int(part.shape[1] * sparsity + SLACK)) for part in grouped(scores, group)]
+    return torch.cat([mask.reshape(len(scores), -1) for mask in masks], 1)
+
+
+def column_groups(columns: int, group_size: int) -> list[tuple[slice, int]]:
+    """The groups of that many columns: all whole ones together, then the smaller last one, each with its size.
+
+    A group size of -1 is one group for all columns.
+    """
+    size = columns if group_size == -1 else min(group_size, columns)
+    whole = columns - columns % size
+    parts = [(slice(0, whole), size), (slice(whole, columns), columns - whole)]
+    return [(part, size) for part, size in parts if size]
+
+
+def grouped(matrix: Tensor, group: int) -> list[Tensor]:
+    """The groups of a matrix [rows, columns]: all whole ones of its rows [n, M], then the smaller last ones."""
+    return [matrix[:, columns].reshape(-1, size) for columns, size in column_groups(matrix.shape[1], group)]
 
 
 def lowest_in_matrix(scores: Tensor, sparsity: float, group: int | None = None) -> Tensor:
@@ -109,10 +122,8 @@ def order_in_rows(scores: Tensor, group: int | None = None) -> Tensor:
     places = ranks(scores)
     if group is None:
         return places
-    rows, columns = scores.shape
-    whole = columns - columns % group
-    parts = [part for part in (scores[:, :whole].reshape(-1, group), scores[:, whole:]) if part.numel()]
-    goes_at = torch.cat([((ranks(part).float() + 1) / part.shape[1]).reshape(rows, -1) for part in parts], 1)
+    goes = [(ranks(part).float() + 1) / part.shape[1] for part in grouped(scores, group)]
+    goes_at = torch.cat([part.reshape(len(scores), -1) for part in goes], 1)
     order = places.long()
     return ranks(torch.empty_like(goes_at).scatter_(1, order, goes_at)).gather(1, order)
 
@@ -366,10 +377,10 @@ def _miscounted(weight: Tensor, pruned: Tensor, sparsity: float, group: int | No
         high = min(rows * columns, rows * math.ceil(columns * sparsity - SLACK) + before)
         wanted = f"{low}" if low == high else f"{low} to {high}"
         return "" if low <= count <= high else f"left {count} zeros of {rows * columns} weights {at} {wanted}"
-    whole, most = columns - columns % group, before
-    for part, size in ((zeros[:, :whole].reshape(-1, group), group), (zeros[:, whole:], columns - whole)):
-        least = int(size * sparsity + SLACK)
+    most = before
+    for part in grouped(zeros, group):
+        least = int(part.shape[1] * sparsity + SLACK)
         most += least * len(part)
-        if part.numel() and (fewest := int(part.sum(1).min())) < least:
-            return f"left {fewest} zeros in a group of {size} {at} {least}"
+        if (fewest := int(part.sum(1).min())) < least:
+            return f"left {fewest} zeros in a group of {part.shape[1]} {at} {least}"
     return "" if count <= most else f"left {count} zeros {at} {most} at most"
