@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,11 @@ class DenseMeasurements:
         vars(self).pop("states", None)
         self.calibration = None
 
-    @property
-    def evidence(self) -> Callable[..., DenseMetrics]:
-        """Makes the metrics that allocations need, from what plans by prices need; each is measured once for all."""
-
-        def statistics(kind: type[Statistics]) -> Sequence[BlockStatistics]:
-            return self.statistics(Measuring(kind))
-
-        return partial(DenseMetrics, self.replay.checkpoint, statistics, self._metrics, self._step)
+    def evidence(self, *prices: Any) -> DenseMetrics:
+        """The metrics that allocations need, each measured once for all; `prices`: what plans by prices need."""
+        return DenseMetrics(
+            self.replay.checkpoint, lambda kind: self.statistics(Measuring(kind)), self._metrics, self._step, *prices
+        )
 
     @cached_property
     def curve_windows(self) -> int:

@@ -368,8 +368,9 @@ class Session(Released):
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
         settings, sizes, shapes = self.prune_settings, self.checkpoint.sizes, self.checkpoint.shapes
         outer = self.outer.shapes if self.by_types else {}
-        own = (self._priced, settings.priced_by, settings.by_rows, self._path, self._width_costs)
-        evidence = self.measured.evidence(*own)
+        evidence = self.measured.evidence(
+            self._priced, settings.priced_by, settings.by_rows, self._path, self._width_costs
+        )
         if not self.pattern.channels:
             size = self._size
             widths = () if self.quantize is None or (self.prunes and size is None) else self.quantize.widths
