@@ -191,7 +191,7 @@ def of_windows(file: StudyFile, context: Session) -> list[str]:
 
 def of_statistics(file: StudyFile, context: Session) -> list[str]:
     pruners = [context.methods.pruner(name) for name in file.study.methods.short_names]
-    return [context.measured.statistics_key(each, each.measures) for each in pruners if each.measures]
+    return [context.measured.statistics_key(each) for each in pruners if each.measures]
 
 
 def of_prices(file: StudyFile, context: Session) -> list[Any]:

@@ -134,26 +134,23 @@ class DenseMeasurements:
 
     def statistics(self, pruner: Pruner | Measuring) -> Sequence[BlockStatistics]:
         """Statistics of every linear's inputs in the dense model, measured once for each kind and cached on disk."""
-        kind = pruner.measures
-        assert kind is not None
-        name = self.statistics_key(pruner, kind)
+        name = self.statistics_key(pruner)
         if name not in self._statistics:
-            self._statistics[name] = self._read_or_measure(cache_dir("statistics") / name, pruner, kind)
+            self._statistics[name] = self._read_or_measure(cache_dir("statistics") / name, pruner)
         return self._statistics[name]
 
     def fast_statistics(self, pruner: Pruner) -> Sequence[BlockStatistics]:
         """The statistics, as ranks if the pruner can use ranks, which are faster."""
-        statistics, kind, checkpoint = self.statistics(pruner), pruner.measures, self.replay.checkpoint
-        assert kind is not None
-        group = getattr(pruner, "group", None)
-        name = self.statistics_key(pruner, kind), group
+        statistics, checkpoint, group = self.statistics(pruner), self.replay.checkpoint, getattr(pruner, "group", None)
+        name = self.statistics_key(pruner), group
         if name not in self._ranked and can_rank(pruner, checkpoint):
             self._ranked[name] = ranked(statistics, checkpoint, group)
         return self._ranked.get(name, statistics)
 
-    def statistics_key(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> str:
+    def statistics_key(self, pruner: Pruner | Measuring) -> str:
         """SHA-256 of everything that determines a pruner's statistics."""
-        checkpoint = self.replay.checkpoint
+        checkpoint, kind = self.replay.checkpoint, pruner.measures
+        assert kind is not None
         is_own = kind.__module__.startswith("atp_tune.")
         prepares = issubclass(kind, Hessian | Several) or not is_own  # the others are the same for all pruners
         return key(
@@ -167,10 +164,9 @@ class DenseMeasurements:
             arithmetic=arithmetic(checkpoint.device, checkpoint.dtype),
         )
 
-    def _read_or_measure(
-        self, folder: Path, pruner: Pruner | Measuring, kind: type[Statistics]
-    ) -> Sequence[BlockStatistics]:
-        checkpoint = self.replay.checkpoint
+    def _read_or_measure(self, folder: Path, pruner: Pruner | Measuring) -> Sequence[BlockStatistics]:
+        checkpoint, kind = self.replay.checkpoint, pruner.measures
+        assert kind is not None
         if not folder.is_dir():
             needed = sum(kind.bytes_for(x.in_features) for linears in checkpoint.linears for x in linears)
             try:

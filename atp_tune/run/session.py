@@ -44,7 +44,6 @@ from atp_tune.metrics import BosEffect
 from atp_tune.plan import Plan
 from atp_tune.pruners.ggml import GGML
 from atp_tune.pruners.rounding import RTN
-from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.run.dense_model import (
     POOL,
@@ -427,7 +426,7 @@ class Session(Released):
     def _priced(self, targets: Sequence[float], pruner: str, rows: bool) -> tuple[RowSparsities, ...]:
         """Ends of descents by prices, measured on windows that no other text shares; `rows`: rows move too."""
         gradients, group = self._gradients(), self.pattern.group
-        measured = self.measured.statistics_key(Wanda(), InputNorms)
+        measured = self.measured.statistics_key(Wanda())
         if self.prune_settings.has_own_prices(pruner):
             own = self.prune_settings.pruner(pruner)
             prepared = self.measured.statistics(own) if own.measures else [{} for _ in self.checkpoint.blocks]
@@ -441,7 +440,7 @@ class Session(Released):
         """What it costs to round each linear of the dense model to each width."""
         assert self.quantize is not None
         gradients, own = self._gradients(), self.quantize
-        measured = self.measured.statistics_key(Wanda(), InputNorms)
+        measured = self.measured.statistics_key(Wanda())
         if not self.by_types:
             nearest, levels = RTN(own.group_size, own.symmetric), [own.group_size, own.symmetric, list(own.widths)]
             by = lambda index, linear, weight: [nearest.quantize(weight, bits, None) for bits in own.widths]  # noqa: E731
