@@ -402,15 +402,14 @@ def by_score(
     `statistics`: of a block's inputs in the dense model, as norms or ranks; `rows`: rows move too, by this loss.
     """
 
-    def by_wanda(index: int, linear: Linear, weight: Tensor) -> Tensor:
-        own = statistics(index).get(linear.name)
+    def places(index: int, linear: Linear, weight: Tensor) -> Tensor:
+        own = statistics(index).get(linear.name) if score == "wanda" else None
         if isinstance(own, Ranks):
             return own.places
         if own is None:
             return by_magnitude(weight, group)
         return order_in_rows(Wanda.scores(weight, own), group)
 
-    places = by_wanda if score == "wanda" else lambda index, linear, weight: by_magnitude(weight, group)
     if rows:
         return RowDescent(gradients, places, score, rows)
     own = [score, *([] if group is None else [group])]
