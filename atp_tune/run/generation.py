@@ -44,10 +44,10 @@ def generate(
         raise UserError(f"model {type(model).__name__}: cannot generate text")
     check_known(model, int(ids.max()), "prompt")
     ends = end_tokens(model, tokenizer)
-    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
-        **{"do_sample": False, **sampled},
+        **(sampling if temperature else {"do_sample": False}),
     )  # fmt: skip
     prompt = ids.shape[1]
 
