@@ -240,8 +240,9 @@ class Prompts(Whole[tuple[str, ...]]):
         """The continuations by dense, uniform and best, and by others."""
         own = {name: self.found[name] for name in NAMES}
         others = {name: texts for name, texts in self.found.items() if name not in NAMES}
-        fields = {"prompts": tuple(self.prompts), "tokens": self.tokens, "dtype": self.session.dtype}
-        return Continuations(**fields, **own, others=others)
+        return Continuations(
+            prompts=tuple(self.prompts), tokens=self.tokens, dtype=self.session.dtype, **own, others=others
+        )
 
 
 @dataclass(eq=False)
