@@ -224,8 +224,8 @@ class Session(Released):
             effect = compare_bos(replay, batch, session.heads, dense_blocks(checkpoint), folder, text, base)
             if effect is not None:
                 setup.place.note(f"texts.bos: {effect}")
-            if effect is not None and effect.taken:
-                windows = kind.read(setup.texts, folder, base, True)
+                if effect.taken:
+                    windows = kind.read(setup.texts, folder, base, True)
             session = cls(folder, checkpoint, windows, setup, replay)
             session.bos_effect = effect
         # What steps by prices draw from, and the draws of the calibration text.
@@ -280,8 +280,7 @@ class Session(Released):
 
     def limited(self, role: str, most: int) -> "Session":
         """The session with the first items of one role, at most so many."""
-        items = self.windows[role]
-        return self._with(role, items[:most])
+        return self._with(role, self.windows[role][:most])
 
     def _with(self, role: str, items: Items, **changed: Any) -> "Session":
         """A copy with other items of a role and these attributes, without error curve."""
