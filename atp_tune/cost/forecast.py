@@ -142,9 +142,6 @@ def problems(held: Bytes, needed: Memory, offload: Offload, windows: int) -> tup
     return tuple(lines)
 
 
-FORMAT: Literal["atp_tune.plan/2"] = "atp_tune.plan/2"
-
-
 class Summed(FrozenModel):
     """Numbers that have a sum."""
 
@@ -272,7 +269,7 @@ class StudyCost(FrozenModel):
 class Forecast(FrozenModel):
     """The cost of a study; `problems`: a line for each obstacle."""
 
-    format: Literal["atp_tune.plan/2"] = FORMAT
+    format: Literal["atp_tune.plan/2"] = "atp_tune.plan/2"
     study: str
     device: str
     dtype: str
