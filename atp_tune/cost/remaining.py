@@ -98,8 +98,8 @@ class Remaining:
         self._stage, self._at[who] = stage, Item(name, now)
 
     def _end(self, who: Hashable, now: float) -> None:
-        if who in self._at:
-            self._parts[self._at[who].part].took.append(now - self._at[who].began)
+        if item := self._at.get(who):
+            self._parts[item.part].took.append(now - item.began)
 
     def _left(self, name: str, part: Part, rate: float | None, now: float) -> float | None:
         running = [item for item in self._at.values() if item.part == name]
