@@ -257,8 +257,8 @@ class ValidatedStudy(optuna.Study):
         return None
 
     def _check(self, trial: FrozenTrial) -> FrozenTrial:
-        original, result = self._checked.get(trial._trial_id, (None, None))
-        if result is not None and original is trial:
+        original, result = self._checked.get(trial._trial_id, (None, trial))
+        if original is trial:
             return result
         result = checked_trial(trial, len(self.directions))
         if trial.state.is_finished():
