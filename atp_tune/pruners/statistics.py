@@ -215,8 +215,8 @@ class Hessian:
         """Restores statistics from `tensors`."""
         statistics = cls.__new__(cls)
         statistics._gram, statistics.tokens, statistics._scaled = tensors["gram"], int(tensors["tokens"]), {}
-        factors = {name: part for name, part in tensors.items() if name.startswith("factor ")}
-        statistics._factors = {name.removeprefix("factor "): part for name, part in factors.items()}
+        prefix = "factor "
+        statistics._factors = {x.removeprefix(prefix): part for x, part in tensors.items() if x.startswith(prefix)}
         return statistics
 
     def matrix(self) -> Tensor:
