@@ -63,7 +63,6 @@ class Wanda(WandaSettings, Unprepared):
         """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are the `InputNorms` of its inputs."""
         if isinstance(statistics, Ranks) and self.goes_by_row and self.group == statistics.group:
             return zeroed(weight, statistics.lowest(sparsity))
-        assert statistics is not None
         scores = self.scores(weight, statistics)
         if self.goes_by_row:
             mask = lowest_in_rows(scores, sparsity, self.group)
@@ -72,7 +71,7 @@ class Wanda(WandaSettings, Unprepared):
         return zeroed(weight, mask)
 
     @staticmethod
-    def scores(weight: Tensor, statistics: Statistics) -> Tensor:
+    def scores(weight: Tensor, statistics: Statistics | None) -> Tensor:
         """Scores [out, in] of weight [out, in] in float32; statistics are the `InputNorms` of its inputs."""
         assert isinstance(statistics, InputNorms)
         return weight.abs().float().mul_(statistics.norms())
@@ -92,7 +91,6 @@ class WandaOfRows(Unprepared):
         if isinstance(statistics, Ranks) and statistics.group is None:
             places = statistics.places
         else:
-            assert statistics is not None
             places = order_in_rows(Wanda.scores(weight, statistics))
         return zeroed(weight, places < self.zeros.to(places.device)[:, None])
 
