@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.pruners import Measures, Statistics, Unprepared
-from atp_tune.pruners.selection import column_groups
+from atp_tune.pruners.selection import grouped, ungrouped
 from atp_tune.pruners.sparsegpt import change_by_blocks, through_strips
 from atp_tune.pruners.statistics import Hessian
 
@@ -67,20 +67,15 @@ class RTN(Unprepared):
 
     def quantize(self, weight: Tensor, bits: int, statistics: Statistics | None, zeros: Tensor | None = None) -> Tensor:
         """A copy of weight [out, in] with at most 2^bits values in each group; 0 stays 0."""
-        rounded = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
-        for columns, size in column_groups(weight.shape[1], self.group_size):
-            groups = weight[:, columns].float().reshape(len(weight), -1, size)
-            rounded[:, columns] = Grid.of(groups, bits, self.symmetric).nearest(groups).flatten(1)
-        return rounded.to(weight.dtype)
+        groups = [part.float() for part in grouped(weight, self.group_size)]
+        rounded = [Grid.of(part, bits, self.symmetric).nearest(part) for part in groups]
+        return ungrouped(rounded, len(weight)).to(weight.dtype)
 
     def grid(self, weight: Tensor, bits: int) -> Grid:
         """The scale and zero point [out, groups] of each group of weight [out, in]; GPTQ's are the same."""
-        grids = [
-            Grid.of(weight[:, columns].float().reshape(len(weight), -1, size), bits, self.symmetric)
-            for columns, size in column_groups(weight.shape[1], self.group_size)
-        ]
-        scale, zero = torch.cat([one.scale for one in grids], 1), torch.cat([one.zero for one in grids], 1)
-        return Grid(scale.squeeze(-1), zero.squeeze(-1), grids[0].top)
+        grids = [Grid.of(part.float(), bits, self.symmetric) for part in grouped(weight, self.group_size)]
+        scales, zeros = [one.scale for one in grids], [one.zero for one in grids]
+        return Grid(ungrouped(scales, len(weight)), ungrouped(zeros, len(weight)), grids[0].top)
 
 
 # --- GPTQ: rounds column by column and updates the columns to the right to compensate for the error.
@@ -124,13 +119,12 @@ class GPTQ(RTN):
         """
         assert isinstance(statistics, Hessian)
         R = statistics.factor(self.damping, self.act_order)
-        W = torch.empty_like(weight.T, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight.T)
+        W = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         # The grid of each column of W [in, out], with scales and zero points [out].
         grids = list[Grid]()
-        for columns, size in column_groups(len(W), self.group_size):
-            for group in torch.split(W[columns], size):
-                grid = Grid.of(group.T, bits, self.symmetric)
-                grids += [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * size
+        for group in torch.split(W, len(W) if self.group_size == -1 else self.group_size):
+            grid = Grid.of(group.T, bits, self.symmetric)
+            grids += [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * len(group)
         W[statistics.dead()] = 0  # W is [in, out], so that columns are contiguous
         order = statistics.order() if self.act_order else None
         if order is not None:

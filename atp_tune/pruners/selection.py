@@ -68,23 +68,23 @@ def lowest_in_rows(scores: Tensor, sparsity: float, group: int | None = None) ->
     if group is None:
         return lowest(scores, int(scores.shape[1] * sparsity))
     masks = [lowest(part, int(part.shape[1] * sparsity + SLACK)) for part in grouped(scores, group)]
-    return torch.cat([mask.reshape(len(scores), -1) for mask in masks], 1)
-
-
-def column_groups(columns: int, group_size: int) -> list[tuple[slice, int]]:
-    """The groups of that many columns: all whole ones together, then the smaller last one, each with its size.
-
-    A group size of -1 is one group for all columns.
-    """
-    size = columns if group_size == -1 else min(group_size, columns)
-    whole = columns - columns % size
-    parts = [(slice(0, whole), size), (slice(whole, columns), columns - whole)]
-    return [(part, size) for part, size in parts if size]
+    return ungrouped(masks, len(scores))
 
 
 def grouped(matrix: Tensor, group: int) -> list[Tensor]:
-    """The groups of a matrix [rows, columns]: all whole ones of its rows [n, M], then the smaller last ones."""
-    return [matrix[:, columns].reshape(-1, size) for columns, size in column_groups(matrix.shape[1], group)]
+    """The groups of a matrix [rows, columns]: all whole ones of its rows [n, M], then the smaller last ones.
+
+    A group of -1 is all columns.
+    """
+    columns = matrix.shape[1]
+    size = columns if group == -1 else min(group, columns)
+    whole = columns - columns % size
+    return [part for part in (matrix[:, :whole].reshape(-1, size), matrix[:, whole:]) if part.numel()]
+
+
+def ungrouped(parts: list[Tensor], rows: int) -> Tensor:
+    """A matrix of so many rows again, from its parts by `grouped`, or from a value [n, 1] for each group of them."""
+    return torch.cat([part.reshape(rows, -1) for part in parts], 1)
 
 
 def lowest_in_matrix(scores: Tensor, sparsity: float, group: int | None = None) -> Tensor:
@@ -122,8 +122,8 @@ def order_in_rows(scores: Tensor, group: int | None = None) -> Tensor:
     places = ranks(scores)
     if group is None:
         return places
-    goes = [(ranks(part).float() + 1) / part.shape[1] for part in grouped(scores, group)]
-    goes_at = torch.cat([part.reshape(len(scores), -1) for part in goes], 1)
+    parts = [(ranks(part).float() + 1) / part.shape[1] for part in grouped(scores, group)]
+    goes_at = ungrouped(parts, len(scores))
     order = places.long()
     return ranks(torch.empty_like(goes_at).scatter_(1, order, goes_at)).gather(1, order)
 
@@ -140,9 +140,9 @@ def ranks(scores: Tensor) -> Tensor:
         order = scores.argsort(dim=1, stable=True)
         positions = torch.arange(columns, dtype=kind, device=scores.device).expand(rows, -1)
         return torch.empty_like(order, dtype=kind).scatter_(1, order, positions)
-    array = np.empty((rows, columns), dtype=np.int16 if kind == torch.int16 else np.int32)
-    _in_threads(_rank, scores.float().numpy(force=True), array)
-    return torch.from_numpy(array)
+    places = torch.empty(rows, columns, dtype=kind)
+    _in_threads(_rank, scores.float().numpy(force=True), places.numpy())
+    return places
 
 
 def zeroed(weight: Tensor, gone: Tensor) -> Tensor:
