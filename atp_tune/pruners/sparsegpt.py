@@ -128,7 +128,7 @@ class SparseGPT(SparseGPTSettings):
         """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are the `Hessian` of its inputs."""
         assert isinstance(statistics, Hessian)
         R = statistics.factor(self.damping)
-        W = torch.empty_like(weight.T, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight.T)
+        W = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         W[statistics.dead()] = 0  # W is [in, out], so that columns are contiguous
         width = self.columns if self.group is None else max(self.columns // self.group, 1) * self.group
         change_by_blocks(W, R, width, lambda updated, U, here: _prune_block(updated, U, sparsity, self.group))
