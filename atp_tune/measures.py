@@ -134,8 +134,13 @@ def perplexity(nlls: Items) -> Perplexity:
 
 def change(before: Items, after: Items) -> Change:
     """Relative change of perplexity between NLLs [n] of the same windows."""
-    ratio = perplexity([new - old for old, new in zip(before, after, strict=True)])
+    ratio = perplexity(rises(before, after))
     return Change(value=ratio.value - 1, stderr=ratio.stderr)
+
+
+def rises(before: Items, after: Items) -> list[float]:
+    """What each item [n] rises by."""
+    return [new - old for old, new in zip(before, after, strict=True)]
 
 
 def by_kind(nlls: Items, kinds: Sequence[str]) -> dict[str, Perplexity]:
@@ -156,7 +161,7 @@ def relative(before: Items, after: Items) -> Change | None:
 
 def share_gain(before: Items, after: Items) -> Gain:
     """The difference of the mean shares of the same windows [n]."""
-    return Gain.mean([new - old for old, new in zip(before, after, strict=True)])
+    return Gain.mean(rises(before, after))
 
 
 def accuracy(ranks: Items, top: int = 1) -> Accuracy:
@@ -182,9 +187,9 @@ def difference(values: Items, base: Items) -> TaskScore | None:
     """Mean difference by items on a task, with its standard error; None without scores of at least two items."""
     if len(values) != len(base) or len(values) < 2:
         return None
-    differences = [value - other for value, other in zip(values, base, strict=True)]
+    gains = rises(base, values)
     error_of = error_of_gain if {*values, *base} <= {0.0, 1.0} else error_of_mean
-    return TaskScore(value=statistics.fmean(differences), stderr=error_of(differences))
+    return TaskScore(value=statistics.fmean(gains), stderr=error_of(gains))
 
 
 def mean_of_tasks(scores: Sequence[TaskScore]) -> TaskScore:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from atp_tune.measures import Change, Perplexity, change, interval_factor, perplexity
+from atp_tune.measures import Change, Perplexity, change, interval_factor, perplexity, rises
 from atp_tune.utils.registry import FrozenModel
 
 COUNT = 10  # images
@@ -82,7 +82,7 @@ class BosEffect(FrozenModel):
             without=perplexity(without),
             windows=len(with_bos),
             tokens=tokens,
-            taken=is_better([old - new for old, new in zip(without, with_bos, strict=True)]),
+            taken=is_better(rises(with_bos, without)),
         )
 
     def __str__(self) -> str:
@@ -220,7 +220,7 @@ def over_draws(
     """From window NLLs by draw and those of uniform; None for a single draw or one without a number."""
     values = [perplexity(one).value for one in nlls]
     pairs = zip(uniform or (), nlls, strict=bool(uniform))
-    changes = [change(base, own).value for base, own in pairs if len(base) == len(own)] if uniform else []
+    changes = [change(base, own).value for base, own in pairs if len(base) == len(own)]
     if len(values) < 2 or not all(map(math.isfinite, [*values, *changes])):
         return None
     paired = len(changes) == len(values)
