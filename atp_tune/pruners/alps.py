@@ -54,7 +54,7 @@ class ALPS(ALPSSettings, Unprepared):
         mask = self._smallest(W, sparsity)
         if mask.all() or not mask.any():
             return zeroed(weight, mask)
-        B = self._admm(W, scaled, sparsity)
+        B = self._admm(W, scaled, sparsity, mask)
         mask = self._smallest(B, sparsity)
         B = refine(zeroed(B, mask), mask, W, scaled.matrix, self.steps)
         return (B / scaled.scales).to(weight.dtype)
@@ -62,12 +62,11 @@ class ALPS(ALPSSettings, Unprepared):
     def _smallest(self, B: Tensor, sparsity: float) -> Tensor:
         return lowest_in_matrix(B.abs(), sparsity, self.group)
 
-    def _admm(self, W: Tensor, scaled: Scaled, sparsity: float) -> Tensor:
-        """The last iterate B [out, in]."""
+    def _admm(self, W: Tensor, scaled: Scaled, sparsity: float, first: Tensor) -> Tensor:
+        """The last iterate B [out, in]; `first`: the mask of the smallest entries of W."""
         target, rho, inverse = W @ scaled.matrix, self.rho, scaled.inverse(self.rho)
-        last = self._smallest(W, sparsity)
-        kept, begun = int((~last).sum()), False
-        B, D, V = W, zeroed(W, last), torch.zeros_like(W)
+        last, kept, begun = first, int((~first).sum()), False
+        B, D, V = W, zeroed(W, first), torch.zeros_like(W)
         for i in range(1, self.iterations + 1):
             B = (target - V + rho * D) @ inverse
             sums = B + V / rho
@@ -82,7 +81,7 @@ class ALPS(ALPSSettings, Unprepared):
             factor = _growth(changed / kept, begun)
             begun = begun or factor > 1
             if changed and not begun:
-                D, V = zeroed(W, self._smallest(W, sparsity)), torch.zeros_like(W)
+                D, V = zeroed(W, first), torch.zeros_like(W)
             rho = min(rho * factor, LARGEST)
             inverse = scaled.inverse(rho)
         return B
