@@ -120,6 +120,11 @@ class InputMoments:
         return self._deviations / max(1, self.tokens)
 
 
+def below(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 class Several:
     """Statistics of several `kinds` of the same inputs, by names of parts, which begin the names of their tensors."""
 
@@ -141,10 +146,7 @@ class Several:
     def restored(cls, tensors: Tensors) -> Self:
         """Restores statistics from `tensors`."""
         statistics = cls.__new__(cls)
-        statistics.parts = {}
-        for part, kind in cls.kinds.items():
-            own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
-            statistics.parts[part] = kind.restored(own)
+        statistics.parts = {part: kind.restored(below(tensors, f"{part}.")) for part, kind in cls.kinds.items()}
         return statistics
 
     @classmethod
@@ -215,8 +217,7 @@ class Hessian:
         """Restores statistics from `tensors`."""
         statistics = cls.__new__(cls)
         statistics._gram, statistics.tokens, statistics._scaled = tensors["gram"], int(tensors["tokens"]), {}
-        prefix = "factor "
-        statistics._factors = {x.removeprefix(prefix): part for x, part in tensors.items() if x.startswith(prefix)}
+        statistics._factors = below(tensors, "factor ")
         return statistics
 
     def matrix(self) -> Tensor:
