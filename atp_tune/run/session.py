@@ -171,11 +171,13 @@ class Session(Released):
             replay = verified_with_tower(*own, items) if checkpoint.in_tower else verified(*own)
         self.replay = replay
         size = block_bytes(checkpoint)
-        sizes = {role: AutoBatch(checkpoint.device, each.positions, size, watch) for role, each in windows.items()}
+        self._roles = {
+            role: Role(items[role], AutoBatch(checkpoint.device, each.positions, size, watch))
+            for role, each in windows.items()
+        }
         longest = max((each.positions for each in windows.values()), default=1)
         positions, size = self.score.head_cost(checkpoint, longest)
         self.heads = AutoBatch(checkpoint.device, positions, size, watch)
-        self._roles = {role: Role(items[role], batch) for role, batch in sizes.items()}
         self._has_error_curve = True  # `prune` measures the error of the hidden states
         self._draws: Sequence[
             tuple[Items, Items]
