@@ -159,11 +159,6 @@ def relative(before: Items, after: Items) -> Change | None:
     return Change(value=ratio - 1, stderr=error_of_mean(rest) / mean)
 
 
-def share_gain(before: Items, after: Items) -> Gain:
-    """The difference of the mean shares of the same windows [n]."""
-    return Gain.mean(rises(before, after))
-
-
 def accuracy(ranks: Items, top: int = 1) -> Accuracy:
     """The share of ranks [n] below `top`."""
     hits = sum(rank < top for rank in ranks)
@@ -283,7 +278,7 @@ KL_99 = Measure(
 )  # fmt: skip
 SAME_TOP = Measure(
     "same_top", "same top", "share of positions with the dense model's most likely token", "same_tops",
-    Accuracy.mean, share_gain, Accuracy, dense="100%", is_higher_better=True,
+    Accuracy.mean, lambda before, after: Gain.mean(rises(before, after)), Accuracy, dense="100%", is_higher_better=True,
     note="Same top: the share of positions (or images) whose most likely token (or class) is the dense model's.",
 )  # fmt: skip
 MEASURES = {measure.name: measure for measure in (PERPLEXITY, KL, KL_99, SAME_TOP, ACCURACY)}

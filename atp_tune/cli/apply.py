@@ -103,11 +103,11 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
         measured = best.made(watch).save(out, packed=packed, slim=slim, dtype=dtype)
     config = best.config
     promised = config.final("test") or (config.final("validation") if config.is_trained else None)
-    echo(f"{'rounded model' if out.is_file() else 'sparse checkpoint'}: {out}")
     if out.is_file():
-        echo(f"perplexity on the first windows of the test text, by llama.cpp: {measured}")
+        echo(f"rounded model: {out}")
         echo("llama.cpp and Ollama load it; beside it are the importance matrix and the types for `llama-quantize`")
         return
+    echo(f"sparse checkpoint: {out}")
     if promised is None:
         echo(f"perplexity on the test text: {measured} (the configuration has none yet)")
     else:

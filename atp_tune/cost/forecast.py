@@ -441,8 +441,9 @@ def _path(amounts: Amounts) -> tuple[float, ...]:
 
 def _made_at(amounts: Amounts) -> dict[str, int]:
     """At how many levels prices need the weights that a pruner makes, or the types of ggml."""
-    types = {"ggml": len(BLOCKS)} if amounts.study.quantize.by_types else {}
-    return dict.fromkeys(amounts.study.own_prices, LEVELS * len(_path(amounts))) | types
+    if amounts.study.quantize.by_types:
+        return {"ggml": len(BLOCKS)}
+    return dict.fromkeys(amounts.study.own_prices, LEVELS * len(_path(amounts)))
 
 
 def descent_tokens(amounts: Amounts) -> int:

@@ -36,14 +36,13 @@ from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores.next_token import token_nlls
 from atp_tune.utils.cache import rename_new, temporary_folder
-from atp_tune.utils.system import check_free, errors_alone
+from atp_tune.utils.system import check_free
 
 RECIPE = (".imatrix.gguf", ".tensor-types.txt")  # endings of what stands beside the file
 COPIES = 3  # of the dense model: a file in float32 of one in 16 bits, and the result
 NEAR = 1e-2  # relative difference of mean squares that number formats make
 TOKENS = 8192  # of the test text, that llama.cpp is run on
 FAR = 0.02  # relative difference of perplexities that llama.cpp's rounding of activations does not make
-SILENT: list[Any] = []  # the function that llama.cpp logs by, which has to stay
 
 Matrices = Mapping[str, tuple[str, Any]]  # type, and importance [columns] of each tensor
 
@@ -60,17 +59,16 @@ def save(config: Config, out: Path, place: Place, dtype: str | None) -> Perplexi
     for file in files:
         check_free(file)
     setup = Setup.of_config(config, {"calibration": config.calibration, "test": config.texts.test}, place)
-    ask = Way(copies=COPIES).asked(out)
-    with Session.open(replace(setup, ask=ask)) as context, writing(out), temporary_folder(out) as folder:
+    setup = replace(setup, ask=Way(copies=COPIES).asked(out))
+    with Session.open(setup) as context, writing(out), temporary_folder(out) as folder:
         plan = fit_plan(config, context)
         base = folder / "dense.gguf"
-        context.watch(Message("converting the dense model by llama.cpp"))
+        context.watch(Message(f"converting the dense model by llama.cpp, to write {out}"))
         write_gguf(context.folder.path, base, "--outtype", "f32")
         matrices = matrices_of(context, plan, base)
         made = [folder / file.name for file in files]
         write_imatrix(made[1], matrices)
         made[2].write_text("".join(f"{line}={kind.lower()}\n" for line, kind in patterns(matrices)), encoding="utf-8")
-        context.watch(Message(f"writing {out}"))
         quantize(base, made[0], matrices)
         # The model comes last: what stands there has its recipe.
         for file, written in reversed([*zip(files, made, strict=True)]):
@@ -80,25 +78,23 @@ def save(config: Config, out: Path, place: Place, dtype: str | None) -> Perplexi
 
 def measured(context: Session, plan: Plan, file: Path) -> Perplexity:
     """The perplexity of the first test windows by llama.cpp on a file; a line warns if the plan's is far from it."""
-    few = context.limited("test", max(1, TOKENS // context.windows["test"].positions))
-    [scores] = few.measure(plan, [RoleScores("test")])
-    windows = few.windows["test"].tensors[IDS].long()
+    [scores] = context.measure(plan, [RoleScores("test")])
+    windows = context.windows["test"].tensors[IDS].long()
+    windows = windows[: max(1, TOKENS // windows.shape[1])]
     pairs = zip(llama_logits(file, windows), windows, strict=True)
     there = perplexity([float(token_nlls(logits[:-1], window[1:]).mean()) for logits, window in pairs])
-    here = perplexity(scores["nlls"])
+    here = perplexity(scores["nlls"][: len(windows)])
     warning = "warning: " if abs(there.value / here.value - 1) > FAR else ""
-    texts = f"perplexity on the first {len(windows)} windows of the test text"
-    context.watch(Message(f"{warning}{texts}: by llama.cpp on the file {there}, as it was searched {here}"))
+    what = f"{warning}perplexity on the first {len(windows)} windows of the test text"
+    context.watch(Message(f"{what}: by llama.cpp on the file {there}, as it was searched {here}"))
     return there
 
 
 def llama_logits(file: Path, windows: Tensor) -> Iterator[Tensor]:
     """Logits [tokens, vocabulary] of each window [windows, tokens] by llama.cpp on a file, on the CPU."""
-    (ffi, library), (_, length), load = _library(), windows.shape, import_module("llama_cpp_py_sync").Llama
-    with (
-        as_user_error(f"{file}: llama.cpp cannot run it"),
-        load(str(file), length, length, torch.get_num_threads()) as llama,
-    ):
+    (ffi, library, _), length, wrong = _library(), windows.shape[1], as_user_error(f"{file}: llama.cpp cannot run it")
+    load = import_module("llama_cpp_py_sync").Llama
+    with wrong, load(str(file), length, length, torch.get_num_threads()) as llama:
         context, batch = llama._ctx, library.llama_batch_init(length, 0, 1)
         for window in windows.tolist():
             library.llama_memory_clear(library.llama_get_memory(context), True)
@@ -166,22 +162,21 @@ def patterns(matrices: Matrices) -> Iterator[tuple[str, str]]:
 
 
 @cache
-def _library() -> tuple[Any, Any]:
-    """The bindings of llama.cpp, which then says nothing, and its library."""
+def _library() -> tuple[Any, Any, Any]:
+    """The bindings of llama.cpp, which then says nothing; its library; and what it logs by, which has to stay."""
     bindings = import_module("llama_cpp_py_sync._cffi_bindings")
-    with errors_alone():
-        ffi, library = bindings.get_ffi(), bindings.get_lib()
-        SILENT.append(ffi.callback("void(enum ggml_log_level, const char*, void*)", lambda *_: None))
-        library.llama_log_set(SILENT[0], ffi.NULL)
-        library.llama_backend_init()
-    return ffi, library
+    ffi, library = bindings.get_ffi(), bindings.get_lib()
+    silent = ffi.callback("void(enum ggml_log_level, const char*, void*)", lambda *_: None)
+    library.llama_log_set(silent, ffi.NULL)
+    library.llama_backend_init()
+    return ffi, library, silent
 
 
 def quantize(base: Path, out: Path, matrices: Matrices) -> None:
     """Writes the file by llama.cpp's own quantizer; UserError if a tensor has another type than the plan says."""
     import gguf
 
-    ffi, library = _library()
+    ffi, library, _ = _library()
     words = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     words.ftype, words.nthread = int(gguf.LlamaFileType.MOSTLY_Q4_K_M), torch.get_num_threads()
     kept = list[Any]()
@@ -201,9 +196,10 @@ def quantize(base: Path, out: Path, matrices: Matrices) -> None:
     words.tt_overrides, words.imatrix = types, imatrix
     if library.llama_model_quantize(str(base).encode(), str(out).encode(), words):
         raise UserError(f"--out: llama.cpp could not write {out.name}; is there room on the disk?")
-    dense = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(base).tensors}
+    dense, found = (
+        {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors} for file in (base, out)
+    )
     wanted = dense | {name: kind for name, (kind, _) in matrices.items()}
-    found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out).tensors}
     if other := next((name for name in wanted if found.get(name) != wanted[name]), None):
         raise UserError(
             f"--out: llama.cpp gives {other} the type {found.get(other)}, where {wanted[other]} was measured"

@@ -78,19 +78,12 @@ class ALPS(ALPSSettings, Unprepared):
             changed, last = int((mask != last).sum()), mask
             if (begun and not changed) or (i > SETTLED and changed < 0.0003 * kept):
                 break
-            factor = _growth(changed / kept, begun)
+            # The factor for ρ, from the share of kept entries that changed.
+            share = changed / kept
+            factor = 1.3 if share > 0.1 else 1.2 if share > 0.005 else 1.1 if begun else 0.2
             begun = begun or factor > 1
             if changed and not begun:
                 D, V = zeroed(W, first), torch.zeros_like(W)
             rho = min(rho * factor, LARGEST)
             inverse = scaled.inverse(rho)
         return B
-
-
-def _growth(changed: float, begun: bool) -> float:
-    """The factor for ρ, from the share of kept entries that changed."""
-    if changed > 0.1:
-        return 1.3
-    if changed > 0.005:
-        return 1.2
-    return 1.1 if begun else 0.2

@@ -285,9 +285,9 @@ class Session(Released):
         return self._with(role, self.windows[role][:most])
 
     def _with(self, role: str, items: Items, **changed: Any) -> "Session":
-        """A copy with other items of a role and these attributes, without error curve."""
+        """A copy with other items of one role and these attributes, without dense measurements and error curve."""
         other = copy(self)
-        for name in ("measured", "outer") if role == "calibration" else ():
+        for name in ("measured", "outer"):  # are of the calibration text
             vars(other).pop(name, None)
         roles = {**self._roles, role: Role(items.batch(self.checkpoint.device), self.batch(role))}
         vars(other).update(windows={**self.windows, role: items}, _roles=roles, _has_error_curve=False, **changed)

@@ -390,10 +390,8 @@ def _process(trial: FrozenTrial) -> tuple[Any, ...]:
 
 def _is_nameless(trial: FrozenTrial) -> bool:
     """Whether a trial has lacked its process's identity for `GRACE` seconds; storing it takes milliseconds."""
-    began = trial.datetime_start
-    if "process_started" in trial.user_attrs or began is None:
-        return False
-    return abs((datetime.now() - began).total_seconds()) > GRACE
+    began, has_identity = trial.datetime_start, "process_started" in trial.user_attrs
+    return not has_identity and began is not None and abs((datetime.now() - began).total_seconds()) > GRACE
 
 
 def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
