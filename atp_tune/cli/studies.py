@@ -599,15 +599,14 @@ def export(
         if target is not PRINTED:
             write(configuration, kind, target)
     if target is not PRINTED and kind != "json":
-        # The parts of a configuration that a table or a recipe does not have.
-        if configuration.plan.by_row:
-            print(
-                "note: rows of a linear differ in sparsity: this has each linear's mean; `apply` writes the exact "
-                "plan, and --format json has the rows (plan)", file=sys.stderr,
-            )  # fmt: skip
-        if configuration.is_trained:
-            print(
-                "note: these are the zeros of the plan; `apply` trains the weights it keeps, which another program "
-                "does not", file=sys.stderr,
-            )  # fmt: skip
+        notes = {  # on the parts of a configuration that a table or a recipe does not have
+            "rows of a linear differ in sparsity: this has each linear's mean; `apply` writes the exact plan, and "
+            "--format json has the rows (plan)": configuration.plan.by_row,
+            "these are the zeros of the plan; `apply` trains the weights it keeps, which another program does not": (
+                configuration.is_trained
+            ),
+        }
+        for note, holds in notes.items():
+            if holds:
+                print(f"note: {note}", file=sys.stderr)
     print(configuration.to_json() if json else f"{printable(str(target))}\n", end="")

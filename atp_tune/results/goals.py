@@ -146,7 +146,8 @@ class AtSparsity:
     def columns(self, summary: "Summary") -> Iterator[Column]:
         """Columns of changes of the perplexity, also over draws."""
         yield "against uniform", summary.results.against_uniform
-        if best := drawn(summary):
+        best = drawn(summary)
+        if best:
             count, over = best.count, summary.over_draws
             yield f"perplexity, {count} draws", lambda m: None if isinstance(m, str) else over.get(m.number)
             yield (
