@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from atp_tune.api import arguments
 from atp_tune.cli import display
 from atp_tune.cli.display import Display
+from atp_tune.cli.terminal import markdown
 from atp_tune.cost.remaining import Remaining
 from atp_tune.events import Ahead, Message, Step, TrialEnded, TrialStarted
 
@@ -97,3 +98,9 @@ def test_a_bar_of_python_is_made_when_work_begins_and_has_the_whole_time(
         lines(TrialStarted(title, None))
     lines.bar.close()
     assert "trial 0:  17%" in (said := capsys.readouterr().err) and said.rstrip().endswith("ETA 0:01:40")
+
+
+def test_cells_of_a_table_are_shown_as_they_are() -> None:
+    """Names of tasks, of files and of metrics hold brackets and colons, which rich would take for markup."""
+    *_, row = markdown(("task", "a"), [("piqa [acc_norm]", "x :smile: [bold]y")]).splitlines()
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["piqa [acc_norm]", "x :smile: [bold]y"]

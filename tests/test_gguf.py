@@ -376,15 +376,13 @@ def test_importances_are_those_of_llama_cpp(model: Path, place: Path) -> None:
     with Session.open(Setup.of_study(study_file(place).study, place, False)) as session:
         windows = session.windows["calibration"].tensors[IDS].long()
     theirs = squares_by_llama(file, windows)
-    assert {name for own in INPUTS.values() for name in own} | {"lm_head"} == {
-        x.partition("s.")[2][2:] or x for x in found
-    }
+    assert len(found) == 1 + 3 * sum(map(len, INPUTS.values()))
     for index in range(3):
         for result, names in INPUTS.items():
             for name in names:
                 own = found[f"model.layers.{index}.{name}"]
-                torch.testing.assert_close(theirs[f"{result}-{index}"].float(), own, rtol=0.01, atol=1e-7)
-    torch.testing.assert_close(theirs["result_norm"].float(), found["lm_head"], rtol=0.01, atol=1e-7)
+                torch.testing.assert_close(theirs[f"{result}-{index}"].float(), own, rtol=2e-3, atol=1e-7)
+    torch.testing.assert_close(theirs["result_norm"].float(), found["lm_head"], rtol=2e-3, atol=1e-7)
 
 
 def squares_by_llama(file: Path, windows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -407,10 +405,8 @@ def squares_by_llama(file: Path, windows: torch.Tensor) -> dict[str, torch.Tenso
             return True
         return not asks
 
-    words, callback = (
-        library.llama_context_default_params(),
-        ffi.callback("bool(struct ggml_tensor *, bool, void *)", see),
-    )
+    callback = ffi.callback("bool(struct ggml_tensor *, bool, void *)", see)
+    words = library.llama_context_default_params()
     words.n_ctx = words.n_batch = words.n_ubatch = tokens
     words.cb_eval = callback
     loaded = library.llama_model_load_from_file(str(file).encode(), library.llama_model_default_params())

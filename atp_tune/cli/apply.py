@@ -136,9 +136,7 @@ def _verify(folder: Path) -> None:
     if not report.differences:
         echo("versions and CPU instructions are the same here")
         return
-    from rich.markup import escape
-
-    rows = [[printable(escape(cell)) for cell in astuple(row)] for row in report.differences]
+    rows = [[printable(cell) for cell in astuple(row)] for row in report.differences]
     echo("what differs here, if the checkpoint is made again or computed with:")
     echo(markdown(("", "there", "here", "effect"), rows))
 

@@ -183,9 +183,7 @@ def classify(
 
 def _cell(text: str) -> str:
     """A name of a file or a class, which a stranger may have given, as it is."""
-    from rich.markup import escape
-
-    return escape(printable(text).replace("|", "\\|"))
+    return printable(text).replace("|", "\\|")
 
 
 # --- `tune.py speedup`: measures size and speed of a sparse model.

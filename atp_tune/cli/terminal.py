@@ -65,7 +65,7 @@ def table(*columns: str) -> "Table":
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; no row is wrapped, however narrow the terminal is."""
+    """A Markdown table of cells as they are, without markup; no row is wrapped, however narrow the terminal is."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -76,7 +76,7 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     for row in rows:
         grid.add_row(*row)
     text = StringIO()
-    Console(width=WIDE, file=text).print(grid)
+    Console(width=WIDE, file=text, markup=False, emoji=False).print(grid)
     return "\n".join(line.strip() for line in text.getvalue().splitlines() if line.strip())
 
 
