@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from copy import deepcopy as deepcopied
 from math import inf, isfinite, isnan
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -65,6 +65,7 @@ def _planned(fields: Table) -> Table:
     return fields
 
 
+T = TypeVar("T")
 SHOWN = "shown"
 Words = Annotated[str, AfterValidator(_written)]
 ShownWords = Annotated[Words, SHOWN]
@@ -74,9 +75,11 @@ Size = Annotated[int, Field(ge=1, lt=2**63)]
 Amount = Annotated[float, Field(ge=0, lt=1e15)]
 Positive = Annotated[float, Field(gt=0, lt=1e15)]
 Total = Annotated[int, Field(ge=0, lt=10**9)]
-Nlls = Annotated[list[Annotated[float, AfterValidator(_nll)]], Field(min_length=1)]
-Kls = Annotated[list[Amount], Field(min_length=1)]
-Ranks = Annotated[list[Annotated[int, Field(ge=0, lt=10**6)]], Field(min_length=1)]
+Some = Annotated[list[T], Field(min_length=1)]
+Two = Annotated[list[T], Field(min_length=2, max_length=2)]
+Nlls = Some[Annotated[float, AfterValidator(_nll)]]
+Kls = Some[Amount]
+Ranks = Some[Annotated[int, Field(ge=0, lt=10**6)]]
 Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Batches = dict[Words, Batch]
@@ -101,8 +104,8 @@ class TrialRecord(BaseModel):
     effective_bits: Annotated[float, Field(ge=0, le=64), SHOWN]
     stderr: Annotated[float, Field(ge=0)]
     errors: list[float]
-    misses: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(min_length=1)]
-    accuracies: dict[Words, Annotated[list[Amount], Field(min_length=2, max_length=2)]]
+    misses: Some[Annotated[int, Field(ge=0, le=1)]]
+    accuracies: dict[Words, Two[Amount]]
     experts_without_tokens: list[Words]
     # The run.
     device: ShownWords
@@ -129,24 +132,24 @@ class StudyRecord(BaseModel):
 
     fingerprint: dict[Words, Words | int | float | bool | list[Words] | list[float]]
     made_from: Table
-    sizes: Annotated[list[Size], Field(min_length=1)]
+    sizes: Some[Size]
     dense_bytes: Count
     blocks: Words
     linears: list[list[Words]]
     conv1d: bool
     bos: Annotated[dict[Words, Any], AfterValidator(_effect)]
     batches: Batches
-    kinds: Annotated[list[Words], Field(min_length=1)]
+    kinds: Some[Words]
     limit: Annotated[dict[Words, Positive | dict[Words, Share]], Field(min_length=1, max_length=1)]
     plugins: Annotated[dict[Words, PluginRef], SHOWN]
     screens: Words
     total: Total
-    terminated_early: Annotated[list[Total], Field(min_length=2, max_length=2)]
+    terminated_early: Two[Total]
     gp_posterior: Table
     training: dict[Words, Words | int | float]
     draws: dict[Number, dict[Number, Nlls]]
     refits: dict[Number, dict[Number, dict[Number, Nlls]]]  # by trial, number of draws, and draw
-    fitted_to: dict[Number, Annotated[list[Count], Field(min_length=2, max_length=2)]]  # by number of draws
+    fitted_to: dict[Number, Two[Count]]  # by number of draws
 
 
 class SystemRecord(BaseModel):
@@ -180,11 +183,10 @@ UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError
 
 
 Attributes = Mapping[str, Any]  # of a trial or a study, by name
-Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
 FACTS = kinds(  # of a fingerprint, of the facts that others read
     BaseModel,
     {
-        "sparsity": Share | Interval,
+        "sparsity": Share | Two[Share],
         "bits": Annotated[float, Field(ge=2, le=8)],
         "model.content": Words,
         "model.dtype": Words,
