@@ -82,10 +82,9 @@ class DSnoT(DSnoTSettings, Unprepared):
             swaps[here] = alive & possible[here]
             error = torch.where(swaps[here], after, error)
             used[side, rows] += 1
-        for k in range(2):
-            row, step = swaps[k].nonzero(as_tuple=True)
-            gone[row, grow[k, row, step]] = False
-            gone[row, prune[k, row, step]] = True
+        side, row, step = swaps.nonzero(as_tuple=True)
+        gone[row, grow[side, row, step]] = False
+        gone[row, prune[side, row, step]] = True
         return zeroed(weight, gone)
 
     def _swaps(self, effects: Tensor, worth: Tensor, scores: Tensor, gone: Tensor) -> Swaps:
