@@ -377,7 +377,7 @@ class Session(Released):
             return Budget(target, sizes, shapes, evidence, widths=widths, bits=self.bits, size=size, outer=outer)
         budget = Budget(target, sizes, (), evidence, channels=self.channels)
         if target > budget.highest:
-            raise too_sparse(target, self.channels, self.prune_settings.channels)
+            raise too_sparse(target, self.channels, settings.channels)
         return budget
 
     @property
