@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -283,12 +284,15 @@ def test_from_study_to_the_file_that_llama_cpp_writes(model: Path, place: Path, 
     assert config["bits"]["effective"] <= 5.0
     out = place / "out" / "tiny.gguf"
     said = command.ok("apply", "--study", place / "tiny.toml", "--out", out).out
+    plan = Plan.model_validate(config["plan"])
+    counts = Counter([*(str(x.type) for block in plan.levels for x in block.linears), *plan.outer.values()])
+    told = re.findall(r"(\d+) (\w+)", re.findall(r"types: (.*)", said)[0])
+    assert {kind: int(count) for count, kind in told} == counts
     assert f"rounded model: {out}; beside it are the importance matrix" in said and "warning" not in said
     theirs, ours = map(float, re.findall(r"on the file (\S+) ± .* it was searched (\S+) ±", said.replace(",", ""))[0])
     assert abs(theirs / ours - 1) < 0.005
     # Types, and values of matrices whose rows the converter does not permute.
     there = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
-    plan = Plan.model_validate(config["plan"])
     assert {there[f"{name}.weight"].tensor_type.name for name in ("token_embd", "output")} == {*plan.outer.values()}
     back = load_file(resolve(ModelConfig(source=str(out)), place).path / "model.safetensors")
     dense = load_file(model / "model.safetensors")

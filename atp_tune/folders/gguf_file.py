@@ -12,6 +12,7 @@ Each matrix of the converter's file is compared with the weights that were measu
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -66,6 +67,8 @@ def save(config: Config, out: Path, place: Place, dtype: str | None) -> Perplexi
         context.watch(Message(f"converting the dense model by llama.cpp, to write {out}"))
         write_gguf(context.folder.path, base, "--outtype", "f32")
         matrices = matrices_of(context, plan, base)
+        counts = Counter(kind for kind, _ in matrices.values()).most_common()
+        context.watch(Message(f"types: {', '.join(f'{count} {kind}' for kind, count in counts)}"))
         made = [folder / file.name for file in files]
         write_imatrix(made[1], matrices)
         made[2].write_text("".join(f"{line}={kind.lower()}\n" for line, kind in patterns(matrices)), encoding="utf-8")
