@@ -7,6 +7,7 @@ import stat
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -53,7 +54,11 @@ def interleaved(weight: np.ndarray) -> np.ndarray:
 
 
 def write_gguf(
-    path: Path, without: str = "", more: Mapping[str, np.ndarray] | None = None, base: float = 10000.0
+    path: Path,
+    without: str = "",
+    more: Mapping[str, np.ndarray] | None = None,
+    base: float = 10000.0,
+    scaling: Any = None,
 ) -> Path:
     """The tiny model as llama.cpp would have converted it, and more tensors; `base`: of its positions."""
     config, writer = tiny().config, gguf.GGUFWriter(path, "llama")
@@ -67,6 +72,9 @@ def write_gguf(
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(base)
+    if scaling is not None:
+        writer.add_rope_scaling_type(scaling)
+        writer.add_rope_scaling_factor(4.0)
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
@@ -256,7 +264,7 @@ def test_a_gguf_file_with_the_positions_of_llama_3(cache: Path, tmp_path: Path) 
     ("name", "values", "said"),
     [
         ("rope_freqs.weight", factors_of_llama_3(1.5), "it scales positions, otherwise than Llama 3"),
-        ("blk.0.attn_q.bias", np.ones(WIDTH, np.float32), f"it has {WIDTH} weights, such as biases"),
+        ("blk.0.attn_q.bias", np.ones(WIDTH, np.float32), f"it has {WIDTH} weights, such as biases or a head"),
     ],
 )
 def test_what_transformers_leaves_out_of_a_gguf_file(
@@ -266,6 +274,15 @@ def test_what_transformers_leaves_out_of_a_gguf_file(
     with refused(f"would not read all of the .gguf file: {said}, which it leaves out; give the model's folder"):
         resolve(study.ModelConfig(source=str(file)), tmp_path)
     assert not [*(cache / "models" / "gguf-2").iterdir()]
+
+
+def test_scaled_positions_of_a_gguf_file_are_refused(cache: Path, tmp_path: Path) -> None:
+    """Linear and YaRN stand in its metadata, which transformers does not read."""
+    file = write_gguf(tmp_path / "tiny.gguf", scaling=gguf.RopeScalingType.YARN)
+    with refused("it scales positions, otherwise than Llama 3, which it leaves out"):
+        resolve(study.ModelConfig(source=str(file)), tmp_path)
+    same = write_gguf(tmp_path / "same.gguf", scaling=gguf.RopeScalingType.NONE)
+    assert resolve(study.ModelConfig(source=str(same)), tmp_path).path.is_dir()
 
 
 @slow

@@ -208,7 +208,7 @@ class Configuration:
         channels that `pattern = "channels"` prunes, smaller and usually faster. `dtype`: "float32", "bfloat16" or
         "float16", of all weights; by default as the dense model's files, of a .gguf file as the study computed, of
         trained weights always as the files. UserError if the folder exists. Types of ggml make a file NAME.gguf, and
-        beside it what `llama-quantize` needs to make it again.
+        beside it what `llama-quantize` needs to make it again; its perplexity, of 8192 tokens, is by llama.cpp.
         """
         from atp_tune.folders.slim import SLIM, check_pattern
 

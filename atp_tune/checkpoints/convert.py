@@ -63,6 +63,7 @@ LLAMA_3 = {  # how positions are scaled from 3.1 on; the factor is 8 or 32
 }  # fmt: skip
 UNREAD = "model.source: transformers would not read all of the .gguf file"
 INSTEAD_OF_FILE = "which it leaves out; give the model's folder or hub id"
+SCALED = f"{UNREAD}: it scales positions, otherwise than Llama 3, {INSTEAD_OF_FILE}"
 
 
 def gguf_to_folder(file: Path, target: Path, notify: Notify) -> None:
@@ -97,9 +98,12 @@ def gguf_to_folder(file: Path, target: Path, notify: Notify) -> None:
             weights = {tensor.name: tensor for tensor in reader.tensors}
             if (scaled := weights.pop("rope_freqs.weight", None)) is not None:
                 _scale_positions(model, torch.tensor(scaled.data))
+            kinds = {field.contents() for key, field in reader.fields.items() if key.endswith(".rope.scaling.type")}
+            if kinds - {"none"} and model.config.model_type != "gpt_oss":  # whose scaling transformers reads
+                raise UserError(SCALED)
             left = sum(int(tensor.n_elements) for tensor in weights.values()) - model.num_parameters()
             if left > 0:
-                raise UserError(f"{UNREAD}: it has {left} weights, such as biases, {INSTEAD_OF_FILE}")
+                raise UserError(f"{UNREAD}: it has {left} weights, such as biases or a head, {INSTEAD_OF_FILE}")
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             # The head of a model card: what a GGUF file says of its licence, its languages and its source on the hub.
@@ -127,7 +131,7 @@ def _scale_positions(model: Any, factors: "Tensor") -> None:
     config.rope_parameters = {**config.rope_parameters, **LLAMA_3, "factor": float(factors.max())}
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, plain.device)
     if not scaled.allclose(plain / factors, rtol=1e-3):
-        raise UserError(f"{UNREAD}: it scales positions, otherwise than Llama 3, {INSTEAD_OF_FILE}")
+        raise UserError(SCALED)
 
 
 def weights_to_folder(source: Path, target: Path, method: str | None, trusted: bool) -> None:

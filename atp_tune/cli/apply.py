@@ -245,7 +245,7 @@ def push(words: list[str], *, private: bool = False, options: BestOptions) -> No
     from atp_tune.folders.publishing import check_folder, check_permission
 
     *folders, name = words
-    folder = Path(folders[0]) if folders else None
+    folder = Path(folders[0]) if any(folders) else None
     options.check("DIR", folder, storage=options.storage)
     if len(folders) > 1:
         raise wrong("DIR ORG/NAME", f"got {len(words)} words, and takes DIR ORG/NAME")
