@@ -8,14 +8,13 @@ the first file, their errors paired by windows.
 
 import argparse
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
+from gguf_types import by_llama, compared, ratio
 from torch import Tensor
 from transformers import AutoTokenizer
-
-from atp_tune.folders.gguf_file import llama_logits
 
 LENGTH, WINDOWS = 256, 6  # tokens of a window, BOS among them where there is one; windows of each text
 
@@ -31,18 +30,12 @@ def main() -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(options.folder)
     for text in options.texts:
         windows = windows_of(tokenizer, text.read_text(encoding="utf-8", errors="ignore"))
-        dense = [logits[:-1].log_softmax(-1) for logits in llama_logits(options.dense, windows)]
-        first = list[float]()
+        dense, first = by_llama(options.dense, windows), list[float]()
         for file in options.files:
-            rows = [logits[:-1].log_softmax(-1) for logits in llama_logits(file, windows)]
-            pairs = [*zip(dense, rows, strict=True)]
-            kls = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs]
-            same = fmean(float((p.argmax(-1) == q.argmax(-1)).float().mean()) for p, q in pairs)
-            first = first or kls
-            ratio = fmean(kls) / fmean(first)
-            rest = [own - ratio * other for own, other in zip(kls, first, strict=True)]
-            error = stdev(rest) / len(rest) ** 0.5 / fmean(first)
-            print(f"{text.name} {file.name}: KL {fmean(kls):.4f}, × {ratio:.2f} ± {error:.2f}, same top {same:.1%}")
+            found = compared(dense, by_llama(file, windows), windows)
+            first = first or found["kl"]
+            means = f"KL {fmean(found['kl']):.4f}, × {ratio(found['kl'], first)}, same top {fmean(found['same']):.1%}"
+            print(f"{text.name} {file.name}: {means}")
 
 
 def windows_of(tokenizer: Any, text: str) -> Tensor:

@@ -392,7 +392,12 @@ class File:
         """Log-probabilities [tokens - 1, vocabulary] of each window by llama.cpp on the file of a plan."""
         out = self._base.with_name("plan.gguf")
         self.write(out, label, plan)
-        return [logits[:-1].log_softmax(-1) for logits in llama_logits(out, text)]
+        return by_llama(out, text)
+
+
+def by_llama(file: Path, windows: Tensor) -> list[Tensor]:
+    """Log-probabilities [tokens - 1, vocabulary] of each window by llama.cpp on a file."""
+    return [logits[:-1].log_softmax(-1) for logits in llama_logits(file, windows)]
 
 
 def measure(model: Rounded, file: File, texts: Sequence[Tensor], options: argparse.Namespace) -> None:
@@ -457,10 +462,14 @@ def row(cells: Sequence[str]) -> str:
 
 def ratios(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
     """The ratio of mean KLs of each kind, with its standard error over pairs of windows."""
-    for own, other in ((ours[kind]["kl"], theirs[kind]["kl"]) for kind in KINDS):
-        value = fmean(own) / fmean(other)
-        error = stdev(a - value * b for a, b in zip(own, other, strict=True)) / len(own) ** 0.5 / fmean(other)
-        yield f"{value:.2f} ± {error:.2f}"
+    return (ratio(ours[kind]["kl"], theirs[kind]["kl"]) for kind in KINDS)
+
+
+def ratio(own: Sequence[float], other: Sequence[float]) -> str:
+    """The ratio of means over windows, with its standard error over pairs of them."""
+    value = fmean(own) / fmean(other)
+    error = stdev(a - value * b for a, b in zip(own, other, strict=True)) / len(own) ** 0.5 / fmean(other)
+    return f"{value:.2f} ± {error:.2f}"
 
 
 def details(line: Mapping[str, Any]) -> Iterator[str]:
