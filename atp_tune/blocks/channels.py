@@ -179,8 +179,7 @@ class _Probe:
 
         with ExitStack() as stack:
             for name in self._linears:
-                handle = self._block.get_submodule(name).register_forward_hook(partial(hook, name))
-                stack.callback(handle.remove)
+                stack.enter_context(self._block.get_submodule(name).register_forward_hook(partial(hook, name)))
             run.after = self._replay.run(self._index, self._weights, self._hidden)
         return run
 

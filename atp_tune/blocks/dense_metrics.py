@@ -97,18 +97,18 @@ def ranked(statistics: Sequence[BlockStatistics], checkpoint: Checkpoint, group:
 
     Ranking takes as long as two or three masks, so it is not worthwhile for a single plan.
     """
-    weight_ranks = dict[int, BlockStatistics | None]()
+    accessed, weight_ranks = set[int](), dict[int, BlockStatistics]()
 
     def of(index: int) -> BlockStatistics:
-        plain = statistics[index] if weight_ranks.get(index) is None else {}
         if index not in weight_ranks:
-            weight_ranks[index] = None
-            return plain
-        if weight_ranks[index] is None:
+            plain = statistics[index]
+            if index not in accessed:
+                accessed.add(index)
+                return plain
             weights = checkpoint.weights(index)
             linears = [linear for linear in checkpoint.linears[index] if linear.name in plain]
             weight_ranks[index] = {x.name: Ranks.of(x.matrix(weights[x.key]), plain[x.name], group) for x in linears}
-        return weight_ranks[index] or {}
+        return weight_ranks[index]
 
     return PerBlock(len(statistics), of)
 

@@ -12,7 +12,7 @@ step 1 is omitted, and step 3 runs only the windows of the error curve, if any.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -83,24 +83,20 @@ class InputCollector:
     @contextmanager
     def attached(self, block: nn.Module) -> Iterator[None]:
         """Collects inputs while the context is active."""
-        handles = [
-            block.get_submodule(linear.name).register_forward_pre_hook(partial(self._on_input, linear))
-            for linear in self.linears
-            if linear.expert is None
-        ]
         # The linears of experts by name, for the path of each experts module.
         experts = dict[str, dict[str, Linear]]()
-        for linear in self.linears:
-            if linear.expert is not None:
-                experts.setdefault(linear.module, {})[linear.name] = linear
-        for path, linears in experts.items():
-            hook = partial(self._on_expert_input, path, linears)
-            handles.append(block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
-        try:
+        with ExitStack() as stack:
+            for linear in self.linears:
+                if linear.expert is None:
+                    module, hook = block.get_submodule(linear.name), partial(self._on_input, linear)
+                    stack.enter_context(module.register_forward_pre_hook(hook))
+                else:
+                    experts.setdefault(linear.module, {})[linear.name] = linear
+            for path, linears in experts.items():
+                on_experts = partial(self._on_expert_input, path, linears)
+                module = block.get_submodule(path)
+                stack.enter_context(module.register_forward_pre_hook(on_experts, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def of(self, linear: Linear) -> Statistics | None:
         """The statistics of a linear so far; None for an expert without tokens."""

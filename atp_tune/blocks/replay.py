@@ -354,11 +354,11 @@ class AutoBatch:
         """Results of `step(rows)` for consecutive slices of `count` windows, each slice a batch of `run`."""
         results = list[T]()
         start = 0
+
+        def run_batch(windows: int) -> T:
+            return step(slice(start, start + windows))
+
         while start < count:
-
-            def run_batch(windows: int, start: int = start) -> T:
-                return step(slice(start, start + windows))
-
             results.append(self.run(run_batch))
             start += self.windows
         return results

@@ -178,8 +178,8 @@ def _recorded(checkpoint: Checkpoint, rows: int) -> Iterator[_Calls]:
 
     with ExitStack() as stack:
         for name in names:
-            hook = checkpoint.blocks.get_submodule(name).register_forward_pre_hook(partial(on_input, name))
-            stack.callback(hook.remove)
+            module = checkpoint.blocks.get_submodule(name)
+            stack.enter_context(module.register_forward_pre_hook(partial(on_input, name)))
         yield calls
 
 

@@ -109,7 +109,7 @@ class Blocks:
         weight = None if norm is None else norm.weight
         if weight is not None and not (weight.is_cpu and weight.dtype == self.dtype and weight.is_contiguous()):
             raise ValueError(f"a norm is not of {self.dtype}")
-        return weight if weight is None else int(weight.data_ptr())
+        return kernel.address(weight)
 
     def now(self) -> tuple[list[Any], ...]:
         """State that the addresses hold for: modules and their code, the kernel's matrices, tensors and versions."""
@@ -119,7 +119,7 @@ class Blocks:
             [child for own in self.own for child in own["_modules"].values()],
             [type(module).forward for module in self._every],
             [module._matrix for module in self._packed],  # held: they have what they computed of the tensors
-            [part if part is None else part.data_ptr() for part in parts],
+            [*map(kernel.address, parts)],
             [None if part is None or part.is_inference() else part._version for part in changing],
             [module.variance_epsilon for module in self._norms],
             [module.scaling for module in self._attentions],
@@ -147,11 +147,10 @@ class Blocks:
             keys, values = _with_room(layer)
             row.keys, row.values, row.room = keys.data_ptr(), values.data_ptr(), keys.shape[2]
         y, places = x.new_empty(x.shape), (x.contiguous(), cosines, sines, seen)
-        addresses = (part if part is None else part.data_ptr() for part in places)
         fields, loaded = _Decoder.from_buffer_copy(self.fields), self._loaded
         fields.layers = ctypes.addressof(table)
         numbers = length, texts, y.data_ptr(), torch.get_num_threads()
-        if not kernel.succeed(loaded.atp_decode(ctypes.addressof(fields), *addresses, *numbers)):
+        if not kernel.succeed(loaded.atp_decode(ctypes.addressof(fields), *map(kernel.address, places), *numbers)):
             return None
         for layer in past.layers:
             buffers = layer.atp_room[3:]

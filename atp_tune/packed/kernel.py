@@ -72,6 +72,11 @@ class Weight(ctypes.Structure):
     )  # fmt: skip
 
 
+def address(part: Tensor | None) -> int | None:
+    """Where a tensor lies, for the library; it has a null pointer for none."""
+    return None if part is None else part.data_ptr()
+
+
 def kernel_name() -> str | None:
     """The variant in use, a key of VARIANTS; None without the library.
 
@@ -252,22 +257,21 @@ class PackedMatrix(PackedParts):
         columns: int,
         scales: Tensor | None = None,
         bias: Tensor | None = None,
-        variant: str | None = None,
         offsets: Tensor | None = None,
     ) -> None:
-        """`bias` [R] of a float type; `variant` is for tests: another than `kernel_name()`.
+        """`bias` [R] of a float type.
 
         `offsets`, as from `row_offsets`, if they are known: then a variant does not compare bitmask and values.
         """
         super().__init__(values, bitmask, columns, scales, bias, offsets)
-        self._name = name = variant or kernel_name()
+        self._name = name = kernel_name()
         if offsets is not None and name is None:
             self.offsets = row_offsets(bitmask, columns, len(values))
         self._library = None if name is None else library()
         if name is not None:
             parts, groups = (values, bitmask, self.offsets, scales, bias), 1 if scales is None else scales.shape[1]
             self.weight = Weight(
-                *(None if part is None else part.data_ptr() for part in parts), parallel(),
+                *map(address, parts), parallel(),
                 len(bitmask), columns, len(values), groups,
                 FLOATS.get(values.dtype, INT8 if groups == 1 else GROUPED_INT8),
                 0 if bias is None else FLOATS[bias.dtype], VARIANTS[name], ALONE,
@@ -456,8 +460,7 @@ class CheckedCodes:
     def __init__(self, columns: int, unit: Tensor, bits: int, *parts: *CodedParts) -> None:
         codes, bitmask, self.offsets, scales, zeros, bias = self.parts = parts
         self.shape, self.unit = (len(scales), columns), unit
-        held = (codes, bitmask, self.offsets, scales, bias)
-        places = (None if part is None else part.data_ptr() for part in held)
+        places = map(address, (codes, bitmask, self.offsets, scales, bias))
         kind = 0 if bias is None else FLOATS[bias.dtype]
         sizes = (*self.shape, len(codes), scales.shape[1], 0, kind, _of_codes(kernel_name()) or 0, ALONE)
         self.weight = Weight(*places, parallel(), *sizes, zeros.data_ptr(), float(unit), bits)
@@ -601,5 +604,5 @@ def dense_weight(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Wei
     fits = all(part.is_cpu and part.dtype == dtype and part.is_contiguous() for part in parts) and dtype in DENSE
     if not fits or weight.shape[1] % BLOCK or name not in FASTER:
         return None
-    places = (weight.data_ptr(), None, None, None, None if bias is None else bias.data_ptr(), parallel())
+    places = (weight.data_ptr(), None, None, None, address(bias), parallel())
     return Weight(*places, *weight.shape, weight.numel(), 1, DENSE[dtype], FLOATS[dtype], VARIANTS[name], ALONE)

@@ -219,12 +219,12 @@ def _drive(run: StudyRun) -> optuna.Study:
         study = fingerprint.create_study(db, run.name, {**facts(spec, file.folder), **session.contents()}, run.mix)
         _describe(run, study, session, total, batches)
         _compare_versions(run, study)
-        if run.reports and (done := progress.counted(study)):
-            run.note(f"{study.study_name}: goes on, {done} of {study.user_attrs['total']} trials are stored")
         if run.reports:
+            if done := progress.counted(study):
+                run.note(f"{study.study_name}: goes on, {done} of {study.user_attrs['total']} trials are stored")
             items = {role: (len(each), each.positions) for role, each in session.windows.items()}
             total_now = progress.effective_total(study, total, file.goes_on)
-            run.watch(Opened(spec, total_now, progress.counted(study), items, session.is_short))
+            run.watch(Opened(spec, total_now, done, items, session.is_short))
             if run.opened is not None and not trials_in(study):
                 run.opened(session)
         study.pruner = make_stopper(spec.search)
