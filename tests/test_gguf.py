@@ -445,16 +445,33 @@ def check_recipe(out: Path, model: Path, place: Path) -> None:
 
 
 @slow
-def test_a_command_for_a_model(
-    model: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+def test_a_command_for_a_model_that_was_tuned_here(
+    model: Path, place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """From a folder of `finetune` to the file, which llama.cpp runs."""
+    tmp_path = place / "here"
+    tmp_path.mkdir()
     monkeypatch.chdir(tmp_path)
+    few = ("--loss", "next-token", "--seqlen", "32", "--steps", "20", "--batch", "4", "--learning-rate", "0.001")
+    command.ok("finetune", model, "--out", "tuned", "--text", f"file:{place / 'long.txt'}", *few)
     (tmp_path / "studies").mkdir()
     few = [word for role in ("calibration", "validation", "test") for word in ("--set", f"texts.{role}.nsamples=4")]
     words = ("--format", "gguf", "--bpw", "5", "--preset", "quick", "--trials", "3", "--texts", "mixed")
-    said = command.ok(model, *words, *few, "--name", "own").out
-    assert "5 bits" in said
-    other = command(model, "--format", "gguf", "--bpw", "4.9", "--preset", "quick", "--texts", "mixed", "--name", "own")
+    for out, why in (
+        ("folder", "--out: types of ggml, and they alone, are written as a file NAME.gguf"),
+        (model, "exists already"),
+    ):
+        refusal = command("tuned", *words, *few, "--name", "own", "--out", out)
+        assert refusal.code == 2 and why in " ".join(refusal.err.split())
+        assert not [*(tmp_path / "studies").iterdir()]
+    said = command.ok("tuned", *words, *few, "--name", "own", "--out", "own.gguf").out
+    assert "5 bits" in said and "rounded model: own.gguf" in said and "warning" not in said
+    theirs, ours = map(float, re.findall(r"on the file (\S+) ± .* it was searched (\S+) ±", said.replace(",", ""))[0])
+    assert abs(theirs / ours - 1) < 0.005
+    assert {tensor.name for tensor in gguf.GGUFReader("own.gguf").tensors} >= {"token_embd.weight", "output.weight"}
+    other = command(
+        "tuned", "--format", "gguf", "--bpw", "4.9", "--preset", "quick", "--texts", "mixed", "--name", "own"
+    )
     assert other.code == 2 and "size is gguf 5bpw there, and gguf 4.9bpw is asked for" in other.err
     exported = command.ok("export", "--study", "own", "--format", "csv", "--out", "own.csv")
     assert "model.embed_tokens" in (tmp_path / "own.csv").read_text(), exported

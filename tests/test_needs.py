@@ -137,7 +137,7 @@ WRITERS = {  # each option that takes a place to write to; {} is that place
     "finetune --out": ("finetune", "sparse", "--out", "{}"), "export --out": ("export", *STUDY, "--out", "{}.json"),
     "report --out": ("report", *STUDY, "--out", "{}.md"), "merge --out": ("merge", "tiny.db", "--out", "{}.db"),
     "serve --artifacts": ("serve", *STUDY, "--artifacts", "{}"),
-    "--storage": (*STUDY, "--study-name", "x", "--storage", "sqlite:///{}.db"),
+    "tune --out": (*STUDY, "--out", "{}"), "--storage": (*STUDY, "--study-name", "x", "--storage", "sqlite:///{}.db"),
 }  # fmt: skip
 PLACES = {
     "a name that is too long": "n" * 300, "a long name of a folder": "n" * 300 + "/x",

