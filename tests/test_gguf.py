@@ -272,6 +272,12 @@ def ggml_study(model: Path, place: Path) -> None:
     (place / "tiny.toml").write_text(f"{head}{text}\n[quantize]{tables}")
 
 
+def check_near(said: str) -> None:
+    """llama.cpp on the file, and the plan in this project's pass, have nearly the same perplexity."""
+    theirs, ours = map(float, re.findall(r"on the file (\S+) ± .* it was searched (\S+) ±", said.replace(",", ""))[0])
+    assert abs(theirs / ours - 1) < 0.005
+
+
 @slow
 def test_from_study_to_the_file_that_llama_cpp_writes(model: Path, place: Path, command: CommandLine) -> None:
     """Types and values are those of the best plan, importances those of transformers, and the recipe's bytes equal."""
@@ -289,8 +295,7 @@ def test_from_study_to_the_file_that_llama_cpp_writes(model: Path, place: Path, 
     told = re.findall(r"(\d+) (\w+)", re.findall(r"types: (.*)", said)[0])
     assert {kind: int(count) for count, kind in told} == counts
     assert f"rounded model: {out}; beside it are the importance matrix" in said and "warning" not in said
-    theirs, ours = map(float, re.findall(r"on the file (\S+) ± .* it was searched (\S+) ±", said.replace(",", ""))[0])
-    assert abs(theirs / ours - 1) < 0.005
+    check_near(said)
     # Types, and values of matrices whose rows the converter does not permute.
     there = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
     assert {there[f"{name}.weight"].tensor_type.name for name in ("token_embd", "output")} == {*plan.outer.values()}
@@ -452,8 +457,8 @@ def test_a_command_for_a_model_that_was_tuned_here(
     tmp_path = place / "here"
     tmp_path.mkdir()
     monkeypatch.chdir(tmp_path)
-    few = ("--loss", "next-token", "--seqlen", "32", "--steps", "20", "--batch", "4", "--learning-rate", "0.001")
-    command.ok("finetune", model, "--out", "tuned", "--text", f"file:{place / 'long.txt'}", *few)
+    short = ("--loss", "next-token", "--seqlen", "32", "--steps", "20", "--batch", "4", "--learning-rate", "0.001")
+    command.ok("finetune", model, "--out", "tuned", "--text", f"file:{place / 'long.txt'}", *short)
     (tmp_path / "studies").mkdir()
     few = [word for role in ("calibration", "validation", "test") for word in ("--set", f"texts.{role}.nsamples=4")]
     words = ("--format", "gguf", "--bpw", "5", "--preset", "quick", "--trials", "3", "--texts", "mixed")
@@ -466,8 +471,7 @@ def test_a_command_for_a_model_that_was_tuned_here(
         assert not [*(tmp_path / "studies").iterdir()]
     said = command.ok("tuned", *words, *few, "--name", "own", "--out", "own.gguf").out
     assert "5 bits" in said and "rounded model: own.gguf" in said and "warning" not in said
-    theirs, ours = map(float, re.findall(r"on the file (\S+) ± .* it was searched (\S+) ±", said.replace(",", ""))[0])
-    assert abs(theirs / ours - 1) < 0.005
+    check_near(said)
     assert {tensor.name for tensor in gguf.GGUFReader("own.gguf").tensors} >= {"token_embd.weight", "output.weight"}
     other = command(
         "tuned", "--format", "gguf", "--bpw", "4.9", "--preset", "quick", "--texts", "mixed", "--name", "own"

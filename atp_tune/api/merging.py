@@ -136,8 +136,8 @@ def _open(sources: Sequence[str], name: str | None) -> tuple[optuna.Study, list[
 
 def _renumbered(trial: FrozenTrial, numbers: dict[int, int]) -> FrozenTrial:
     """The trial with new numbers in its attributes."""
-    trial, user, system = copy(trial), dict(trial.user_attrs), dict(trial.system_attrs)
-    system = {key: value for key, value in system.items() if database.is_kept(key, value)}
+    trial, user = copy(trial), dict(trial.user_attrs)
+    system = {key: value for key, value in trial.system_attrs.items() if database.is_kept(key, value)}
     for attributes, key in ((user, "repeats"), (system, "failed_trial")):
         if attributes.get(key) in numbers:
             attributes[key] = numbers[attributes[key]]

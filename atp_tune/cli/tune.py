@@ -154,8 +154,11 @@ def start(study: str, options: RunOptions, study_name: str | None = None, remark
     if result is not None:
         show_summary(result.summary, file)
         if options.out is not None:
-            there = BestOptions(False, False, options.trust_plugins, study, study_name, options.storage, options.device)
-            write(there.best(set_=options.set_), options.out)
+            done = BestOptions(
+                trust_plugins=options.trust_plugins, study=study, study_name=study_name, storage=options.storage,
+                device=options.device,
+            )  # fmt: skip
+            write(done.best(set_=options.set_), options.out)
 
 
 def _version(value: bool) -> None:
