@@ -136,6 +136,7 @@ def make_model(
     tokenizer: PreTrainedTokenizerFast,
     steps: int = 300,
     labels_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    intermediate: int = 48,
 ) -> LlamaForCausalLM:
     """Trained until its blocks matter: on any CPU, pruning makes it worse, and a β above 0 is clearly better.
 
@@ -143,7 +144,7 @@ def make_model(
     """
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=BLOCKS,
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=intermediate, num_hidden_layers=BLOCKS,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config)

@@ -26,7 +26,7 @@ from atp_tune.folders.card import ABOUT, describe
 from atp_tune.folders.comparing import Classified, TaskOptions, classify, continuations, evaluate
 from atp_tune.folders.finetuning import apply_trained
 from atp_tune.folders.gguf_file import save as save_gguf
-from atp_tune.folders.packing import Codes, pack_folder, to_pack
+from atp_tune.folders.packing import Codes, Engine, engine_folder, pack_folder, to_engine, to_pack
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
@@ -199,7 +199,13 @@ class Configuration:
             return pruned(self.config, place, self.lender)
 
     def save(
-        self, folder: str | Path, *, packed: bool = False, slim: bool = False, dtype: str | None = None
+        self,
+        folder: str | Path,
+        *,
+        packed: bool = False,
+        slim: bool = False,
+        dtype: str | None = None,
+        format: Engine | None = None,
     ) -> Perplexity:
         """Writes the pruned model as a Hugging Face folder with a model card; returns its perplexity on the test text.
 
@@ -207,7 +213,8 @@ class Configuration:
         as codes of their bits: smaller, and loaded by transformers where atp_tune is imported. `slim`: without the
         channels that `pattern = "channels"` prunes, smaller and usually faster. `dtype`: "float32", "bfloat16" or
         "float16", of all weights; by default as the dense model's files, of a .gguf file as the study computed, of
-        trained weights always as the files. UserError if the folder exists. Types of ggml make a file NAME.gguf, and
+        trained weights always as the files. `format`: codes of rounded weights as "compressed-tensors" (vLLM) or "mlx"
+        stores them, with scales of bfloat16. UserError if the folder exists. Types of ggml make a file NAME.gguf, and
         beside it what `llama-quantize` needs to make it again; its perplexity, of 8192 tokens, is by llama.cpp.
         """
         from atp_tune.folders.slim import SLIM, check_pattern
@@ -216,22 +223,26 @@ class Configuration:
         with self._working() as place:
             check_free(out)
             way = PLAIN
+            if packed + slim + bool(format) > 1:
+                raise UserError("packed, slim, format: each makes a folder of its own; give one of them")
             if slim:
-                if packed:
-                    raise UserError("slim: a slim model has no zeros to pack; give slim or packed")
                 if self.config.is_trained:
                     raise UserError(
                         "slim: the configuration's weights are trained, and those of a slim folder cannot be"
                     )
                 check_pattern(self.config)
                 way = SLIM
-            if not packed:
+            if not packed and format is None:
                 return save(self.config, out, place, self.lender, way, dtype)
             with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
-                codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
+                codes = None if self.config.quantize is None else Codes(parts, self.config.quantize, format)
+                way = to_engine(self.config, codes, format) if format else to_pack(self.config, codes)
                 there = replace(place, watch=calling(place.watch, str(sparse), str(out)))
-                measured = save(self.config, sparse, there, self.lender, to_pack(self.config, codes), dtype, codes)
-                pack_folder(sparse, out, watch=place.watch, codes=codes)
+                measured = save(self.config, sparse, there, self.lender, way, dtype, codes)
+                if format and codes:
+                    engine_folder(sparse, out, self.config, codes, place.watch)
+                else:
+                    pack_folder(sparse, out, watch=place.watch, codes=codes)
         return measured
 
     def push(self, repository: str, *, private: bool = False) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from atp_tune.api.configuration import Configuration
+    from atp_tune.folders.packing import Engine
     from atp_tune.measures import Perplexity
 
 Row = dict[str, Any]  # of a trial or a point, for notebooks: flat, one value in a cell
@@ -173,6 +174,7 @@ class Result:
         packed: bool = False,
         slim: bool = False,
         dtype: str | None = None,
+        format: Engine | None = None,
         device: str | None = None,
         **choice: Any,
     ) -> Perplexity:
@@ -180,10 +182,11 @@ class Result:
 
         The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, and with rounded weights
         as codes of their bits: smaller, and loaded by transformers where atp_tune is imported. `slim`: without the
-        channels that `pattern = "channels"` prunes. `dtype`: of the folder's weights, as in `Configuration.save`.
+        channels that `pattern = "channels"` prunes. `dtype` and `format`: of the weights, as in `Configuration.save`.
         UserError if the folder exists.
         """
-        return self.configuration(device=device, **choice).save(folder, packed=packed, slim=slim, dtype=dtype)
+        made = self.configuration(device=device, **choice)
+        return made.save(folder, packed=packed, slim=slim, dtype=dtype, format=format)
 
     def push(self, repository: str, *, private: bool = False, device: str | None = None, **choice: Any) -> str:
         """Uploads the pruned model with its card to the Hugging Face hub, ORG/NAME, and returns its address.

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from atp_tune.cli.options import Best, BestOptions, DType, UsageError, wrong
 from atp_tune.cli.terminal import echo, gib, interruptible, markdown, working
@@ -26,14 +26,15 @@ def apply(
     push: str | None = None,
     recover: bool = True,
     dtype: DType = None,
+    format_: Literal["compressed-tensors", "mlx"] | None = None,
     private: bool = False,
     options: BestOptions,
 ) -> None:
     """Prune the dense checkpoint to a configuration, save it as a Hugging Face folder, and measure its perplexity.
 
     `--packed` makes the folder smaller, and faster on a CPU: docs/speedup.md. Weights that were rounded to few bits are
-    stored in so many bits: docs/bits.md. `--slim` makes the folder of pruned channels smaller and usually faster:
-    docs/channels.md.
+    stored in so many bits, and with `--format` as vLLM or mlx-lm read them: docs/bits.md. `--slim` makes the folder of
+    pruned channels smaller and usually faster: docs/channels.md.
 
     If the study had `recover`, the kept weights are trained as it says; what its run has trained is taken from the
     cache. `--no-recover` leaves them as they were pruned: docs/finetune.md.
@@ -57,20 +58,20 @@ def apply(
     Options:
         packed: Write no zeros, and rounded weights in their number of bits.
         slim: Write the folder without the channels that `pattern = "channels"` prunes.
+        format_ FORMAT: Write rounded weights as another engine reads them: compressed-tensors (vLLM, transformers) or
+            mlx (mlx-lm).
         verify DIR: Only check whether the files of a sparse checkpoint are as they were written.
         push ORG/NAME: Also upload the folder to this model repository on the hub.
         recover: Train the kept weights, where the configuration says so.
     """
     if verify is not None:
-        if (config, options.study, out, push) != (None, None, None, None) or packed or slim:
-            raise wrong("--verify", "goes without --config, --study, --out, --packed, --slim and --push")
+        if any((config, options.study, out, push, packed, slim, format_)):
+            raise wrong("--verify", "goes without --config, --study, --out, --packed, --slim, --format and --push")
         _verify(verify)
         return
     options.check("--config FILE", config, storage=options.storage)
     if out is None:
         raise UsageError("Missing option '--out'.")
-    if slim and packed:
-        raise wrong("--slim", "a slim model has no zeros to pack; give one of both")
     if private and push is None:
         raise wrong("--private", "only with --push ORG/NAME")
     best = options.best(config)
@@ -82,25 +83,25 @@ def apply(
         from atp_tune.folders.publishing import check_folder, check_permission, is_made_from
 
         check_permission(push, private)
-        if dtype is None and is_made_from(out, best.config, packed, slim):
+        if not (dtype or format_) and is_made_from(out, best.config, packed, slim):
             check_folder(out)
             echo(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
             return
-    write(best, out, packed, slim, dtype)
+    write(best, out, packed=packed, slim=slim, dtype=dtype, format=format_)
     if push is not None:
         upload(out, push, private)
 
 
-def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype: str | None = None) -> None:
-    """Writes the folder of a configuration, and prints what it has come to."""
+def write(best: Best, out: Path, **form: Any) -> None:
+    """Writes the folder of a configuration, with these options of `save`, and prints what it has come to."""
     from atp_tune.checkpoints.files import is_slim
     from atp_tune.config.best import read_config
     from atp_tune.folders.card import ABOUT
     from atp_tune.folders.publishing import compared
 
     with working() as watch:
-        measured = best.made(watch).save(out, packed=packed, slim=slim, dtype=dtype)
+        measured = best.made(watch).save(out, **form)
     config = best.config
     promised = config.final("test") or (config.final("validation") if config.is_trained else None)
     if out.is_file():
@@ -113,12 +114,12 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
         change = measured.value / promised.value - 1
         echo(f"perplexity on the test text: {measured}, the configuration says {promised} ({change:+.3%})")
         if abs(change) > TOLERANCE:
-            why = "scales of 16 bits, " * (packed and config.quantize is not None)
+            why = "codes have scales of 16 bits, " * (config.quantize is not None)
             echo(
                 f"warning: they differ by more than 0.1 %; {why}another device, number format or number of threads?",
                 style="yellow",
             )
-    if packed or is_slim(out):
+    if form.get("packed") or is_slim(out):
         echo("transformers loads it after `import atp_tune`, or with trust_remote_code=True")
     if not config.is_trained and (note := compared(config, read_config(out / ABOUT).manifest)):
         echo(note)

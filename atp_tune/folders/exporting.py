@@ -17,19 +17,15 @@ A comment at the head of the recipe gives the arguments of `oneshot`: `pipeline=
 behind pruned blocks (`statistics = "block"`), with `propagate_error=False` on the dense model ("dense"), with
 `sequential_targets=["Linear"]` behind pruned linears too ("sequential").
 
-gptqmodel, torchao  recipes of a configuration that rounds weights, see below.
-
 Wanda's masks are equal but for ties within the rounding of its scores. Its SparseGPT zeroes one weight more in each
 block of columns, as the authors' code does.
 """
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from pprint import pformat
 from typing import Any, Literal
 
 import yaml
@@ -205,145 +201,63 @@ def names(config: Config, key: Literal["blocks", "linears"]) -> Any:
     return value
 
 
-# --- Recipes of a configuration that rounds weights, for what stores the bits themselves.
+# --- A configuration that rounds weights, for what stores the bits themselves.
 #
 # llm-compressor  one modifier, with a group of its configuration for each number of bits. GPTQ: `GPTQModifier`, whose
 #                 grids are those of the dense weights (also in act-order "weight"); RTN: `QuantizationModifier` with
 #                 the observer `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes
 #                 scales and levels in bfloat16, and some weights are on another level.
-# gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of each block, or of each linear. It quantizes
-#                 no linears outside of the blocks. A pattern for them, "-:", would be tried before all others.
-# torchao         a Python script with a `FqnToConfig`; it rounds to nearest, so that GPTQ's weights cannot be made.
-
-TORCHAO = '''\
-"""Rounds a model by torchao as {study} says: {bits:g} bits a weight in the mean, found by atp_tune."""
-
-import torch
-from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, quantize_
-from torchao.quantization.granularity import PerAxis, PerGroup
-from torchao.quantization.quant_primitives import MappingType
-
-LINEARS = {linears}  # bits: names
-
-
-def config(model: torch.nn.Module) -> FqnToConfig:
-    """The configuration of each linear; AttributeError if the model lacks one."""
-    found = {{}}
-    for bits, names in LINEARS.items():
-        for name in names:
-            model.get_submodule(name)
-            found[name] = IntxWeightOnlyConfig(
-                weight_dtype=getattr(torch, f"int{{bits}}"),
-                granularity={granularity},
-                mapping_type=MappingType.ASYMMETRIC,
-            )
-    return FqnToConfig(found)
-
-
-def quantize(model: torch.nn.Module) -> None:
-    """Rounds the model in memory."""
-    quantize_(model, config(model), filter_fn=None)
-'''
+#
+# `packing.engine_folder` writes the same groups into the config of a folder.
 
 
 def modifier(config: Config) -> Table:
     """llm-compressor's modifier by name, with its arguments."""
-    rounding, groups = _rounding(config, "llm-compressor"), Table()
-    for index, (bits, linears) in enumerate(_linears(config, "llm-compressor").items()):
-        weights = {"num_bits": bits, "type": "int", "symmetric": rounding.symmetric}
-        size = rounding.group_size
-        weights |= {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
-        weights["observer"] = "memoryless_minmax"
-        groups[f"group_{index}"] = {"targets": linears, "weights": weights}
+    if not config.by_bits:  # no recipe of one stage says both
+        raise UserError(
+            f"--format {RECIPE}: says zeros or bits, and this configuration has both; `apply` writes the folder"
+        )
+    rounding, groups = config_groups(config, RECIPE, observer="memoryless_minmax")
     if config.plan.method == "rtn":
         return {"QuantizationModifier": {"config_groups": groups}}
     order = "weight" if rounding.act_order else None  # the groups of the dense weights, then the order
     return {"GPTQModifier": {"config_groups": groups, "actorder": order, "dampening_frac": rounding.damping}}
 
 
-def as_gptqmodel(config: Config) -> str:
-    """The arguments of gptqmodel's `QuantizeConfig` as JSON; UserError for what it has not."""
-    rounding = _rounding(config, "gptqmodel")
-    if config.plan.method != "gptq":
-        raise _cannot("gptqmodel", "pruner", config.plan.method, "quantizes by gptq alone")
-    if config.prune.statistics == "dense":
-        raise _cannot("gptqmodel", "prune.statistics", "dense", "measures inputs behind rounded blocks")
-    by_bits = _linears(config, "gptqmodel")
-    most = max(by_bits, key=lambda bits: len(by_bits[bits]))
-    of_blocks = not config.plan.by_linear
-    arguments = {
-        "bits": most,
-        "dynamic": {f"+:{_pattern(linears, of_blocks)}": {"bits": bits} for bits, linears in by_bits.items()},
-        "group_size": rounding.group_size, "sym": rounding.symmetric,
-        "desc_act": rounding.act_order, "act_group_aware": False, "static_groups": True,
-        "damp_percent": rounding.damping,
-        "true_sequential": config.prune.statistics == "sequential",
-        "meta": {"calibration": config.calibration.model_dump(mode="json", exclude_none=True) | {"bos": config.bos}},
-    }  # fmt: skip
-    return json.dumps(arguments, indent=2) + "\n"
-
-
-def _pattern(linears: list[str], of_blocks: bool) -> str:
-    """A regular expression of linears, short for large models too; or of all that their blocks hold, since vLLM joins
-    linears under names of its own.
-    """
-    numbers = dict[tuple[str, str], dict[str, None]]()
-    for name in linears:
-        prefix, number, linear = re.split(r"\.(\d+)\.", name, maxsplit=1)
-        numbers.setdefault((prefix, "" if of_blocks else linear), {})[number] = None
-    ways = (
-        rf"{re.escape(prefix)}\.({'|'.join(blocks)})\.{re.escape(linear)}{'$' * bool(linear)}"
-        for (prefix, linear), blocks in numbers.items()
-    )
-    return f"^({'|'.join(ways)})"
-
-
-def as_torchao(config: Config) -> str:
-    """A script that rounds a model by torchao; UserError for GPTQ's weights."""
-    rounding = _rounding(config, "torchao")
-    if config.plan.method != "rtn":
-        raise _cannot("torchao", "pruner", config.plan.method, "rounds to nearest alone")
-    if rounding.symmetric:
-        raise _cannot("torchao", "quantize.symmetric", "true", "rounds the largest weight of a group the other way")
-    assert config.bits is not None
+def config_groups(config: Config, kind: str, **more: object) -> tuple[QuantizeConfig, Table]:
+    """The settings of rounding, and the groups of compressed-tensors by number of bits, with `more` in each."""
+    rounding, widths = linear_widths(config, kind)
     size = rounding.group_size
-    return TORCHAO.format(
-        study="a plan" if config.trial is None else f"trial {config.trial} of a study",
-        bits=config.bits.target, linears=pformat(_linears(config, "torchao"), width=100),
-        granularity="PerAxis(0)" if size == -1 else f"PerGroup({size})",
-    )  # fmt: skip
+    more |= {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
+    return rounding, {
+        f"group_{index}": {
+            "targets": [name for name, own in widths.items() if own == bits],
+            "weights": {"num_bits": bits, "type": "int", "symmetric": rounding.symmetric, **more},
+        }
+        for index, bits in enumerate(sorted({*widths.values()}))
+    }
 
 
-def _linears(config: Config, kind: str) -> dict[int, list[str]]:
-    """The model's names of the linears that have each number of bits; UserError for what is no `nn.Linear`."""
+def linear_widths(config: Config, kind: str) -> tuple[QuantizeConfig, dict[str, int]]:
+    """The settings of rounding, and the bits of each linear by its name in the model.
+
+    UserError for zeros alone, for types of ggml, and for what is no `nn.Linear`.
+    """
+    if config.quantize is None or config.quantize.by_types:
+        raise UserError(
+            f"--format {kind}: stores weights that are rounded to numbers of bits, not zeros or types of ggml; "
+            "`apply` without it writes those"
+        )
     if config.conv1d:
         raise _cannot(kind, "model", config.model.id, "rounds nn.Linear alone, and this model has Conv1D")
-    by_bits = dict[int, list[str]]()
-    for index, linears in enumerate(names(config, "linears")):
-        for linear, level in zip(linears, config.plan.of(index, len(linears)), strict=True):
-            by_bits.setdefault(int(level.amount), []).append(_named(config, index, f".{linear}"))
-    by_bits = dict(sorted(by_bits.items()))
-    for name in (name for own in by_bits.values() for name in own):
-        if name.endswith("]"):
-            raise _cannot(kind, "linears", name, "has no name for a single expert in a tensor of many")
-    return by_bits
-
-
-def _rounding(config: Config, kind: str) -> QuantizeConfig:
-    """The settings of rounding; UserError for a configuration that prunes."""
-    if config.bits is not None and not config.by_bits:  # no recipe of one stage says both
-        raise UserError(
-            f"--format {kind}: says zeros or bits, and this configuration has both; `apply` writes the folder"
-        )
-    if kind == "gptqmodel" and not isinstance(config.texts.test, Text):
-        raise UserError(f"--format {kind}: reads language models, and this is an image classifier; take yaml or csv")
-    if config.quantize is None:
-        raise UserError(
-            f"--format {kind}: is of rounded weights, and this configuration has zeros; take llm-compressor"
-        )
-    if config.quantize.by_types:
-        raise UserError(f"--format {kind}: is not of types of ggml; `apply --out NAME.gguf` writes those")
-    return config.quantize
+    widths = {
+        _named(config, index, f".{linear}"): int(level.width)
+        for index, linears in enumerate(names(config, "linears"))
+        for linear, level in zip(linears, config.plan.of(index, len(linears)), strict=True)
+    }
+    if expert := next((name for name in widths if name.endswith("]")), None):
+        raise _cannot(kind, "linears", expert, "has no name for a single expert in a tensor of many")
+    return config.quantize, widths
 
 
 def _cannot(kind: str, key: str, value: str, reason: str) -> UserError:
@@ -356,8 +270,6 @@ def _cannot(kind: str, key: str, value: str, reason: str) -> UserError:
 FORMATS = {
     "json": (".json", Config.to_json),
     "llm-compressor": (".recipe.yaml", as_recipe),
-    "gptqmodel": (".gptqmodel.json", as_gptqmodel),
-    "torchao": (".torchao.py", as_torchao),
     "yaml": (".yaml", as_yaml),
     "csv": (".csv", as_csv),
 }

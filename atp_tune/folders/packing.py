@@ -1,4 +1,4 @@
-"""Packs the folder of a sparse checkpoint: smaller on disk and in memory, and loaded by transformers.
+"""Packs the folder of a sparse checkpoint: smaller on disk and in memory, loaded by transformers or another engine.
 
 A tensor with a share of `LEAST` zeros is packed: as a linear, which stays packed in memory, or, such as the matrix of
 an expert, in the file alone. All other tensors stay equal byte for byte. One shard at a time is in memory. Of rounded
@@ -7,15 +7,16 @@ weights codes are stored where they are known: of all tensors that have any, and
 """
 
 import json
+import math
 import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from atp_tune.blocks.prune_pass import PrunedBlock
@@ -42,31 +43,38 @@ from atp_tune.config.prune import PruneConfig, QuantizeConfig
 from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, Step, TrialStarted, ignore_events
-from atp_tune.folders.applying import CONFIG, OURS, Way, folder_scores, rewrite, sparse_folder, write_sparse
+from atp_tune.folders.applying import CONFIG, OURS, Way, folder_scores, rewrite, say_size, sparse_folder, write_sparse
 from atp_tune.folders.card import ABOUT, CARD, DESCRIPTIONS, FINETUNED, Packed, describe, origin, stored_manifest
+from atp_tune.folders.exporting import config_groups, linear_widths
 from atp_tune.measures import Perplexity, perplexity
-from atp_tune.packed.layout import Coded, Kind, encode, fits_kernel, pack, spread, zero_share
+from atp_tune.packed.layout import Coded, Kind, encode, fits_kernel, pack, pack_codes, spread, zero_share
 from atp_tune.packed.modeling_atp_sparse import (
     LEAST,
     MODEL_TYPE,
+    SCALES,
     VALUES,
     VERSION,
     WEIGHTS,
     WITH_CODES,
+    ZEROS,
     auto_map,
     class_of,
     is_packable,
+    read_codes,
     read_packed,
+    zero_points,
 )
 from atp_tune.pruners.rounding import Grid
 from atp_tune.run.session import Setup
 from atp_tune.utils.cache import sha256_of, temporary_folder
 from atp_tune.utils.system import check_free
 
+Engine = Literal["compressed-tensors", "mlx"]
+
 # --- Codes of rounded weights on their way from the pass over the blocks to a packed folder.
 #
 # The sparse checkpoint that is packed gets the weights that the codes give, with scales of 16 bits, so that packing it
-# changes nothing, and its perplexity is that of the packed folder.
+# changes nothing, and its perplexity is that of the packed folder, or of what its engine computes.
 
 
 @dataclass(eq=False)
@@ -75,6 +83,7 @@ class Codes:
 
     folder: Path
     quantize: QuantizeConfig
+    engine: Engine | None = None  # whose scales and weights they have; None: those of a packed folder
     _files: dict[str, tuple[Path, Coded]] = field(default_factory=dict)  # where their parts are, and the rest
 
     def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> Tensors:
@@ -99,11 +108,37 @@ class Codes:
                 coded = _encoded([weight, *(grid[part] for grid in grids)], self.quantize, turned)
             except ValueError as error:
                 raise UserError(f"{part}: cannot be stored as codes: {error}") from None
-            decoded[part] = coded.decoded()
-            file = self.folder / f"{len(self._files)}.safetensors"
-            save_file(coded.parts, file)
-            self._files[part] = file, replace(coded, parts={})
+            decoded[part] = self._keep(part, coded, self.folder / f"{len(self._files)}.safetensors")
         return decoded
+
+    def _keep(self, part: str, coded: Coded, file: Path) -> Tensor:
+        """Keeps the codes of a tensor in a file, and returns the weights that they give."""
+        if self.engine:
+            coded = replace(coded, parts={**coded.parts, SCALES: coded.parts[SCALES].bfloat16().half()})
+        save_file(coded.parts, file)
+        self._files[part] = file, replace(coded, parts={})
+        return self.parts_of(coded)[1]
+
+    def parts_of(self, coded: Coded) -> tuple[Tensors, Tensor]:
+        """The tensors of a coded one by the ends of their names, as the engine stores them, and the weights, float32."""
+        (integers, each_scale), form = read_codes(coded.parts.get, "", coded.about), coded.about["codes"]
+        if self.engine is None:
+            return coded.parts, coded.decoded()
+        (rows, columns), bits = integers.shape, form["bits"]
+        scales = coded.parts[SCALES].float() * 2.0 ** form["exponent"]
+        zeros = zero_points(coded.parts.get(ZEROS), bits, *scales.shape)
+        each = partial(spread, size=columns // scales.shape[1], columns=columns)
+        codes, scale = integers + each(zeros), scales.bfloat16()
+        words = _words(codes, bits)
+        if self.engine == "mlx":
+            offsets = (-zeros * scales).bfloat16()
+            parts = {"weight": words.view(torch.uint32), "scales": scale, "biases": offsets}
+            return parts, codes * each_scale + each(offsets.float())
+        parts = {"weight_packed": words, "weight_scale": scale, "weight_shape": torch.tensor(integers.shape)}
+        if not form["symmetric"]:  # by columns, whose ends are filled up
+            filled = _words(nn.functional.pad(zeros.T, (0, -rows % 32)), bits)
+            parts["weight_zero_point"] = filled[:, : -(-rows * bits // 32)].T.contiguous()
+        return parts, coded.decoded()
 
     def find(self, names: tuple[str, ...]) -> Coded | None:
         """The codes of a tensor by the names that it may have, once; None if it was not rounded."""
@@ -120,14 +155,12 @@ class Codes:
             coded = replace(entry, parts=load_file(file)).scaled(factors)
         except ValueError as error:
             raise UserError(f"training: {part}: {error}; lower the learning rate") from None
-        save_file(coded.parts, file)
-        self._files[part] = file, replace(coded, parts={})
-        return coded.decoded()
+        return self._keep(part, coded, file)
 
     def check_all_stored(self) -> None:
         """UserError if a rounded tensor was not asked for."""
         if self._files:
-            raise UserError(f"--packed: the checkpoint has no tensor {min(self._files)}, whose codes are to be stored")
+            raise UserError(f"--out: the checkpoint has no tensor {min(self._files)}, whose codes are to be stored")
 
 
 def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Coded:
@@ -343,14 +376,18 @@ class _Packing:
             original.files[CARD] = as_text(folder / CARD)
         else:
             original.added.append(CARD)
-        records = [folder / name for name in self._records]
-        original.files.update({file.name: as_text(file) for file in records})
+        original.files.update({name: as_text(folder / name) for name in self._records})
         original.write(folder)
-        for file in records:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(record.get("manifest"), dict):
-                record["manifest"]["files"] = sha256_by_name(folder, DESCRIPTIONS)
-                write_table(file, record)
+        renew_manifests(folder)
+
+
+def renew_manifests(folder: Path) -> None:
+    """Writes the SHA-256 of the files that a folder has now into its records of pruning and training."""
+    for file in (folder / ABOUT, folder / FINETUNED):
+        record = read_table(file) if file.is_file() else {}
+        if isinstance(record.get("manifest"), dict):
+            record["manifest"]["files"] = sha256_by_name(folder, DESCRIPTIONS)
+            write_table(file, record)
 
 
 def empty_model(source: Path) -> Any:
@@ -358,3 +395,86 @@ def empty_model(source: Path) -> Any:
     what = f"model {source}: transformers cannot make its model"
     with as_user_error(what), quiet("transformers"), torch.device("meta"):
         return auto_class(source).from_config(model_config(source, trusted=False))
+
+
+# --- Folders of rounded weights for engines: codes one after the other in words of 32 bits, the lowest bit first.
+#
+# compressed-tensors  its `pack-quantized`, which vLLM and transformers read: w = (q - z) Δ
+# mlx                 of mlx-lm: w = q Δ + o, o = -z Δ
+#
+# Δ and o have the 8 bits of bfloat16, in the number format of the other weights, so that their cast changes nothing.
+
+GROUPS, WIDTHS = (32, 64, 128), (2, 3, 4, 5, 6, 8)  # of MLX
+
+
+def to_engine(config: Config, codes: Codes | None, engine: Engine) -> Way:
+    """The way to write the weights that an engine will compute; UserError if it cannot store a configuration's."""
+    rounding, widths = linear_widths(config, engine)
+    size = rounding.group_size
+    if engine == "mlx" and (size not in GROUPS or not {*widths.values()} <= {*WIDTHS}):
+        raise UserError(
+            f"--format mlx: has groups of {GROUPS} weights and {WIDTHS} bits alone, and this configuration groups of "
+            f"{size} and {sorted({*widths.values()})} bits; give `quantize.group_size` and `quantize.widths` such"
+        )
+
+    def check(folder: Path) -> None:
+        model = empty_model(folder)
+        for name in widths:
+            if (columns := model.get_submodule(name).in_features) % math.lcm(32, max(size, 1)):
+                raise UserError(
+                    f"--format {engine}: {name} has rows of {columns} weights, which are no whole words of 32 and groups "
+                    f"of {size}; a study with another `quantize.group_size`, such as 32, may have them"
+                )
+
+    return replace(to_pack(config, codes), check=check)
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Codes [rows, columns] as words, int32 [rows, columns·bits/32]; 32 divides columns."""
+    return pack_codes(codes, bits).view(torch.int32).view(len(codes), -1)
+
+
+def engine_folder(source: Path, out: Path, config: Config, codes: Codes, watch: EventHandler = ignore_events) -> None:
+    """Writes the folder of the weights of `codes` for its engine; all others stay equal byte for byte.
+
+    source: the sparse checkpoint of `config` with the weights that the engine computes. UserError if `out` cannot be
+    written.
+    """
+    model, files, engine = empty_model(source), dict[str, str](), str(codes.engine)
+    prefix, shards = f"{model.base_model_prefix}.", find_weights(source, allow_pickle=False)
+    (rounding, groups), (_, widths) = config_groups(config, engine), linear_widths(config, engine)
+    if engine == "mlx":
+        form = {"group_size": rounding.group_size, "mode": "affine"}
+        own = {name: {**form, "bits": bits} for name, bits in widths.items()}
+        about = {"quantization": {**form, "bits": max(widths.values()), **own}}
+    else:
+        linears = {name for name, module in model.named_modules() if is_packable(module)}
+        about = {
+            "quantization_config": {
+                "quant_method": engine, "format": "pack-quantized", "quantization_status": "compressed",
+                "config_groups": groups, "ignore": sorted(linears - widths.keys()),
+            }
+        }  # fmt: skip
+
+    def stored(name: str, dense: Tensor) -> Tensors:
+        if (coded := codes.find((name, name.removeprefix(prefix), prefix + name))) is None:
+            return {name: dense}
+        parts, _ = codes.parts_of(coded)
+        return {
+            name.removesuffix("weight") + end: part.to(dense.dtype) if part.is_floating_point() else part
+            for end, part in parts.items()
+        }
+
+    with sparse_folder(source, out) as folder:
+        for number, shard in enumerate(shards, 1):
+            files |= dict.fromkeys(rewrite(shard, folder / shard.name, stored), shard.name)
+            watch(Step("packing", number, len(shards)))
+        codes.check_all_stored()
+        if (folder / INDEX).is_file():
+            write_table(folder / INDEX, {"weight_map": dict(sorted(files.items()))})
+            say_size(folder)
+        write_table(folder / CONFIG, read_table(folder / CONFIG) | about)
+        renew_manifests(folder)
+        before, after = (sum(x.stat().st_size for x in each.glob("*.safetensors")) for each in (source, folder))
+        auto = auto_class(source).__name__
+        describe(folder, packed=Packed(len(widths), 0, before, after, before, after, engine, auto, None))

@@ -1,0 +1,138 @@
+"""Folders of rounded weights as other programs store them: `apply --format`, read by those programs themselves."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expect import parametrize, slow
+from naive import nlls_of
+from safetensors.torch import load_file
+from tinystudy import STUDY, CommandLine, copied, make_model, make_tokenizer, run
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from atp_tune.config.best import read_config
+from atp_tune.inputs.windows import token_windows
+
+ROUNDED = """
+[quantize]
+quantizers = ["gptq"]
+group_size = {}
+symmetric = {}
+"""
+GROUPS = {"groups": (32, "false"), "rows": (-1, "true")}  # asymmetric in groups, symmetric in whole rows
+
+
+@pytest.fixture(scope="module", params=GROUPS)
+def ran(request: pytest.FixtureRequest, tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a finished study of a model in several files, bits by linear; to be added to only."""
+    with copied(tiny_place, tmp_path_factory) as place:
+        (place / "model/model.safetensors").unlink()
+        made = make_model(make_tokenizer(), 100, intermediate=64)
+        made.save_pretrained(place / "model", max_shard_size="30KB")
+        toml = STUDY.replace("sparsity = 0.6", 'bits = 3.5\nallocation = ["gradient"]').replace("trials = 3", "trials = 4")
+        (place / "tiny.toml").write_text(toml + ROUNDED.format(*GROUPS[request.param]))
+        run(place)
+        yield place
+
+
+def integers(words: Tensor, bits: int, columns: int) -> Tensor:
+    """Codes [rows, columns] out of words [rows, words], one bit after the other."""
+    rows = (int.from_bytes(row.numpy().tobytes(), "little") for row in words.contiguous())
+    return torch.tensor([[row >> bits * at & (1 << bits) - 1 for at in range(columns)] for row in rows])
+
+
+def spread(groups: Tensor, columns: int) -> Tensor:
+    return groups.float().repeat_interleave(columns // groups.shape[1], 1)
+
+
+def compressed(parts: Mapping[str, Tensor], bits: int) -> Tensor:
+    """The weights of a matrix of compressed-tensors, (q - z) Δ, which are equal to those of its own reader."""
+    rows, columns = parts["weight_shape"].tolist()
+    zeros = torch.full(parts["weight_scale"].shape, 2 ** (bits - 1))
+    if (packed := parts.get("weight_zero_point")) is not None:
+        zeros = integers(packed.T, bits, rows).T
+    codes = integers(parts["weight_packed"], bits, columns)
+    weights = (codes - spread(zeros, columns)) * spread(parts["weight_scale"], columns)
+    library = import_module("compressed_tensors.quantization")
+    group = columns // zeros.shape[1]
+    form: dict[str, Any] = {"num_bits": bits, "symmetric": packed is None}
+    form |= {"strategy": "channel"} if group == columns and packed is None else {"group_size": group}
+    scheme = library.QuantizationScheme(targets=[], weights=library.QuantizationArgs(**form))
+    reader = import_module("compressed_tensors.compressors.pack_quantized.base").PackedQuantizationCompressor
+    theirs = reader.decompress(dict(parts), scheme)["weight"]
+    assert torch.equal(theirs, weights.to(theirs.dtype))
+    return weights
+
+
+def affine(parts: Mapping[str, Tensor], bits: int) -> Tensor:
+    """The weights of a matrix of MLX, q Δ + o."""
+    columns = parts["weight"].shape[1] * 32 // bits
+    scales, offsets = (spread(parts[name], columns) for name in ("scales", "biases"))
+    return integers(parts["weight"].view(torch.int32), bits, columns) * scales + offsets
+
+
+READ = {"compressed-tensors": compressed, "mlx": affine}
+
+
+@slow
+@parametrize("dtype", ["float32", "bfloat16"])
+@parametrize("engine", READ)
+def test_engines_compute_what_was_measured(
+    engine: str, dtype: str, ran: Path, tmp_path: Path, command: CommandLine
+) -> None:
+    words = "apply", "--config", ran / "tiny.best.json", "--dtype", dtype
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    best = read_config(ran / "tiny.best.json")
+    assert best.quantize is not None and best.linears is not None
+    if engine == "mlx" and best.quantize.group_size == -1:
+        refused = command(*words, "--out", out, "--format", engine)
+        assert refused.code == 2 and "groups of -1" in refused.error and not out.exists()
+        return
+    said = command.ok(*words, "--out", out, "--format", engine).out
+    command.ok(*words, "--out", plain)
+    command.ok("apply", "--verify", out)
+    # Each rounded matrix by a naive reader: the codes are those of `apply`, the scales differ by bfloat16's rounding.
+    tensors = {name: part for file in out.glob("*.safetensors") for name, part in load_file(file).items()}
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == sum(part.nbytes for part in tensors.values())
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    widths = {
+        f"model.layers.{block}.{name}": int(level.width)
+        for block, names in enumerate(best.linears)
+        for name, level in zip(names, best.plan.of(block, len(names)), strict=True)
+    }
+    assert len({*widths.values()}) > 1
+    for name, bits in widths.items():
+        parts = {part.rpartition(".")[2]: tensors.pop(part) for part in [*tensors] if part.startswith(f"{name}.")}
+        floats = READ[engine](parts, bits)
+        was = model.get_submodule(name).weight.data
+        steps = spread(parts.get("weight_scale", parts.get("scales")), was.shape[1])
+        assert bool(((floats - was).abs() <= was.abs() * 2**-7 + steps * 2 ** (bits - 8)).all())
+        was.copy_(floats)
+    for name, part in tensors.items():
+        assert torch.equal(model.get_parameter(name), part)
+    # Its perplexity is what was printed, and what the engine computes with.
+    test = best.texts.test
+    ids = torch.from_numpy(token_windows(test, ran / "model", ran).ids)  # type: ignore[arg-type]
+    nlls = nlls_of(model.float(), ids)
+    measured = read_config(out / "atp_tune.json").final("test")
+    assert measured is not None and f"perplexity on the test text: {measured}" in said
+    assert measured.value == pytest.approx(math.exp(sum(nlls) / len(nlls)), rel=1e-4)
+    if engine == "mlx":
+        there, _ = import_module("mlx_lm").load(str(out))
+        theirs = torch.tensor(there(import_module("mlx.core").array(ids[:4].tolist())).tolist())
+    elif best.quantize.symmetric:
+        with torch.inference_mode():
+            theirs = AutoModelForCausalLM.from_pretrained(out)(ids[:4]).logits
+    else:  # transformers 5.24 with compressed-tensors 0.20 loads no zero points: `compressed` has read it
+        return
+    with torch.inference_mode():
+        ours = model(ids[:4]).logits
+    torch.testing.assert_close(theirs.float(), ours, rtol=0, atol=1e-4 if dtype == "float32" else 0.2)
