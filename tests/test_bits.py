@@ -1,11 +1,8 @@
 """Studies with `bits`: rounding to widths, a study and its files end to end, what is refused."""
 
-import json
 import re
-import sys
 from itertools import product
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +17,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_config import config
 from tinystudy import STUDY, CommandLine, copied, copy_of, run, stored
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from atp_tune.allocations import bits
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.prune import WIDTHS, Bits, PruneConfig, QuantizeConfig
 from atp_tune.folders.exporting import FORMATS, as_csv
+from atp_tune.folders.packing import Codes, to_engine
 from atp_tune.plan import Plan
 
 BITS = "[quantize]\nquantizers = ['rtn', 'gptq']\ngroup_size = 16\n\n[allocation]\nbeta = 'both'\n"
@@ -222,88 +219,59 @@ def test_recipes_of_bits_by_linear() -> None:
         4: ["model.layers.0.attn.q_proj"],
         8: ["model.layers.2.mlp.up_proj"],
     }
-    assert json.loads(made("gptqmodel", **BY_LINEAR))["dynamic"] == {
-        r"+:^(model\.layers\.(0|1)\.mlp\.up_proj$|model\.layers\.(1)\.attn\.q_proj$)": {"bits": 3},
-        r"+:^(model\.layers\.(0)\.attn\.q_proj$)": {"bits": 4}, r"+:^(model\.layers\.(2)\.mlp\.up_proj$)": {"bits": 8},
-    }  # fmt: skip
     rows = as_csv(config(**{**ROUNDED, **BY_LINEAR})).splitlines()
     assert rows[:3] == ["block,module,bits", "0,model.layers.0.attn.q_proj,4", "0,model.layers.0.mlp.up_proj,3"]
 
 
 @parametrize(
-    ("kind", "changes", "reason"),
+    ("changes", "reason"),
+    [({"linears": None}, "linears: the configuration lacks"), ({"blocks": "a'b\n"}, "is not the name of a module")],
+)
+def test_what_recipes_cannot_say(changes: Any, reason: str) -> None:
+    with refused(reason):
+        made("llm-compressor", **changes)
+
+
+@parametrize(
+    ("changes", "engine", "reason"),
     [
-        ("gptqmodel", {"plan": RTN}, "pruner = rtn: gptqmodel quantizes by gptq alone"),
-        ("gptqmodel", {"prune": PruneConfig(statistics="dense")}, "prune.statistics = dense: gptqmodel measures"),
-        ("torchao", {}, "pruner = gptq: torchao rounds to nearest alone"),
-        ("torchao", {"plan": RTN, "quantize": QuantizeConfig(symmetric=True)}, "symmetric = true: torchao rounds"),
-        *((kind, {"linears": None}, "linears: the configuration lacks") for kind in ("gptqmodel", "llm-compressor")),
-        *((kind, {"blocks": "a'b\n"}, "is not the name of a module") for kind in ("gptqmodel", "llm-compressor")),
-        ("torchao", {"blocks": "a'b\n", "plan": RTN}, "is not the name of a module"),
+        ({}, "mlx", r"has groups of \(32, 64, 128\) .* and this configuration groups of 16 and \[3, 4\] bits"),
+        (
+            {"quantize": None, "plan": planned("wanda", "atp", (0.5, 0.6, 0.7)), "bits": None},
+            "mlx",
+            "without zeros and types",
+        ),
+        ({"conv1d": True}, "compressed-tensors", "rounds nn.Linear alone, and this model has Conv1D"),
+        ({"linears": (("mlp.up[0]",),) * 3}, "compressed-tensors", "has no name for a single expert"),
     ],
 )
-def test_what_recipes_cannot_say(kind: str, changes: Any, reason: str) -> None:
-    with refused(reason):
-        made(kind, **changes)
+def test_what_engines_do_not_store(changes: Any, engine: Any, reason: str, tmp_path: Path) -> None:
+    asked = config(**{**ROUNDED, "quantize": QuantizeConfig(group_size=16), **changes})
+    codes = asked.quantize and Codes(tmp_path, asked.quantize, engine)
+    with refused(f"--format {engine}: .*{reason}"):
+        to_engine(asked, codes, engine)
 
 
-# What reads a recipe: the linears that it names, by number of bits.
-
-
-def of_llm_compressor(text: str, names: list[str]) -> dict[int, set[str]]:
+def of_llm_compressor(text: str) -> dict[int, set[str]]:
+    """The linears that a recipe names, by number of bits."""
     (stage,) = yaml.safe_load(text).values()
     (modifier,) = stage["bits_modifiers"].values()
     return {group["weights"]["num_bits"]: set(group["targets"]) for group in modifier["config_groups"].values()}
 
 
-def of_gptqmodel(text: str, names: list[str]) -> dict[int, set[str]]:
-    """As gptqmodel and vLLM look a name up: the first pattern that begins it."""
-    dynamic, found = json.loads(text)["dynamic"], dict[int, set[str]]()
-    for name in names:
-        if pattern := next((pattern for pattern in dynamic if re.match(pattern[2:], name)), None):
-            found.setdefault(dynamic[pattern]["bits"], set()).add(name)
-    return found
-
-
-def of_torchao(text: str, names: list[str], model: Any, monkeypatch: pytest.MonkeyPatch) -> dict[int, set[str]]:
-    quantization: Any = ModuleType("torchao.quantization")
-    quantization.FqnToConfig, quantization.IntxWeightOnlyConfig, quantization.quantize_ = dict, dict, None
-    granularity: Any = ModuleType("granularity")
-    granularity.PerAxis = granularity.PerGroup = int
-    primitives: Any = ModuleType("quant_primitives")
-    primitives.MappingType = SimpleNamespace(ASYMMETRIC=0)
-    for module in (quantization, granularity, primitives):
-        name = "torchao.quantization"
-        monkeypatch.setitem(sys.modules, name if module is quantization else f"{name}.{module.__name__}", module)
-    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
-    script: dict[str, Any] = {}
-    exec(compile(text, "torchao.py", "exec"), script)
-    found: dict[int, set[str]] = {}
-    for name, asked in script["config"](model).items():
-        found.setdefault(int(str(asked["weight_dtype"]).removeprefix("torch.int")), set()).add(name)
-    return found
-
-
-@parametrize("kind", ["llm-compressor", "gptqmodel", "torchao"])
 @parametrize("family", ["llama", "gpt2", "mixtral", "qwen2_moe"])
-def test_recipes_name_the_linears_that_apply_rounds(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_name_the_linears_that_apply_rounds(family: str) -> None:
     model = tiny(family)
     checkpoint = checkpoint_of(model)
     own = tuple((3, 4, 4, 3)[: len(checkpoint.blocks)])
-    plan = rounded(*own, method="rtn" if kind == "torchao" else "gptq")
-    known: dict[str, Any] = {"plan": plan, "blocks": checkpoint.blocks_name}
+    known: dict[str, Any] = {"plan": rounded(*own), "blocks": checkpoint.blocks_name}
     known |= {"linears": tuple(map(tuple, checkpoint.linear_names)), "conv1d": checkpoint.has_conv1d}
     if family != "llama":
         reason = "this model has Conv1D" if family == "gpt2" else "no name for a single expert"
-        with refused(f"--format {kind}: .*{reason}"):
-            made(kind, **known)
+        with refused(f"--format llm-compressor: .*{reason}"):
+            made("llm-compressor", **known)
         return
-    text = made(kind, **known)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     wanted: dict[int, set[str]] = {}
     for i, linears in enumerate(checkpoint.linears):
         wanted.setdefault(own[i], set()).update(f"{checkpoint.blocks_name}.{i}.{linear.name}" for linear in linears)
-    if kind == "torchao":
-        assert of_torchao(text, names, model, monkeypatch) == wanted
-    else:
-        assert (of_gptqmodel if kind == "gptqmodel" else of_llm_compressor)(text, names) == wanted
+    assert of_llm_compressor(made("llm-compressor", **known)) == wanted

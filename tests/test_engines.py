@@ -25,7 +25,8 @@ quantizers = ["gptq"]
 group_size = {}
 symmetric = {}
 """
-GROUPS = {"groups": (32, "false"), "rows": (-1, "true")}  # asymmetric in groups, symmetric in whole rows
+# Asymmetric in groups, and symmetric in whole rows, of which some end within a word: group size, symmetry, inner width.
+GROUPS = {"groups": (32, "false", 64), "rows": (-1, "true", 80)}
 
 
 @pytest.fixture(scope="module", params=GROUPS)
@@ -33,10 +34,13 @@ def ran(request: pytest.FixtureRequest, tiny_place: Path, tmp_path_factory: pyte
     """A folder with a finished study of a model in several files, bits by linear; to be added to only."""
     with copied(tiny_place, tmp_path_factory) as place:
         (place / "model/model.safetensors").unlink()
-        made = make_model(make_tokenizer(), 100, intermediate=64)
+        size, symmetric, inner = GROUPS[request.param]
+        made = make_model(make_tokenizer(), 100, intermediate=inner)
         made.save_pretrained(place / "model", max_shard_size="30KB")
-        toml = STUDY.replace("sparsity = 0.6", 'bits = 3.5\nallocation = ["gradient"]').replace("trials = 3", "trials = 4")
-        (place / "tiny.toml").write_text(toml + ROUNDED.format(*GROUPS[request.param]))
+        toml = STUDY.replace("sparsity = 0.6", 'bits = 3.5\nallocation = ["gradient"]').replace(
+            "trials = 3", "trials = 4"
+        )
+        (place / "tiny.toml").write_text(toml + ROUNDED.format(size, symmetric))
         run(place)
         yield place
 

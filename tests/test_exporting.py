@@ -54,11 +54,8 @@ def recipe(**changes: Any) -> Any:
 # --- the command
 
 
-OF_BITS = ("gptqmodel", "torchao")  # formats that have no place for zeros
-
-
 @slow
-@parametrize("kind", [kind for kind in FORMATS if kind not in OF_BITS])
+@parametrize("kind", FORMATS)
 def test_a_study_and_its_configuration_give_the_same_file(kind: str, done: Path, command: CommandLine) -> None:
     ending = FORMATS[kind][0]
     config, made = done / "tiny.best.json", done / f"tiny.best{ending}"

@@ -132,6 +132,7 @@ def test_what_is_needed_is_asked_first(
 
 WRITERS = {  # each option that takes a place to write to; {} is that place
     "apply --out": ("apply", *CONFIG, "--out", "{}"), "apply --packed": ("apply", *CONFIG, "--out", "{}", "--packed"),
+    "apply --format": ("apply", *CONFIG, "--out", "{}", "--format", "compressed-tensors"),
     "pack --out": ("pack", "sparse", "--out", "{}"), "unpack --out": ("unpack", "packed", "--out", "{}"),
     "prune --out": ("prune", *STUDY, "--beta", "0", "--out", "{}"),
     "finetune --out": ("finetune", "sparse", "--out", "{}"), "export --out": ("export", *STUDY, "--out", "{}.json"),

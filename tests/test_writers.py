@@ -20,7 +20,7 @@ from faults import DOCUMENT, Rows
 from test_annotations import SCORES, SPEED, best_of
 from test_cache import DEAD
 from test_pushing import Site, site
-from tinystudy import HANGS, CommandLine, stored, study_file
+from tinystudy import HANGS, STUDY, CommandLine, stored, study_file
 
 import atp_tune
 from atp_tune.checkpoints.convert import ABOUT as PACKED_ABOUT
@@ -230,6 +230,7 @@ def test_temporary_names_are_made_in_one_place() -> None:
 
 SPARSE = ("apply", "--config", "{tiny.best.json}", "--out", "{sparse}")  # what some commands read
 PACKED = ("pack", "{sparse}", "--out", "{packed}")
+BITS = ("--study", "{bits.toml}", "--set", 'quantize.quantizers=["rtn"]', "--set", "quantize.group_size=16")
 CHANNELS = (
     "--study", "{tiny.toml}", "--study-name", "channels", "--storage", "sqlite:///channels.db", "--set",
     "prune.pattern=channels", "--set", "sparsity=0.25",
@@ -239,6 +240,17 @@ TEXT = ("--text", "file:long.txt", "--seqlen", 32)
 COMMANDS: dict[str, tuple[str | int, ...]] = {  # what is in {} lies in the place
     "apply": ("apply", "--config", "{tiny.best.json}", "--out", "{out}", "--device", "cpu"),
     "apply --packed": ("apply", "--config", "{tiny.best.json}", "--out", "{out}", "--device", "cpu", "--packed"),
+    "apply --format": (
+        "apply",
+        "--config",
+        "{bits.best.json}",
+        "--out",
+        "{out}",
+        "--device",
+        "cpu",
+        "--format",
+        "compressed-tensors",
+    ),
     "apply --slim": ("apply", "--config", "{channels.best.json}", "--out", "{out}", "--device", "cpu", "--slim"),
     "push": ("push", "{sparse}", "alice/tiny"),
     "prune --out": ("prune", "--study", "{tiny.toml}", "--out", "{out}"),
@@ -308,14 +320,20 @@ def written(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command
         words = [re.sub(r"[{](.*)[}]", lambda found: str(done / found[1]), str(word)) for word in COMMANDS[name]]
         return command(*words)
 
-    for made, words in (("{sparse}", SPARSE), ("{packed}", PACKED), ("{channels.best.json}", CHANNELS)):
+    for made, words in (
+        ("{sparse}", SPARSE),
+        ("{packed}", PACKED),
+        ("{channels.best.json}", CHANNELS),
+        ("{bits.best.json}", BITS),
+    ):
         monkeypatch.setitem(COMMANDS, made, words)
     return call
 
 
 def made_for(name: str, call: Callable[[str], Any], place: Path) -> None:
     """Makes what a command reads."""
-    for made in ("{sparse}", "{packed}", "{channels.best.json}"):
+    (place / "bits.toml").write_text(STUDY.replace("sparsity = 0.6", "bits = 4"))
+    for made in ("{sparse}", "{packed}", "{channels.best.json}", "{bits.best.json}"):
         if made in COMMANDS[name] or (made == "{sparse}" and "{packed}" in COMMANDS[name]):
             assert call(made).code == 0
     shutil.copyfile(place / "tiny.db", place / "other.db")

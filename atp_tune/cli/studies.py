@@ -540,8 +540,7 @@ def export(
     """Write the best configuration so far as a JSON file for `apply`, or in another format.
 
     `llm-compressor` writes a recipe for its `oneshot`. `yaml` and `csv` write a table of sparsities for your own code:
-    by block, or by linear where they differ within a block. Where a study rounds weights, `gptqmodel`, `torchao` and
-    `llama.cpp` write recipes too.
+    by block, or by linear where they differ within a block. Rounded weights themselves are written by `apply --format`.
 
     A study of two objectives has no single best trial: `export` takes the trial of the Pareto front with the lowest
     perplexity, or the one that `--trial` names. A study over an interval of sparsities is asked for a point: by
@@ -559,8 +558,7 @@ def export(
 
     Options:
         config FILE: Export this configuration instead of a study's.
-        format_ FORMAT: json, llm-compressor, yaml or csv, and of rounded weights gptqmodel or torchao;
-            default: `--out`'s ending, else json.
+        format_ FORMAT: json, llm-compressor, yaml or csv; default: `--out`'s ending, else json.
         out FILE: Default: NAME.best.json beside the study file.
         json: Print the configuration; a file is written only with `--out`.
     """

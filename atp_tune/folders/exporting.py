@@ -213,10 +213,6 @@ def names(config: Config, key: Literal["blocks", "linears"]) -> Any:
 
 def modifier(config: Config) -> Table:
     """llm-compressor's modifier by name, with its arguments."""
-    if not config.by_bits:  # no recipe of one stage says both
-        raise UserError(
-            f"--format {RECIPE}: says zeros or bits, and this configuration has both; `apply` writes the folder"
-        )
     rounding, groups = config_groups(config, RECIPE, observer="memoryless_minmax")
     if config.plan.method == "rtn":
         return {"QuantizationModifier": {"config_groups": groups}}
@@ -241,12 +237,13 @@ def config_groups(config: Config, kind: str, **more: object) -> tuple[QuantizeCo
 def linear_widths(config: Config, kind: str) -> tuple[QuantizeConfig, dict[str, int]]:
     """The settings of rounding, and the bits of each linear by its name in the model.
 
-    UserError for zeros alone, for types of ggml, and for what is no `nn.Linear`.
+    UserError for zeros, for types of ggml, and for what is no `nn.Linear`.
     """
-    if config.quantize is None or config.quantize.by_types:
+    rounding = config.quantize
+    if rounding is None or rounding.by_types or not config.by_bits:
         raise UserError(
-            f"--format {kind}: stores weights that are rounded to numbers of bits, not zeros or types of ggml; "
-            "`apply` without it writes those"
+            f"--format {kind}: is of weights that are rounded to numbers of bits, without zeros and types of ggml; "
+            "`apply` writes the others"
         )
     if config.conv1d:
         raise _cannot(kind, "model", config.model.id, "rounds nn.Linear alone, and this model has Conv1D")
@@ -257,7 +254,7 @@ def linear_widths(config: Config, kind: str) -> tuple[QuantizeConfig, dict[str, 
     }
     if expert := next((name for name in widths if name.endswith("]")), None):
         raise _cannot(kind, "linears", expert, "has no name for a single expert in a tensor of many")
-    return config.quantize, widths
+    return rounding, widths
 
 
 def _cannot(kind: str, key: str, value: str, reason: str) -> UserError:

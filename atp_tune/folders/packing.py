@@ -7,7 +7,6 @@ weights codes are stored where they are known: of all tensors that have any, and
 """
 
 import json
-import math
 import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -120,11 +119,11 @@ class Codes:
         return self.parts_of(coded)[1]
 
     def parts_of(self, coded: Coded) -> tuple[Tensors, Tensor]:
-        """The tensors of a coded one by the ends of their names, as the engine stores them, and the weights, float32."""
-        (integers, each_scale), form = read_codes(coded.parts.get, "", coded.about), coded.about["codes"]
+        """The tensors of a coded one by the ends of their names, as the engine stores it, and its weights, float32."""
         if self.engine is None:
             return coded.parts, coded.decoded()
-        (rows, columns), bits = integers.shape, form["bits"]
+        (integers, each_scale), form = read_codes(coded.parts.get, "", coded.about), coded.about["codes"]
+        (_, columns), bits = integers.shape, form["bits"]
         scales = coded.parts[SCALES].float() * 2.0 ** form["exponent"]
         zeros = zero_points(coded.parts.get(ZEROS), bits, *scales.shape)
         each = partial(spread, size=columns // scales.shape[1], columns=columns)
@@ -135,9 +134,8 @@ class Codes:
             parts = {"weight": words.view(torch.uint32), "scales": scale, "biases": offsets}
             return parts, codes * each_scale + each(offsets.float())
         parts = {"weight_packed": words, "weight_scale": scale, "weight_shape": torch.tensor(integers.shape)}
-        if not form["symmetric"]:  # by columns, whose ends are filled up
-            filled = _words(nn.functional.pad(zeros.T, (0, -rows % 32)), bits)
-            parts["weight_zero_point"] = filled[:, : -(-rows * bits // 32)].T.contiguous()
+        if not form["symmetric"]:
+            parts["weight_zero_point"] = _words(zeros.T, bits).T.contiguous()
         return parts, coded.decoded()
 
     def find(self, names: tuple[str, ...]) -> Coded | None:
@@ -420,18 +418,21 @@ def to_engine(config: Config, codes: Codes | None, engine: Engine) -> Way:
     def check(folder: Path) -> None:
         model = empty_model(folder)
         for name in widths:
-            if (columns := model.get_submodule(name).in_features) % math.lcm(32, max(size, 1)):
+            columns = model.get_submodule(name).in_features
+            if size != -1 and columns % size:
                 raise UserError(
-                    f"--format {engine}: {name} has rows of {columns} weights, which are no whole words of 32 and groups "
-                    f"of {size}; a study with another `quantize.group_size`, such as 32, may have them"
+                    f"--format {engine}: {name} has {columns} inputs, which are no whole groups of {size}; a study "
+                    "with another `quantize.group_size` may have them"
                 )
 
     return replace(to_pack(config, codes), check=check)
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
-    """Codes [rows, columns] as words, int32 [rows, columns·bits/32]; 32 divides columns."""
-    return pack_codes(codes, bits).view(torch.int32).view(len(codes), -1)
+    """Codes [rows, columns] as words, int32 [rows, ⌈columns·bits/32⌉], the last of a row filled up."""
+    filled = nn.functional.pad(codes, (0, -codes.shape[1] % 32))
+    words = pack_codes(filled, bits).view(torch.int32).view(len(codes), -1)
+    return words[:, : -(-codes.shape[1] * bits // 32)].contiguous()
 
 
 def engine_folder(source: Path, out: Path, config: Config, codes: Codes, watch: EventHandler = ignore_events) -> None:

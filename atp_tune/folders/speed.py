@@ -96,7 +96,7 @@ def find_pair(config: Config, sparse: Path | None, place: Place, passing: Path |
     if config.only_rounds:
         raise UserError(
             "speedup: weights are rounded, and run as floats, as fast as the dense model's; "
-            "`export` writes recipes for engines that compute with bits"
+            "`apply --format` writes them for engines that compute with bits"
         )
     dense = resolve(config.model.model(place.allowed), place.base, place.note)
     check_model(config, dense)
