@@ -26,7 +26,7 @@ from atp_tune.folders.card import ABOUT, describe
 from atp_tune.folders.comparing import Classified, TaskOptions, classify, continuations, evaluate
 from atp_tune.folders.finetuning import apply_trained
 from atp_tune.folders.gguf_file import save as save_gguf
-from atp_tune.folders.packing import Codes, Engine, engine_folder, pack_folder, to_engine, to_pack
+from atp_tune.folders.packing import Codes, Engine, pack_folder, to_engine, to_pack
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
@@ -239,10 +239,7 @@ class Configuration:
                 way = to_engine(self.config, codes, format) if format else to_pack(self.config, codes)
                 there = replace(place, watch=calling(place.watch, str(sparse), str(out)))
                 measured = save(self.config, sparse, there, self.lender, way, dtype, codes)
-                if format and codes:
-                    engine_folder(sparse, out, self.config, codes, place.watch)
-                else:
-                    pack_folder(sparse, out, watch=place.watch, codes=codes)
+                pack_folder(sparse, out, watch=place.watch, codes=codes)
         return measured
 
     def push(self, repository: str, *, private: bool = False) -> str:

@@ -36,7 +36,7 @@ from atp_tune.checkpoints.convert import (
 from atp_tune.checkpoints.devices import DTYPES, Tensors, find_device
 from atp_tune.checkpoints.files import Table, find_weights, header_text, is_slim, parse_header, read_table, write_table
 from atp_tune.checkpoints.models import Ask, resolve
-from atp_tune.config.best import Config
+from atp_tune.config.best import Config, read_config
 from atp_tune.config.manifest import sha256_by_name
 from atp_tune.config.prune import PruneConfig, QuantizeConfig
 from atp_tune.config.study import ModelConfig
@@ -131,11 +131,11 @@ class Codes:
         words = _words(codes, bits)
         if self.engine == "mlx":
             offsets = (-zeros * scales).bfloat16()
-            parts = {"weight": words.view(torch.uint32), "scales": scale, "biases": offsets}
+            parts = {"": words.view(torch.uint32), ".scales": scale, ".biases": offsets}
             return parts, codes * each_scale + each(offsets.float())
-        parts = {"weight_packed": words, "weight_scale": scale, "weight_shape": torch.tensor(integers.shape)}
+        parts = {"_packed": words, "_scale": scale, "_shape": torch.tensor(integers.shape)}
         if not form["symmetric"]:
-            parts["weight_zero_point"] = _words(zeros.T, bits).T.contiguous()
+            parts["_zero_point"] = _words(zeros.T, bits).T.contiguous()
         return parts, coded.decoded()
 
     def find(self, names: tuple[str, ...]) -> Coded | None:
@@ -222,10 +222,13 @@ def pack_folder(
                 f"{source}: no matrix of it has {LEAST:.0%} zeros or more; `apply` writes a sparse one, and "
                 "`apply --packed` stores rounded weights as codes"
             )
-        work.describe(folder)
+        if codes and codes.engine:
+            work.describe_for(codes.engine, folder)
+        else:
+            work.describe(folder)
         rounding = None if kind == "same" else _rounding(source, folder, device, watch)
         before, after = (sum(x.stat().st_size for x in each.glob("*.safetensors")) for each in (work.source, folder))
-        values = kind if codes is None else "codes"
+        values = kind if codes is None else codes.engine or "codes"
         done = Packed(len(work.linears), len(work.stored), *work.bytes, before, after, values, work.auto, rounding)
         describe(folder, packed=done)
     return done
@@ -280,6 +283,7 @@ class _Packing:
         if self._records:
             stored_manifest(self.source)  # UserError if they are not what atp_tune writes
         self._kind, self._group_size, self._codes = kind, group_size, codes
+        self._engine = codes and codes.engine
         self._fits = True  # int8 values, without loss, of all linears that have codes
         self.shards = [file.name for file in find_weights(self.source, allow_pickle=False)]
         self.linears: dict[str, Table] = {}
@@ -291,17 +295,20 @@ class _Packing:
         model = empty_model(self.source)
         self._prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        self._linears = {name: module for name, module in model.named_modules() if is_packable(module)}
         # The linears that can stay packed in memory, by the names of their weights; none whose weight has two names.
         self._packable = {
             f"{name}.weight": module
-            for name, module in model.named_modules()
-            if is_packable(module) and module is not head and f"{name}.weight" not in tied
+            for name, module in self._linears.items()
+            if module is not head and f"{name}.weight" not in tied
         }
 
     def pack_shard(self, shard: str, folder: Path) -> None:
         """Packs one file of the weights, under a name by which transformers finds it as a variant of the weights."""
         file, out = self.source / shard, folder / WEIGHTS
-        if len(self.shards) > 1:
+        if self._engine:
+            out = folder / shard
+        elif len(self.shards) > 1:
             number, count = self.shards.index(shard) + 1, len(self.shards)
             out = folder / f"model.packed-{number:05}-of-{count:05}.safetensors"
         header = header_text(file)
@@ -319,7 +326,7 @@ class _Packing:
             if self._kind != "same":
                 self._original.tensors[name] = sha256_of_tensor(dense)
             return {name: dense}
-        linear = next((other for other in names if other in self._packable), None)
+        linear = next((other for other in names if other in self._packable and not self._engine), None)
         about: Table = {"shape": [*dense.shape]}
         if linear is not None:
             about["transposed"] = isinstance(self._packable[linear], Conv1D)
@@ -330,15 +337,42 @@ class _Packing:
             about["nonzeros"] = len(parts[VALUES])
             again = read_packed(parts.get, "", about).to(dense.dtype)
         else:
-            about, parts, again = {**about, **coded.about}, coded.parts, coded.decoded().to(dense.dtype)
+            assert self._codes is not None
+            about, (parts, weights) = {**about, **coded.about}, self._codes.parts_of(coded)
+            again = weights.to(dense.dtype)
             self._fits = self._fits and (not is_sparse or linear is None or (coded.fits and fits_kernel(about)))
             if raw_bytes(again) != raw_bytes(dense):
                 raise UserError(f"{name}: its codes do not give the weights of {self.source}")
         (self.stored if linear is None else self.linears)[linear or name] = about
         self._original.tensors[name] = sha256_of_tensor(again)
+        if self._engine:
+            parts = {end: part.to(dense.dtype) if part.is_floating_point() else part for end, part in parts.items()}
         before, after = self.bytes
         self.bytes = before + dense.nbytes, after + sum(part.nbytes for part in parts.values())
-        return {f"{linear or name}{end}": part for end, part in parts.items()}
+        return {f"{linear or name}{end}".replace(".weight.", "."): part for end, part in parts.items()}
+
+    def describe_for(self, engine: Engine, folder: Path) -> None:
+        """Writes what an engine reads in the config, and the index."""
+        config = read_config(folder / ABOUT)
+        (rounding, groups), (_, widths) = config_groups(config, engine), linear_widths(config, engine)
+        about: Table
+        if engine == "mlx":
+            form = {"group_size": rounding.group_size, "mode": "affine"}
+            own = {name: {**form, "bits": bits} for name, bits in widths.items()}
+            about = {"quantization": {**form, "bits": max(widths.values()), **own}}
+        else:
+            others = (name for name in self._linears if name not in widths)
+            about = {
+                "quantization_config": {
+                    "quant_method": engine, "format": "pack-quantized", "quantization_status": "compressed",
+                    "config_groups": groups, "ignore": [*others],
+                }
+            }  # fmt: skip
+        write_table(folder / CONFIG, read_table(folder / CONFIG) | about)
+        if (folder / INDEX).is_file():
+            write_table(folder / INDEX, {"weight_map": dict(sorted(self._weight_map.items()))})
+            say_size(folder)
+        renew_manifests(folder)
 
     def describe(self, folder: Path) -> None:
         """Writes config, code and index, and what `unpack` needs."""
@@ -433,49 +467,3 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     filled = nn.functional.pad(codes, (0, -codes.shape[1] % 32))
     words = pack_codes(filled, bits).view(torch.int32).view(len(codes), -1)
     return words[:, : -(-codes.shape[1] * bits // 32)].contiguous()
-
-
-def engine_folder(source: Path, out: Path, config: Config, codes: Codes, watch: EventHandler = ignore_events) -> None:
-    """Writes the folder of the weights of `codes` for its engine; all others stay equal byte for byte.
-
-    source: the sparse checkpoint of `config` with the weights that the engine computes. UserError if `out` cannot be
-    written.
-    """
-    model, files, engine = empty_model(source), dict[str, str](), str(codes.engine)
-    prefix, shards = f"{model.base_model_prefix}.", find_weights(source, allow_pickle=False)
-    (rounding, groups), (_, widths) = config_groups(config, engine), linear_widths(config, engine)
-    if engine == "mlx":
-        form = {"group_size": rounding.group_size, "mode": "affine"}
-        own = {name: {**form, "bits": bits} for name, bits in widths.items()}
-        about = {"quantization": {**form, "bits": max(widths.values()), **own}}
-    else:
-        linears = {name for name, module in model.named_modules() if is_packable(module)}
-        about = {
-            "quantization_config": {
-                "quant_method": engine, "format": "pack-quantized", "quantization_status": "compressed",
-                "config_groups": groups, "ignore": sorted(linears - widths.keys()),
-            }
-        }  # fmt: skip
-
-    def stored(name: str, dense: Tensor) -> Tensors:
-        if (coded := codes.find((name, name.removeprefix(prefix), prefix + name))) is None:
-            return {name: dense}
-        parts, _ = codes.parts_of(coded)
-        return {
-            name.removesuffix("weight") + end: part.to(dense.dtype) if part.is_floating_point() else part
-            for end, part in parts.items()
-        }
-
-    with sparse_folder(source, out) as folder:
-        for number, shard in enumerate(shards, 1):
-            files |= dict.fromkeys(rewrite(shard, folder / shard.name, stored), shard.name)
-            watch(Step("packing", number, len(shards)))
-        codes.check_all_stored()
-        if (folder / INDEX).is_file():
-            write_table(folder / INDEX, {"weight_map": dict(sorted(files.items()))})
-            say_size(folder)
-        write_table(folder / CONFIG, read_table(folder / CONFIG) | about)
-        renew_manifests(folder)
-        before, after = (sum(x.stat().st_size for x in each.glob("*.safetensors")) for each in (source, folder))
-        auto = auto_class(source).__name__
-        describe(folder, packed=Packed(len(widths), 0, before, after, before, after, engine, auto, None))
