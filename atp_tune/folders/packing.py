@@ -122,21 +122,23 @@ class Codes:
         """The tensors of a coded one by the ends of their names, as the engine stores it, and its weights, float32."""
         if self.engine is None:
             return coded.parts, coded.decoded()
-        (integers, each_scale), form = read_codes(coded.parts.get, "", coded.about), coded.about["codes"]
-        (_, columns), bits = integers.shape, form["bits"]
-        scales = coded.parts[SCALES].float() * 2.0 ** form["exponent"]
-        zeros = zero_points(coded.parts.get(ZEROS), bits, *scales.shape)
-        each = partial(spread, size=columns // scales.shape[1], columns=columns)
-        codes, scale = integers + each(zeros), scales.bfloat16()
+        integers, each_scale = read_codes(coded.parts.get, "", coded.about)
+        (rows, columns), bits = integers.shape, coded.about["codes"]["bits"]
+        size = columns // coded.parts[SCALES].shape[1]
+        scales, zeros = (
+            each_scale[:, ::size].bfloat16(),
+            zero_points(coded.parts.get(ZEROS), bits, rows, columns // size),
+        )
+        codes = integers + spread(zeros, size, columns)
         words = _words(codes, bits)
         if self.engine == "mlx":
-            offsets = (-zeros * scales).bfloat16()
-            parts = {"": words.view(torch.uint32), ".scales": scale, ".biases": offsets}
-            return parts, codes * each_scale + each(offsets.float())
-        parts = {"_packed": words, "_scale": scale, "_shape": torch.tensor(integers.shape)}
-        if not form["symmetric"]:
+            offsets = -zeros * scales
+            parts = {"": words.view(torch.uint32), ".scales": scales, ".biases": offsets}
+            return parts, codes * each_scale + spread(offsets.float(), size, columns)
+        parts = {"_packed": words, "_scale": scales, "_shape": torch.tensor(integers.shape)}
+        if ZEROS in coded.parts:
             parts["_zero_point"] = _words(zeros.T, bits).T.contiguous()
-        return parts, coded.decoded()
+        return parts, integers * each_scale
 
     def find(self, names: tuple[str, ...]) -> Coded | None:
         """The codes of a tensor by the names that it may have, once; None if it was not rounded."""
