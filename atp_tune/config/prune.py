@@ -321,13 +321,11 @@ class QuantizeConfig(SettingsTable):
     @model_validator(mode="after")
     def _check_values(self) -> Self:
         check_once(self.quantizers, "quantizers")
-        others = [*self.model_dump(exclude={"quantizers"}, exclude_defaults=True)] if self.by_types else []
-        for key, is_given, whose in (
-            ("quantizers", self.by_types and len(self.quantizers) > 1, "ggml stands alone"),
-            ((*others, "")[0], others, "is not of ggml; leave it out"),
-        ):
-            if is_given:
-                raise ValueError(f"{key}: {whose}")
+        if self.by_types and len(self.quantizers) > 1:
+            raise ValueError("quantizers: ggml stands alone")
+        others = self.model_dump(exclude={"quantizers"}, exclude_defaults=True)
+        if self.by_types and others:
+            raise ValueError(f"{next(iter(others))}: is not of ggml; leave it out")
         if list(self.widths) != sorted(set(self.widths)):
             raise ValueError("widths: must ascend, each once")
         if self.group_size == 0:
