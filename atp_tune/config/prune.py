@@ -554,10 +554,7 @@ def _of_types(method: str, allocation: str, budget: Budget, parameters: dict[str
     # Blocks come in an order that spreads the first ones evenly: of equal steps in `cheapest` the first is taken.
     order = bits.evenly(len(budget.linears))
     shapes = [*(shape for index in order for shape in budget.linears[index]), *budget.outer.values()]
-    names = [fitting(shape.columns) for shape in shapes]
-    costs = [
-        {name: shape.size * 0.25 ** type_bits(name) for name in own} for own, shape in zip(names, shapes, strict=True)
-    ]
+    costs = [{name: shape.size * 0.25 ** type_bits(name) for name in fitting(shape.columns)} for shape in shapes]
     if kappa:
         *blocks, outer = budget.require_dense_metrics(allocation).width_costs()
         prices = [*(row for index in order for row in blocks[index]), *([2**omega * x for x in row] for row in outer)]
@@ -615,6 +612,6 @@ def _within_size(method: str, allocation: str, budget: Budget, parameters: dict[
     of_blocks = {index: [widths[next(chosen)] for _ in levels[index]] for index in order}
     for index, (block, sizes) in enumerate(zip(plan.levels, budget.linear_sizes, strict=True)):
         linears = tuple(replace(x, bits=width) for x, width in zip(levels[index], of_blocks[index], strict=True))
-        mean = weighted_mean([level.bits or 0 for level in linears], sizes)
+        mean = weighted_mean(of_blocks[index], sizes)
         blocks.append(replace(block, bits=mean, linears=linears))
     return plan.model_copy(update={"allocation": allocation, "levels": tuple(blocks), "parameters": parameters})
