@@ -216,9 +216,11 @@ class StudyFile:
     def permissions(self) -> dict[str, bool]:
         """The permissions that a configuration of the study cannot give itself: `allowed` of `apply`."""
         model = self.study.model
-        trusted = model.trust_remote_code and self.trusts_model
-        permissions = {"allow_pickle": model.allow_pickle, "trust_remote_code": trusted}
-        return {**permissions, "trust_plugins": self.trusts_plugins}
+        return {
+            "allow_pickle": model.allow_pickle,
+            "trust_remote_code": model.trust_remote_code and self.trusts_model,
+            "trust_plugins": self.trusts_plugins,
+        }
 
     @property
     def sets_trials(self) -> bool:
