@@ -79,8 +79,8 @@ def check_known(
         plugin = plugins.get(name)
         if not objects.is_built_in(name) and (plugin is None or plugin.kind != objects.kind):
             *others, last = map(repr, objects)
-            expected = f"{', '.join(others)} or {last}" if others else last
-            wrong = InitErrorDetails(type="literal_error", loc=key, input=name, ctx={"expected": expected})
+            expected = {"expected": f"{', '.join(others)} or {last}"}
+            wrong = InitErrorDetails(type="literal_error", loc=key, input=name, ctx=expected)
             raise ValidationError.from_exception_data("Config", [wrong])
 
 

@@ -190,7 +190,7 @@ class Results:
         items, values = self.items(trial, "validation", measure), trial.values or []
         index = self.objectives.index(measure.name) if measure.name in self.objectives else len(values)
         score = measure.score(items) if items else None
-        if not values or len(values) <= index or (score and measure.is_higher_better):
+        if len(values) <= index or (score and measure.is_higher_better):
             return score if values else None
         stderr = trial.user_attrs.get("stderr") if not index else None
         error = stderr if stderr is not None or score is None else score.stderr
