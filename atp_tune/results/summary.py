@@ -291,8 +291,7 @@ def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     """The reported trials over the draws of the calibration text with which all of them are measured."""
     names, count = goal_in(study).redrawn(), _asked_draws(study)
     draws = _drawn(study, count)
-    measured = {name: draws[name] for name in names if name in draws}
-    if not measured or len(measured) < len(names):
+    if not names or not draws.keys() >= {*names}:
         return {}
     # The tokens, or images, of each fitted allocation's plan, in each of the draws and in the study. Those by prices
     # take a pool of the calibration text, the others measure its windows.
@@ -301,10 +300,10 @@ def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     if file is not None and stored:
         (each, own), text, allocations = stored, file.study.data.calibration, file.study.allocation
         windows = -(-(text.nsamples or 0) // text.stride) * getattr(text, "seqlen", 1)
-        fitted_to |= {name: (windows, windows) for name in allocations.short_names if is_fitted(name)}
+        fitted_to = {name: (windows, windows) for name in allocations.short_names if is_fitted(name)}
         fitted_to |= dict.fromkeys(allocations.by_prices, (each, own))
-    common = sorted(set.intersection(*map(set, measured.values())), key=int)
-    nlls = {name: [by_draw[draw] for draw in common] for name, by_draw in measured.items()}
+    common = sorted(set.intersection(*(set(draws[name]) for name in names)), key=int)
+    nlls = {name: [draws[name][draw] for draw in common] for name in names}
     result = {}
     for name in names:
         trial = study.trials[int(name)]
