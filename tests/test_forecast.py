@@ -25,13 +25,13 @@ from atp_tune.cost.forecast import (
     ProbeRates,
     PrunerRate,
     Tokens,
-    memory_parts,
     parts,
     passes,
     peaks,
     problems,
     sums,
 )
+from atp_tune.cost.planning import Known
 
 TOKENS = Tokens(calibration=1000, validation=300, test=200, curve=100)
 RATES = ProbeRates(
@@ -114,8 +114,18 @@ def test_descents_wait_for_what_copies_take_beyond_the_products(tiny_place: Path
 SIZES = ModelSizes(total=1000, blocks=(100, 300, 200, 300), bytes=4000, itemsize=4)
 
 
+TEXTS = {role: {"source": f"file:{role}.txt"} for role in ("calibration", "validation", "test")}
+SEARCHES = Study.model_validate(
+    {"sparsity": 0.5, "model": {"source": "model"}, "texts": TEXTS, "search": {"trials": 1}}
+)
+WHOLE = Known(
+    SEARCHES, TOKENS, windows=10, validation_windows=12, passes=3.0, is_short=False, main=None, screening=None,
+    sizes=SIZES, width=8, itemsize=2, free=Free(0, 0), has_own_memory=True, process=10,
+)  # fmt: skip
+
+
 def held(**changes: int) -> Bytes:
-    return replace(memory_parts(SIZES, 2, 8, TOKENS, work=50, process=10), **changes)
+    return replace(WHOLE.held(50), **changes)
 
 
 def test_bytes() -> None:
@@ -124,7 +134,10 @@ def test_bytes() -> None:
     assert (found.calibration, found.validation, found.dense) == (16000, 4800, 4 * 1600)
     assert found.states == 4800 + 2 * 16000
     assert held(sequential=500).states == found.states + 500
-    assert not memory_parts(SIZES, 4, 8, TOKENS, 0, 0).converts
+    assert not replace(WHOLE, itemsize=4).held(0).converts
+    search = SEARCHES.search.model_copy(update={"objective": ("kl",)})
+    by_kl = replace(WHOLE, study=SEARCHES.model_copy(update={"search": search})).held(50)
+    assert by_kl == replace(found, dense=found.dense + 16 * (300 + 200))
 
 
 @parametrize(("offload", "device", "host"), [("none", 2000, 0), ("cpu", 200 + 1200, 1800), ("disk", 1400, 0)])

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.allocations.gradient import steps_along
 from atp_tune.allocations.types import BLOCKS
-from atp_tune.checkpoints.files import Free, ModelSizes, Offload, states
+from atp_tune.checkpoints.files import Free, Offload, states
 from atp_tune.config.prune import FEWEST
 from atp_tune.config.study import Study
 from atp_tune.metrics import PROMPTS, RUNS, STEPS, TOKENS
@@ -96,23 +96,6 @@ def peaks(held: Bytes, offload: Offload, free: Free, has_own_memory: bool) -> Me
         device=device if free.bounded else None,
         host_free=free.host,
         device_free=free.device if free.bounded else None,
-    )
-
-
-def memory_parts(sizes: ModelSizes, itemsize: int, width: int, tokens: Tokens, work: int, process: int) -> Bytes:
-    """The parts for a model with `itemsize` bytes per value and hidden states of `width` values."""
-    state = width * itemsize
-    return Bytes(
-        total=sizes.total * itemsize,
-        blocks=sum(sizes.blocks) * itemsize,
-        largest=max(sizes.blocks) * itemsize,
-        files=sizes.bytes,
-        converts=sizes.bytes != sizes.total * itemsize,
-        calibration=tokens.calibration * state,
-        validation=max(tokens.validation, tokens.test) * state,
-        dense=len(sizes.blocks) * tokens.curve * state,
-        work=work,
-        process=process,
     )
 
 

@@ -26,7 +26,6 @@ from atp_tune.cost.forecast import (
     Tokens,
     TrialCost,
     Weights,
-    memory_parts,
     parts,
     peaks,
     problems,
@@ -67,13 +66,23 @@ class Known(Amounts):
 
     def held(self, work: int) -> Bytes:
         """The parts of the peak memory."""
-        memory = memory_parts(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
-        both = (self.tokens.validation + self.tokens.test) * self.width * self.itemsize
-        if self.study.compares_all:  # both go through the blocks together
-            memory = replace(memory, validation=both)
+        sizes, tokens, state = self.sizes, self.tokens, self.width * self.itemsize  # bytes of a state
+        both, dense = tokens.validation + tokens.test, len(sizes.blocks) * tokens.curve
         if "kl" in self.study.search.objective:  # final states of the dense model
-            memory = replace(memory, dense=memory.dense + both)
-        return memory
+            dense += both
+        return Bytes(
+            total=sizes.total * self.itemsize,
+            blocks=sum(sizes.blocks) * self.itemsize,
+            largest=max(sizes.blocks) * self.itemsize,
+            files=sizes.bytes,
+            converts=sizes.bytes != sizes.total * self.itemsize,
+            calibration=tokens.calibration * state,
+            # Both go through the blocks together where every trial is tested.
+            validation=(both if self.study.compares_all else max(tokens.validation, tokens.test)) * state,
+            dense=dense * state,
+            work=work,
+            process=self.process,
+        )
 
 
 def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
