@@ -364,15 +364,12 @@ FOLDERS = {
 }
 
 
+package_version = cache(version)  # of an installed package, read once: each reading parses all its metadata
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that affect a value's last digits."""
     return {"atp_tune": __version__, **{name: package_version(name) for name in PACKAGES}}
-
-
-@cache
-def package_version(package: str) -> str:
-    """The version of an installed package, read once: each reading parses all its metadata."""
-    return version(package)
 
 
 def key(folder: str, **given: object) -> str:
