@@ -83,7 +83,7 @@ def tab(program: str, line: str, cwd: Path) -> list[str]:
 
 @slow
 def test_the_installed_command(programs: Path, done: Path) -> None:
-    names = [path.stem for path in known()]
+    names = [*known()]
     trials = [str(trial.number) for trial in stored(done).trials if trial.state.name == "COMPLETE"]
     assert trials
     cases = (

@@ -21,7 +21,7 @@ from atp_tune.config.study import Study
 from atp_tune.config.studyfile import choices, load
 
 README = REPO / "README.md"
-STUDIES = {path.stem for path in known()}
+STUDIES = {*known()}
 PLACEHOLDERS = {"NAME", "FILE", "A", "B"}  # what people put a study's name for
 GROUP: Any = typer.main.get_command(app)
 CODE = [block for path in PAGES for block in blocks(path)]

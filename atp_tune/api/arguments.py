@@ -168,7 +168,7 @@ def is_study(value: Any) -> bool:
         return True
     if not isinstance(value, str | Path) or Path(value).is_dir():
         return False
-    return Path(value).suffix == ".toml" or str(value) in [path.stem for path in finding.known()]
+    return Path(value).suffix == ".toml" or str(value) in finding.known()
 
 
 # --- Progress of a call from Python: a bar in a terminal or a notebook, lines in a log.

@@ -37,7 +37,7 @@ class ModelGroup(TyperGroup):
         elif "--study" not in names:
             word = args[position]
             # A hub id, a file or a wheel; or a study, to say how it is run.
-            is_plain = word.isalpha() and not Path(word).is_dir() and word not in [path.stem for path in known()]
+            is_plain = word.isalpha() and not Path(word).is_dir() and word not in known()
             if word not in self.commands and not is_plain:
                 args = [MODEL, word, *args[:position], *args[position + 1 :]]
         return super().parse_args(ctx, args)

@@ -242,7 +242,7 @@ def study_names(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     """Names of study files; a path is left to the shell, and so is a name that a shell would expand or run."""
     from atp_tune.config.finding import known
 
-    return [path.stem for path in known() if SAFE.fullmatch(path.stem)]
+    return filter(SAFE.fullmatch, known())
 
 
 @silent

@@ -32,7 +32,7 @@ def studies(*, json: bool = False) -> None:
     """
     from atp_tune.config.finding import known
 
-    entries = [study for path in known() for study in _listed(path)]
+    entries = [study for path in known().values() for study in _listed(path)]
     if json:
         print(as_json(entries))
         return

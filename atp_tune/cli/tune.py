@@ -288,7 +288,7 @@ def model(
     from atp_tune.config.typed import goal, size_of
     from atp_tune.storage.opening import check_writable
 
-    if source in [path.stem for path in known()] and not Path(source).exists():
+    if source in known() and not Path(source).exists():
         raise wrong("MODEL", f"{source} is a study: run it with --study {source}")
     limits = {
         "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl, "min_accuracy": min_accuracy,

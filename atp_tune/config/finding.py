@@ -23,7 +23,7 @@ def find(name: str) -> Path:
             if not path.exists():
                 continue
         return path
-    names = [path.stem for path in known()]
+    names = [*known()]
     if is_path:
         raise UserError(f"{name}: no such file{did_you_mean(Path(name).stem, names)}")
     for file in [file for folder in _folders() for file in sorted(folder.glob("*.db"))]:
@@ -32,13 +32,13 @@ def find(name: str) -> Path:
     raise UserError(f"{name}: no such study; known are {', '.join(names) or 'none'}{did_you_mean(name, names)}")
 
 
-def known() -> list[Path]:
+def known() -> dict[str, Path]:
     """The files of all studies that `find` finds by name, sorted by name."""
     paths = dict[str, Path]()
     for folder in _folders():
         for path in folder.glob("*.toml"):
             paths.setdefault(path.stem, path)
-    return [paths[name] for name in sorted(paths)]
+    return dict(sorted(paths.items()))
 
 
 def holds(file: Path, study: str) -> bool:

@@ -473,7 +473,7 @@ def choose(study: str | None, storage: str | None) -> tuple[str, list[str]]:
         return load(study).storage_url, []
     # The databases of the known studies, the one that was changed last first.
     databases = set[Path]()
-    for path in known():
+    for path in known().values():
         try:
             database = load(str(path)).database
         except UserError:  # an invalid study file does not prevent serving the others

@@ -207,7 +207,7 @@ def resume_command(summary: Summary, *more: str, here: bool = True) -> str:
 
 def is_known(path: Path) -> bool:
     """Whether the name of a study file finds it here."""
-    return path.absolute() in [each.absolute() for each in known()]
+    return path.absolute() in map(Path.absolute, known().values())
 
 
 def wanted(study: Study) -> str:
