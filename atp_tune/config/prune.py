@@ -206,10 +206,10 @@ class PruneConfig(SettingsTable):
     def _patterned(self) -> Self:
         check_names(self.pruners, "pruners", PRUNERS)
         try:
-            parse(self.pattern)
+            whole = self.layout.channels
         except ValueError as error:
             raise ValueError(f"pattern: {error}") from None
-        if not parse(self.pattern).channels:
+        if not whole:
             if self.channels != ChannelSettings():
                 raise ValueError(f'channels: belongs to pattern = "channels", and the pattern is {self.pattern}')
             return self
@@ -225,17 +225,22 @@ class PruneConfig(SettingsTable):
                 raise ValueError(f'{key}: {reason} where pattern = "channels"')
         return self
 
+    @property
+    def layout(self) -> "Pattern":
+        """Where zeros may stand; ValueError for no pattern."""
+        return parse(self.pattern)
+
     def settings(self, pruner: str) -> Table:
         """Arguments of a pruner: the keys of its table, if it has one, and the pattern's group."""
         table = getattr(self, pruner).model_dump() if pruner in SETTINGS else self.tables.get(pruner, {})
-        return {**table, "group": parse(self.pattern).group}
+        return {**table, "group": self.layout.group}
 
     def told(self, pruner: str) -> Table:
         """The settings that determine what a pruner removes, for people and other programs.
 
         Of whole channels those of `channels`; magnitude measures no `score`.
         """
-        if not parse(self.pattern).channels:
+        if not self.layout.channels:
             return self.settings(pruner)
         return self.channels.model_dump(exclude={"score"} if pruner == "magnitude" else None)
 
@@ -248,13 +253,13 @@ class PruneConfig(SettingsTable):
 
     def has_own_prices(self, name: str) -> bool:
         """Whether the gradient is taken at what a pruner makes of the weights: masks of scores do not tell it."""
-        in_groups = name == "wanda" and parse(self.pattern).group is not None
+        in_groups = name == "wanda" and self.layout.group is not None
         is_masked = self._takes_lowest_of_rows(name) or in_groups or name == "magnitude"
         return self.gradient_at == "own" and (self.refine > 0 or not is_masked)
 
     def by_rows(self, name: str) -> bool:
         """Whether the allocation `gradient-rows` gives rows offsets: the pruner takes the lowest scores of each."""
-        is_whole = parse(self.pattern).group is None and not parse(self.pattern).channels
+        is_whole = self.layout.group is None and not self.layout.channels
         return is_whole and self._takes_lowest_of_rows(name) and not self.has_own_prices(name)
 
     def _takes_lowest_of_rows(self, name: str) -> bool:
@@ -393,7 +398,7 @@ class Treatments:
 
     def measures(self, name: str) -> bool:
         """Whether statistics of inputs are needed; in whole channels, the refit needs them."""
-        refits = parse(self.prune.pattern).channels and self.prune.channels.refit
+        refits = self.prune.layout.channels and self.prune.channels.refit
         return refits or self.pruner(name).measures is not None
 
 

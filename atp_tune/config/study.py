@@ -26,7 +26,6 @@ from atp_tune.config.prune import (
     Treatments,
     bits_of_size,
     check_names,
-    parse,
 )
 from atp_tune.config.search import ACCURACY, DENSITY, NEXT_TOKEN, STEP, LimitConfig, SearchConfig, are_steps, or_none
 from atp_tune.plugins import IN_SCHEMA, short_name
@@ -442,14 +441,14 @@ def _of_texts(study: "Study") -> Iterator[Row]:
         tower, 'model.prune = ["language", "vision"]',
         ("images", study.images, "a classifier has no language model; leave model.prune out"),
         ("bits" if study.size is None else "size", study.rounds, "are of language models alone"),
-        ("prune.pattern", parse(study.prune.pattern).channels, "channels are of language models alone"),
+        ("prune.pattern", study.prune.layout.channels, "channels are of language models alone"),
         ("search.score", study.search.score != NEXT_TOKEN, "plug-ins score texts, and these are pairs"),
     )  # fmt: skip
 
 
 def _of_weights(study: "Study") -> Iterator[Row]:
     """Yields the rows on what is done to weights: zeros, bits, channels."""
-    bits, quantize, prune, pattern = study.bits, study.quantize, study.prune, parse(study.prune.pattern)
+    bits, quantize, prune, pattern = study.bits, study.quantize, study.prune, study.prune.layout
     low, high = quantize.widths[0], quantize.widths[-1]
     others = sorted({*prune.model_fields_set, *prune.tables} - {"statistics"})
     of_zeros, by_linear = (
@@ -523,7 +522,7 @@ def _of_types(study: "Study") -> Iterator[Row]:
 
 def _of_the_best(study: "Study") -> Iterator[Row]:
     """Yields the rows on what comes after the search: training and speed."""
-    calibration, pattern = study.data.calibration, parse(study.prune.pattern)
+    calibration, pattern = study.data.calibration, study.prune.layout
     for is_given, reason in (
         (pattern.channels, 'prune.pattern = "channels" (`finetune` trains the folder)'),
         (study.interval and study.limit is None, "sparsity is an interval without a limit"),
@@ -566,7 +565,7 @@ def _of_search(study: "Study") -> Iterator[Row]:
         ("search.stopper", search.stopper != "none", "must be left out"),
         ("search.early_termination", search.early_termination, "must be left out"),
         ("allocation.beta", not isinstance(study.allocation.beta, str), 'must be "auto" or "both"'),
-        ("prune.pattern", parse(study.prune.pattern).sparsity is not None, "must not fix the sparsity"),
+        ("prune.pattern", study.prune.layout.sparsity is not None, "must not fix the sparsity"),
     )  # fmt: skip
     by_hits = limit and (limit.min_accuracy is not None or limit.max_drop is not None)
     yield (
