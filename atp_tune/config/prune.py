@@ -6,7 +6,7 @@ The table of a pruner that is a plug-in is kept as it is written: `config.plugge
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     ConfigDict,
@@ -143,10 +143,9 @@ class Recovered(FrozenModel):
 UPDATING = ("sparsegpt", "alps")  # pruners that change weights that they keep
 OF_CHANNELS = ("wanda", "magnitude")  # pruners that score channels
 PrunerName = Annotated[str, OneOf(PRUNERS, IN_SCHEMA)]
-Model = TypeVar("Model", bound=SettingsTable)
 
 
-def with_tables(model: type[Model]) -> type[Model]:
+def with_tables(model: type[SettingsTable]) -> type[SettingsTable]:
     """Adds to the model one table for each pruner that has settings."""
     tables: Table = {name: (settings, settings()) for name, settings in SETTINGS.items()}
     return create_model(model.__name__, __base__=model, __module__=model.__module__, __doc__=model.__doc__, **tables)
