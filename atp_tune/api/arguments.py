@@ -73,7 +73,7 @@ class Lender:
 
                 model = stack.enter_context(lent(self.model, self.tokenizer)).id
                 where = next(self.model.parameters()).device
-                device = str(where) if where.type == "cuda" else str(where.type)  # as in a study file
+                device = str(where if where.type == "cuda" else where.type)  # as in a study file
             if texts is not None:
                 roles = texts if isinstance(texts, Mapping) else {"": texts}
                 by_role = {

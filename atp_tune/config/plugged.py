@@ -64,9 +64,7 @@ class PluginRef(FrozenModel):
     sha256: SHA256
 
 
-def check_known(
-    method: str, allocation: str, score: str, plugins: Mapping[str, PluginRef], rounds: bool = False
-) -> None:
+def check_known(method: str, allocation: str, score: str, plugins: Mapping[str, PluginRef], rounds: bool) -> None:
     """ValidationError unless a configuration's method, allocation and score are built in or among its plug-ins.
 
     `rounds`: weights are only rounded, so that the method is a quantizer.

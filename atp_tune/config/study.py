@@ -573,9 +573,8 @@ def _of_search(study: "Study") -> Iterator[Row]:
         limit and not by_hits and (limit.max_kl is not None) != ("kl" in search.objective),
         'max_kl goes with search.objective = "kl", limits of perplexity with "perplexity"',
     )
-    windows, kinds, stride = validation.nsamples, len(getattr(validation, "turns", ())), 0
-    if search.screen:
-        stride = search.screen.stride
+    windows, kinds = validation.nsamples, len(getattr(validation, "turns", ()))
+    stride = search.screen.stride if search.screen else 0
     yield (
         "search.screen.stride",
         stride and windows and stride >= windows,
