@@ -129,7 +129,7 @@ def _open(sources: Sequence[str], name: str | None) -> tuple[optuna.Study, list[
         first = first or study
         seed = {key: value for key, value in shares[0].user["fingerprint"].items() if key == SEED}
         if differing := fingerprint.differences(first, {**facts, **seed}):
-            raise UserError(f"merge: {at} holds another study than {opened[0][0]}: {differing}")
+            raise UserError(f"merge: {at} holds another study than {opened[0][0]}: {fingerprint.in_words(differing)}")
     assert first is not None
     return first, shares
 

@@ -96,23 +96,24 @@ def check_facts(study: optuna.Study, facts: Facts, partly: bool = False, any_dty
     `partly`: `facts` holds the study file's only, not the contents, which need the model. `any_dtype`: accept another
     number format if nothing else differs.
     """
-    differing = differences(study, facts, partly)
-    is_dtype = list(_differing(study, facts, partly)) == [DTYPE]
-    if differing and not (is_dtype and any_dtype):
+    pairs = differences(study, facts, partly)
+    is_dtype = [*pairs] == [DTYPE]
+    if pairs and not (is_dtype and any_dtype):
         mix = f", or mix them in this one with {MIX}" if is_dtype else ""
         raise UserError(
-            f"study {study.study_name}: {differing}. Put it back, or start another study with --study-name NAME{mix}"
+            f"study {study.study_name}: {in_words(pairs)}. Put it back, or start another study with "
+            f"--study-name NAME{mix}"
         )
 
 
-def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
-    """The facts that differ from the study's, with both values; "" if there are none."""
-    pairs = _differing(study, facts, partly)
+def in_words(pairs: Mapping[str, tuple[str, str]]) -> str:
+    """Facts that differ, with both values."""
     shown = "; ".join(f"{key} is {here}, was {there}" for key, (here, there) in list(pairs.items())[:3])
     return shown + (f"; and {len(pairs) - 3} more" if len(pairs) > 3 else "")
 
 
-def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tuple[str, str]]:
+def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> dict[str, tuple[str, str]]:
+    """The facts that differ from the study's, each with the value here and the study's."""
     stored = facts_in(study)
     if partly:
         stored = {
