@@ -106,10 +106,9 @@ class ModelRef(FrozenModel, use_attribute_docstrings=True):
 
     def model(self, allowed: Mapping[str, bool] | None = None) -> ModelConfig:
         """The model as in a study file, with `allowed` keys that a configuration cannot set; ValueError if invalid."""
-        keys: Table = {"source": self.id, "revision": self.revision, "sha256": self.sha256}
-        keys |= {"dtype": self.dtype, "prune": self.prune}
+        keys = self.model_dump(include={"revision", "sha256", "dtype", "prune"})
         try:
-            return ModelConfig.model_validate({**keys, **of_model(allowed or {})})
+            return ModelConfig.model_validate({"source": self.id, **keys, **of_model(allowed or {})})
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"]) from None
 
