@@ -340,8 +340,8 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
 
     def plan(evaluated: int, role: str) -> float:
         """Seconds to prune by one plan and evaluate it on so many tokens of a text, the mean over pruners."""
-        one = {name: cost.model_copy(update={"evaluate": evaluated}) for name, cost in costs.items()}
-        return fmean(rates.trial(name, cost, role).total for name, cost in one.items())
+        update = {"evaluate": evaluated}
+        return fmean(rates.trial(name, cost.model_copy(update=update), role).total for name, cost in costs.items())
 
     # The model, and the statistics of the dense model that several trials share.
     shared = statistics_kinds(study) * tokens.calibration / 2  # one pass, where `rates.statistics` are of two
