@@ -26,9 +26,10 @@ def find(name: str) -> Path:
     names = [*known()]
     if is_path:
         raise UserError(f"{name}: no such file{did_you_mean(Path(name).stem, names)}")
-    for file in [file for folder in _folders() for file in sorted(folder.glob("*.db"))]:
-        if holds(file, name) and file.stem in names:
-            raise UserError(f"{name}: is no study file, but trials: --study {file.stem} --study-name {name}")
+    for folder in _folders():
+        for file in sorted(folder.glob("*.db")):
+            if holds(file, name) and file.stem in names:
+                raise UserError(f"{name}: is no study file, but trials: --study {file.stem} --study-name {name}")
     raise UserError(f"{name}: no such study; known are {', '.join(names) or 'none'}{did_you_mean(name, names)}")
 
 
