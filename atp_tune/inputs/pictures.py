@@ -299,8 +299,8 @@ class ImageProcessor:
         """
         mean, deviation = (getattr(self.own, key, None) for key in ("image_mean", "image_std"))
         if getattr(self.own, "do_normalize", False) and mean is not None and deviation is not None:
-            own = (mean, deviation)  # numbers of each channel, or of all
-            shift, scale = (torch.as_tensor(each, dtype=torch.float32).reshape(-1, 1, 1) for each in own)
+            # Numbers of each channel, or of all.
+            shift, scale = (torch.as_tensor(x, dtype=torch.float32).reshape(-1, 1, 1) for x in (mean, deviation))
             pixels = pixels * scale + shift
         else:
             pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-6)
