@@ -66,20 +66,15 @@ class KeptRuns:
     """Runs that wait for their gradients: the first batches of the first blocks, as many as `room` bytes hold."""
 
     room: int
-    _last: int = 0
+    last: int = 0  # bytes of the last: one more is expected to be as large
     _of_blocks: dict[int, dict[tuple[int, int], Run]] = field(default_factory=dict)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether there is room for one more, if it is as large as the last."""
-        return self.room > self._last
 
     def add(self, index: int, start: int, run: Run) -> None:
         """Keeps the run of a batch through a block, whose first item is `start`; if it is too large, it is the last."""
-        self._last = graph_bytes(run.leaving)
-        if self._last <= self.room:
+        self.last = graph_bytes(run.leaving)
+        if self.last <= self.room:
             self._of_blocks.setdefault(index, {})[start, len(run.entering)] = run
-        self.room -= self._last
+        self.room -= self.last
 
     def pop(self, index: int, start: int, items: int) -> Run | None:
         """The run of a batch; None if it is not kept. When batches have become smaller all are dropped."""
@@ -193,7 +188,7 @@ class BlockGradients:
 
     def _through(self, index: int, weights: Tensors, entering: Tensor, rows: slice) -> Tensor:
         """The states of some items after a block; their run is kept if there is room."""
-        if not self._kept.has_room:
+        if self._kept.last >= self._kept.room:
             return self.replay.run(index, weights, entering[rows])
         run = self._run(index, weights, entering, rows)
         self._kept.add(index, rows.start, run)
