@@ -383,13 +383,12 @@ def recovered(
         except NoGainError:
             return Recovered(settings=recover, kept=False, reason=NO_GAIN)
     record, held, nlls = done.record, done.record.held_out, done.scores["test"]["nlls"]
-    test = PerplexityChange(before=record.before, after=record.after, change=record.change)
     against = change(uniform, nlls) if len(uniform) == len(nlls) else None
     validation, own = (
         RecoveredScores(perplexity=each.after, change=each.change)
         if _is_finite(each.after) and _is_finite(each.change)
         else None
-        for each in (record.validation or test, test)
+        for each in (record.validation or record, record)
     )
     fell = validation is not None and validation.change.value < 0
     if not fell:
