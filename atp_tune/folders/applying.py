@@ -34,7 +34,7 @@ from atp_tune.events import Message, Place, TrialStarted
 from atp_tune.folders.card import ABOUT, FINETUNED, describe, new_manifest
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
-from atp_tune.packed.modeling_atp_sparse import LANGUAGE, SLIM, auto_map, checked_table
+from atp_tune.packed.modeling_atp_sparse import SLIM, auto_map, checked_table
 from atp_tune.plan import Plan
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
@@ -370,6 +370,6 @@ def bring_own_code(folder: Path) -> None:
         table = read_table(file)
         rest = {key: value for key, value in table.items() if key not in NAMING}
         if file.name == CONFIG:
-            rest["auto_map"] = auto_map(SLIM, checked_table(table, SLIM).get("class", LANGUAGE))
+            rest["auto_map"] = auto_map(SLIM, checked_table(table, SLIM)["class"])
         if rest != table:
             write_table(file, rest)

@@ -237,16 +237,16 @@ def checked_table(config: Table, model_type: str = MODEL_TYPE) -> Table:
     return table
 
 
-def _is_shape(shape: Any, sides: int = 2) -> bool:
-    """Whether it is a list of so many sides, all numbers above 0."""
-    return isinstance(shape, list) and len(shape) == sides and all(type(side) is int and side > 0 for side in shape)
+def _is_shape(shape: Any) -> bool:
+    """Whether it is a list of two sides or more, all numbers above 0."""
+    return isinstance(shape, list) and len(shape) > 1 and all(type(side) is int and side > 0 for side in shape)
 
 
 def _is_entry(about: Any) -> bool:
     """Whether shape and number of nonzeros of a packed tensor are numbers."""
     shape = about.get("shape") if isinstance(about, dict) else None
     return (
-        _is_shape(shape, max(2, len(shape) if isinstance(shape, list) else 0))
+        _is_shape(shape)
         and type(about.get("nonzeros")) is int
         and about["nonzeros"] >= 0
         and ("codes" not in about or _is_form(about["codes"]))
@@ -524,7 +524,7 @@ class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         """A config of the family's class with the table of its tensors; ValueError for another format."""
         table = checked_table(config_dict, cls.model_type)
         family: Any = CONFIG_MAPPING[table["family"]]
-        own = own_config(cls.model_type, family, table.get("class", LANGUAGE))
+        own = own_config(cls.model_type, family, table["class"])
         return own.from_dict({**config_dict, "model_type": table["family"]}, **kwargs)
 
 
@@ -799,7 +799,7 @@ FORMS = {
     MODEL_TYPE: Form(
         "Packed", (VERSION, WITH_CODES), ("linears", "stored"), _is_entry, _replace_linears, {"variant": VARIANT}
     ),
-    SLIM: Form("Slim", (VERSION,), ("linears",), _is_shape, _narrow, {}),
+    SLIM: Form("Slim", (VERSION,), ("linears",), lambda shape: _is_shape(shape) and len(shape) == 2, _narrow, {}),
 }
 if __name__.startswith("atp_tune."):  # the copy in a folder is named by the folder's config
     AutoConfig.register(MODEL_TYPE, PackedConfig, exist_ok=True)
