@@ -18,14 +18,12 @@ class GpuMatrix(kernel.PackedParts):
     Raises ValueError as `kernel.PackedMatrix` does, whose methods it has.
     """
 
-    def __init__(
-        self, values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None = None, bias: Tensor | None = None,
-        offsets: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """`bias` [R] of a float type; `offsets`, if they are known; all lie on one device."""
-        super().__init__(values, bitmask, columns, scales, bias, offsets, bitmask.device.type)
-        if len(values) >= MOST_VALUES:
-            raise ValueError(f"packed weight: has {len(values)} values, a GPU's kernel takes fewer than {MOST_VALUES}")
+    device = None
+
+    def _begin(self) -> None:
+        if len(self.values) >= MOST_VALUES:
+            count = len(self.values)
+            raise ValueError(f"packed weight: has {count} values, a GPU's kernel takes fewer than {MOST_VALUES}")
 
     def product(self, x: Tensor, forced: bool = False) -> Tensor | None:
         """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.

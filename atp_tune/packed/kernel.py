@@ -209,18 +209,22 @@ class PackedParts:
     fit the values.
     """
 
+    device: str | None = "cpu"  # the kind of device that the parts lie on; None: that of the bitmask
+
     def __init__(
         self,
         values: Tensor,
         bitmask: Tensor,
         columns: int,
-        scales: Tensor | None,
-        bias: Tensor | None,
-        offsets: Tensor | None,
-        device: str = "cpu",
+        scales: Tensor | None = None,
+        bias: Tensor | None = None,
+        offsets: Tensor | None = None,
     ) -> None:
-        """`device`: the kind of device that they lie on; `offsets`, as from `row_offsets`, if they are known."""
-        parts = (values, bitmask, scales, bias, offsets)
+        """`bias` [R] of a float type.
+
+        `offsets`, as from `row_offsets`, if they are known: then a variant does not compare bitmask and values.
+        """
+        parts, device = (values, bitmask, scales, bias, offsets), self.device or bitmask.device.type
         if any(part is not None and part.device.type != device for part in parts):
             places = " and ".join(sorted({part.device.type for part in parts if part is not None}))
             raise ValueError(f"packed weight: lies on {places}; needed: {device}")
@@ -242,39 +246,29 @@ class PackedParts:
                 raise ValueError(f"packed weight: scales are {_words(scales)}; needed: {needed}")
         if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATS or not bias.is_contiguous()):
             raise ValueError(f"packed weight: bias is {_words(bias)}; needed: [{rows}] of a float type")
-        self.offsets = row_offsets(bitmask, columns, len(values)) if offsets is None else offsets
+        known = offsets if self.device is None or kernel_name() else None  # torch on a CPU looks at the bits itself
+        self.offsets = row_offsets(bitmask, columns, len(values)) if known is None else known
         self.shape = (rows, columns)
         self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
+        self._begin()
+
+    def _begin(self) -> None:
+        """Prepares for products, once the parts are checked."""
 
 
 class PackedMatrix(PackedParts):
     """A packed weight [R, C], checked once, and the product with it."""
 
-    def __init__(
-        self,
-        values: Tensor,
-        bitmask: Tensor,
-        columns: int,
-        scales: Tensor | None = None,
-        bias: Tensor | None = None,
-        offsets: Tensor | None = None,
-    ) -> None:
-        """`bias` [R] of a float type.
-
-        `offsets`, as from `row_offsets`, if they are known: then a variant does not compare bitmask and values.
-        """
-        super().__init__(values, bitmask, columns, scales, bias, offsets)
+    def _begin(self) -> None:
         self._name = name = kernel_name()
-        if offsets is not None and name is None:
-            self.offsets = row_offsets(bitmask, columns, len(values))
         self._library = None if name is None else library()
         if name is not None:
-            parts, groups = (values, bitmask, self.offsets, scales, bias), 1 if scales is None else scales.shape[1]
+            parts = (self.values, self.bitmask, self.offsets, self.scales, self.bias)
+            groups = 1 if self.scales is None else self.scales.shape[1]
             self.weight = Weight(
-                *map(address, parts), parallel(),
-                len(bitmask), columns, len(values), groups,
-                FLOATS.get(values.dtype, INT8 if groups == 1 else GROUPED_INT8),
-                0 if bias is None else FLOATS[bias.dtype], VARIANTS[name], ALONE,
+                *map(address, parts), parallel(), *self.shape, len(self.values), groups,
+                FLOATS.get(self.values.dtype, INT8 if groups == 1 else GROUPED_INT8),
+                0 if self.bias is None else FLOATS[self.bias.dtype], VARIANTS[name], ALONE,
             )  # fmt: skip
             self._at = ctypes.addressof(self.weight)
 
