@@ -27,15 +27,17 @@ Break = Callable[[pytest.MonkeyPatch], None]
 
 def infinite_gradient(patch: pytest.MonkeyPatch) -> None:
     """One weight's gradient is infinite, in one block."""
-    own = gradients.BlockGradients._gradients
+    own = BlockGradients.backward
 
-    def broken(self: Any, index: int, *more: Any) -> Any:
-        by_states, by_weights = own(self, index, *more)
-        if index == 2:
-            next(iter(by_weights.values()))[0, 0] = math.inf
-        return by_states, by_weights
+    def broken(self: Any, index: int, entering: Tensor, leaving: Tensor, take: gradients.Take, each: bool) -> Tensor:
+        def infinite(index: int, total: Any) -> None:
+            if index == 2:
+                next(iter(total.values()))[0, 0] = math.inf
+            take(index, total)
 
-    patch.setattr(gradients.BlockGradients, "_gradients", broken)
+        return own(self, index, entering, leaving, infinite, each)
+
+    patch.setattr(BlockGradients, "backward", broken)
 
 
 def infinite_norm(patch: pytest.MonkeyPatch) -> None:

@@ -155,13 +155,17 @@ class BlockGradients:
     def backward(self, index: int, entering: Tensor, leaving: Tensor, take: Take, each: bool) -> Tensor:
         """The gradient by the states that enter a block, from that by those that leave it.
 
-        `each`: item by item, each with gradients of its own; else both are summed over items.
+        `each`: item by item, each with gradients of its own; else both are summed over items. Those by the linears'
+        weights, by key, are float32.
         """
         total, weights = Tensors(), cache(partial(self._changed, index))
 
         def step(rows: slice) -> Tensor:
-            by_states, by_weights = self._gradients(index, weights, entering, leaving, rows)
-            for key, gradient in by_weights.items():
+            above = leaving[rows]
+            run = self._kept.pop(index, rows.start, len(above)) or self._run(index, weights(), entering, rows)
+            by_states, *by_weights = _by(run.leaving, [run.entering, *run.weights.values()], above)
+            for key, own in zip(run.weights, by_weights, strict=True):
+                gradient = own.float().contiguous()  # of an expert without tokens 0
                 if rows.start and not each:
                     total[key] += gradient
                 else:
@@ -175,16 +179,6 @@ class BlockGradients:
         before = torch.cat(self.batch.over(len(entering), step))
         take(index, total)
         return before
-
-    def _gradients(
-        self, index: int, weights: Callable[[], Tensors], entering: Tensor, leaving: Tensor, rows: slice
-    ) -> tuple[Tensor, Tensors]:
-        """Gradients of some items by the states that enter a block, and, float32, by its linears' weights by key."""
-        above = leaving[rows]
-        run = self._kept.pop(index, rows.start, len(above)) or self._run(index, weights(), entering, rows)
-        gradients = _by(run.leaving, [run.entering, *run.weights.values()], above)
-        by_weights = (gradient.float().contiguous() for gradient in gradients[1:])  # of an expert without tokens 0
-        return gradients[0], dict(zip(run.weights, by_weights, strict=True))
 
     def _through(self, index: int, weights: Tensors, entering: Tensor, rows: slice) -> Tensor:
         """The states of some items after a block; their run is kept if there is room."""
