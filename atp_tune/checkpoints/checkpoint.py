@@ -80,7 +80,7 @@ class ModelState:
             (module, module.training, vars(module).get("forward"), [*module._forward_pre_hooks])
             for module in model.modules()
         ]
-        self._tensors = [(each, each.device, each.requires_grad) for each in (*model.parameters(), *model.buffers())]
+        self._tensors = [(each, each.device, each.requires_grad) for _, each in _tensors(model)]
         self._config: Any = getattr(model, "config", None)
         self.gives_router_logits = bool(getattr(self._config, "output_router_logits", False))
 
@@ -271,15 +271,15 @@ class Checkpoint(Released):
             return None
         for block in self.blocks:
             # Those that are not in their place yet: to a mapped file, to pinned or to plain host memory.
-            is_mapped, tensors = mapped_files(), [*block.parameters(), *block.buffers()]
+            is_mapped, tensors = mapped_files(), [tensor for _, tensor in _tensors(block)]
             if self.offload == "disk":
                 move_into(on_disk, [tensor for tensor in tensors if not is_mapped(tensor)])
             elif self.device.type == "cuda":
                 move_into(pinned, [tensor for tensor in tensors if not tensor.is_pinned()])
             else:
                 move_into(plain, [tensor for tensor in tensors if is_mapped(tensor)])
-        in_blocks = {id(tensor) for tensor in (*self.blocks.parameters(), *self.blocks.buffers())}
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
+        in_blocks = {id(tensor) for _, tensor in _tensors(self.blocks)}
+        for _, tensor in _tensors(self.model):
             if id(tensor) not in in_blocks:
                 tensor.data = tensor.data.to(self.device)
         return Stream([block_tensors(block) for block in self.blocks], self.device, ahead)
