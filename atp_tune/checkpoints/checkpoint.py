@@ -149,14 +149,14 @@ class Checkpoint(Released):
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            loaded: Any = auto_class(folder).from_pretrained(
+            # transformers only logs missing weights, and fills them with random numbers
+            model, info = auto_class(folder).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
             )
         except Exception as error:  # parsers of unknown files raise many types
             if is_out_of_memory(error):
                 raise
             raise UserError(f"model {folder}: transformers cannot load it: {one_line(error)}") from error
-        model, info = loaded  # transformers only logs missing weights, and fills them with random numbers
         wrong = sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]
         if wrong:
             raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")

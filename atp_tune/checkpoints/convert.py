@@ -215,10 +215,9 @@ def _complete_model(folder: Path, whole: bool = False, **settings: Any) -> Any:
     """
     from atp_tune.checkpoints.blocks import auto_class
 
-    loaded = auto_class(folder).from_pretrained(
+    model, info = auto_class(folder).from_pretrained(
         str(folder), local_files_only=True, output_loading_info=True, **settings
     )
-    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"model.source: the file lacks {len(missing)} weights, the first is {missing[0]}")
     left = sorted(key for key in info["unexpected_keys"] if whole and not _OF_ACTIVATIONS.search(key))
