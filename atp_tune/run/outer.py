@@ -80,11 +80,8 @@ class Outer:
             with suppress(Reached):
                 replay.logits(items[rows], hidden[rows].to(device))
 
-        handle = self.head.register_forward_pre_hook(see)
-        try:
+        with self.head.register_forward_pre_hook(see):
             heads.over(len(items), step)
-        finally:
-            handle.remove()
         self._importance = importances(moments)
 
     def importance(self, name: str) -> Tensor:
