@@ -318,9 +318,6 @@ class DescentSteps:
             save_file(state, temporary, {"steps": steps})
 
 
-AnyPricing = Pricing | RowPricing  # `state`: what the next prices depend on beside sparsities and sample
-
-
 @dataclass(eq=False)
 class Descent:
     """Descends by prices, whose steps draw their items from the pool of the gradients.
@@ -329,7 +326,7 @@ class Descent:
     """
 
     gradients: CalibrationGradients
-    pricing: Callable[[], AnyPricing]
+    pricing: Callable[[], Pricing]
     levels: Sequence[Any]
     share: float = 1.0  # of the NLL in the loss; the rest is KL from the dense model
 
@@ -346,7 +343,7 @@ class Descent:
         """An end as `_descend` returns it, read from JSON."""
         return RowSparsities(tuple(map(tuple, end)))
 
-    def _end(self, pricing: AnyPricing, end: LinearSparsities) -> Any:
+    def _end(self, pricing: Pricing, end: LinearSparsities) -> Any:
         """An end that was just reached, as JSON."""
         return end
 
@@ -385,7 +382,7 @@ class RowDescent(Descent):
         linears, offsets = end
         return RowSparsities(tuple(map(tuple, linears)), RowOffsets.read(offsets, self.gradients.checkpoint.shapes))
 
-    def _end(self, pricing: AnyPricing, end: LinearSparsities) -> Any:
+    def _end(self, pricing: Pricing, end: LinearSparsities) -> Any:
         assert isinstance(pricing, RowPricing)
         return end, pricing.offsets().stored()
 
