@@ -330,11 +330,10 @@ def excess(
         lost = paired(gain, *ranks)
         return None if lost is None else lost.stderr - lost.value - value
     if key == "max_kl":
-        own = kls or ()
-        if not own:
+        if not kls:
             return None
-        mean = Divergence.mean(own)
-        return mean.value + mean.stderr - value if len(own) > 1 else math.inf
+        mean = Divergence.mean(kls)
+        return mean.value + mean.stderr - value if len(kls) > 1 else math.inf
     against = paired(change, dense, nlls)
     if against is None or not dense:
         return None
