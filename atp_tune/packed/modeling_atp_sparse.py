@@ -625,7 +625,7 @@ def _own_model(config_class: Any, family: Any, model_type: str, auto_class: str)
         """
         wanted, rounded = options.pop("output_loading_info", False), options.pop("int8_head", False)
         load = family.from_pretrained if dequantize else super(subclass, cls).from_pretrained
-        model, info = _load(load, path, args, config or model_type, dequantize, options)
+        model, info = _load(load, path, args, config, model_type, dequantize, options)
         _check(model, info, form.said)
         if rounded:
             if kernel is None:
@@ -662,15 +662,14 @@ def _own_model(config_class: Any, family: Any, model_type: str, auto_class: str)
     return subclass
 
 
-def _load(load: Any, path: Any, args: Any, config: Any, dequantize: bool, options: Table) -> Any:
+def _load(load: Any, path: Any, args: Any, config: Any, model_type: str, dequantize: bool, options: Table) -> Any:
     """A model and what transformers says of its weights; tensors that stay no packed linears are unpacked in memory.
 
     load: `from_pretrained` of the packed class, or with `dequantize` of the family's.
     """
     hub = {key: options[key] for key in _HUB if key in options}
-    if isinstance(config, str):  # the model type alone
-        config = (PackedConfig if config == MODEL_TYPE else SlimConfig).from_pretrained(path, **hub)
-    model_type = MODEL_TYPE if hasattr(config, MODEL_TYPE) else SLIM
+    if not isinstance(config, PretrainedConfig):
+        config = (PackedConfig if model_type == MODEL_TYPE else SlimConfig).from_pretrained(path, **hub)
     table = getattr(config, model_type)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check` says it in one line
     expanded = any("codes" in about and not keeps_codes(about) for about in table["linears"].values())
