@@ -46,7 +46,7 @@ class BlockChannels:
     mlp: ChannelSet
     heads: ChannelSet | None
     linears: tuple[tuple[str, int], ...]
-    round_to: int = 1
+    round_to: int
 
     @property
     def sets(self) -> tuple[ChannelSet, ...]:

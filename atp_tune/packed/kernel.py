@@ -356,7 +356,7 @@ def linear(x: Tensor, *parts: *Parts, kind: Any = PackedMatrix) -> Tensor:
     Where `PackedMatrix.product` has none, x is multiplied by the unpacked weight, in its own type.
     """
     values, bitmask, offsets, scales, bias = parts
-    return multiplied(kind(values, bitmask, x.shape[-1], scales, bias, offsets=offsets), x, bias)
+    return multiplied(kind(values, bitmask, x.shape[-1], scales, bias, offsets), x, bias)
 
 
 def multiplied(matrix: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -507,7 +507,7 @@ class CodedMatrix(CheckedCodes):
 
     def __init__(
         self, codes: Tensor, bits: int, scales: Tensor, zeros: Tensor, exponent: int, columns: int,
-        bitmask: Tensor | None = None, bias: Tensor | None = None,
+        bitmask: Tensor | None, bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         """codes: uint8 [⌈count·bits/8⌉], the lowest bit first, of all weights or of those in the bitmask.
 

@@ -105,7 +105,7 @@ def lowest_in_matrix(scores: Tensor, sparsity: float, group: int | None = None) 
     return _leftmost(threshold[None, None], scores.reshape(1, -1), count).reshape(scores.shape)
 
 
-def zeros_in_row(columns: int, sparsity: float, group: int | None = None) -> int:
+def zeros_in_row(columns: int, sparsity: float, group: int | None) -> int:
     """The number of zeros that `lowest_in_rows` makes in each row."""
     if group is None:
         return int(columns * sparsity)

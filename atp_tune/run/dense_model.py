@@ -392,7 +392,7 @@ def by_score(
     score: Score,
     statistics: Callable[[int], BlockStatistics],
     group: int | None,
-    rows: Loss | None = None,
+    rows: Loss | None,
 ) -> Descent:
     """The descent by masks of the lowest scores of each row, or group.
 
@@ -425,7 +425,7 @@ def windows_of_step(positions: int, targets: Sequence[float]) -> int:
     return max(WINDOWS // share, TOKENS // share // positions)
 
 
-def by_magnitude(weight: Tensor, group: int | None = None) -> Tensor:
+def by_magnitude(weight: Tensor, group: int | None) -> Tensor:
     """Places [out, in] of the magnitudes of a weight in the order in which its rows lose weights."""
     return order_in_rows(weight.abs().float(), group)
 
