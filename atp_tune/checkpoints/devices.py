@@ -496,10 +496,9 @@ class Copier:
         for tensor in ready.tensors.values():
             if wanted.stream is not None:
                 tensor.record_stream(wanted.stream)
-            finalizer = weakref.finalize(
+            weakref.finalize(
                 tensor.untyped_storage(), _freed, self.requests, self._copies, tensor.nbytes, wanted.stream
-            )
-            finalizer.atexit = False
+            ).atexit = False
         whole = sum(tensor.nbytes for tensor in ready.tensors.values())
         self._held[self._copies] = whole, whole
         self._last = ready, wanted.stream
