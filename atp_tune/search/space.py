@@ -92,8 +92,7 @@ class Space:
         """The uniform point of each pruner, which every study measures; `sparsity`: where it is a parameter."""
         allocation = min(baselines(self.intervals), key=lambda name: len(contained_in(name)))
         zeros = dict.fromkeys(self.intervals[allocation], 0.0)
-        points = [{self.method: pruner, "allocation": allocation, **zeros} for pruner in self.pruners]
-        return [self.at(point, sparsity) for point in points]
+        return [self.at({self.method: each, "allocation": allocation, **zeros}, sparsity) for each in self.pruners]
 
     def at(self, params: Params, sparsity: float | None = None) -> Params:
         """A point at another sparsity, where that is a parameter."""
