@@ -362,7 +362,7 @@ def regret_bound(trials: Sequence[FrozenTrial], space: Space, branch: str) -> fl
     from optuna.terminator import RegretBoundEvaluator
 
     kinds = space.kinds(branch)
-    points = branch_study(list(trials), space, branch, kinds).trials
+    points = branch_study(trials, space, branch, kinds).trials
     if len(points) < LEAST or has_gap(points, kinds):
         return math.inf
     with experimental():

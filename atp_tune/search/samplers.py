@@ -43,7 +43,7 @@ GRID = 40  # steps of β at which the posterior is stored
 
 
 def branch_study(
-    trials: list[FrozenTrial], space: Space, branch: str, kinds: Distributions, objectives: int = 1
+    trials: Sequence[FrozenTrial], space: Space, branch: str, kinds: Distributions, objectives: int = 1
 ) -> optuna.Study:
     """An in-memory study of an allocation's points, with the logs of their first values and what `order` reads."""
     shadow = optuna.create_study(directions=["minimize"] * objectives)
