@@ -21,8 +21,7 @@ class GpuMatrix(kernel.PackedParts):
     device = None
 
     def _begin(self) -> None:
-        if len(self.values) >= MOST_VALUES:
-            count = len(self.values)
+        if (count := len(self.values)) >= MOST_VALUES:
             raise ValueError(f"packed weight: has {count} values, a GPU's kernel takes fewer than {MOST_VALUES}")
 
     def product(self, x: Tensor, forced: bool = False) -> Tensor | None:

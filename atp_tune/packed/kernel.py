@@ -300,8 +300,7 @@ class PackedMatrix(PackedParts):
         if self._library is None:
             return self._plain_rows(first, last).to(dtype)
         out = torch.empty(last - first, self.shape[1], dtype=dtype)
-        threads = torch.get_num_threads()
-        succeed(self._library.atp_unpack(self._at, first, last, out.data_ptr(), FLOATS[dtype], threads))
+        succeed(self._library.atp_unpack(self._at, first, last, out.data_ptr(), FLOATS[dtype], torch.get_num_threads()))
         return out
 
     def _plain_rows(self, first: int, last: int) -> Tensor:
