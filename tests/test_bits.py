@@ -23,7 +23,7 @@ from atp_tune.allocations import bits
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.prune import WIDTHS, Bits, PruneConfig, QuantizeConfig
 from atp_tune.folders.exporting import FORMATS, as_csv
-from atp_tune.folders.packing import Codes, to_engine
+from atp_tune.folders.packing import Codes, to_pack
 from atp_tune.plan import Plan
 
 BITS = "[quantize]\nquantizers = ['rtn', 'gptq']\ngroup_size = 16\n\n[allocation]\nbeta = 'both'\n"
@@ -249,7 +249,7 @@ def test_what_engines_do_not_store(changes: Any, engine: Any, reason: str, tmp_p
     asked = config(**{**ROUNDED, "quantize": QuantizeConfig(group_size=16), **changes})
     codes = asked.quantize and Codes(tmp_path, asked.quantize, engine)
     with refused(f"--format {engine}: .*{reason}"):
-        to_engine(asked, codes, engine)
+        to_pack(asked, codes, engine)
 
 
 def of_llm_compressor(text: str) -> dict[int, set[str]]:

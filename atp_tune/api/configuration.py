@@ -26,7 +26,7 @@ from atp_tune.folders.card import ABOUT, describe
 from atp_tune.folders.comparing import Classified, TaskOptions, classify, continuations, evaluate
 from atp_tune.folders.finetuning import apply_trained
 from atp_tune.folders.gguf_file import save as save_gguf
-from atp_tune.folders.packing import Codes, Engine, pack_folder, to_engine, to_pack
+from atp_tune.folders.packing import Codes, Engine, pack_folder, to_pack
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
@@ -82,7 +82,7 @@ def save(
         if config.plan.outer:
             return save_gguf(of_folder, out, there, dtype)
         if config.trained is not None:
-            measured = apply_trained(of_folder, config.trained.settings, out, there, codes).record.after
+            measured = apply_trained(of_folder, config.trained.settings, out, there, codes, way).record.after
         else:
             way = replace(way, write=partial(way.write, dtype=dtype))
             measured = apply(of_folder, out, there, way)
@@ -236,7 +236,7 @@ class Configuration:
                 return save(self.config, out, place, self.lender, way, dtype)
             with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
                 codes = None if self.config.quantize is None else Codes(parts, self.config.quantize, format)
-                way = to_engine(self.config, codes, format) if format else to_pack(self.config, codes)
+                way = to_pack(self.config, codes, format)
                 there = replace(place, watch=calling(place.watch, str(sparse), str(out)))
                 measured = save(self.config, sparse, there, self.lender, way, dtype, codes)
                 pack_folder(sparse, out, watch=place.watch, codes=codes)

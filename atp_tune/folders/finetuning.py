@@ -33,7 +33,7 @@ from atp_tune.config.prune import PruneConfig, RecoverConfig, Recovered, Recover
 from atp_tune.config.study import Data, ModelConfig
 from atp_tune.errors import UserError, within
 from atp_tune.events import Place, Step, TrialStarted, calling
-from atp_tune.folders.applying import Shards, Way, folder_scores, sparse_folder, write_applied, write_sparse
+from atp_tune.folders.applying import PLAIN, Shards, Way, folder_scores, sparse_folder, write_applied, write_sparse
 from atp_tune.folders.card import (
     FINETUNED,
     AccuracyChange,
@@ -350,12 +350,12 @@ NO_GAIN = "no step lowered the loss on the held-out windows"
 
 
 def apply_trained(
-    config: Config, recover: RecoverConfig, out: Path, place: Place, codes: Codes | None = None
+    config: Config, recover: RecoverConfig, out: Path, place: Place, codes: Codes | None = None, way: Way = PLAIN
 ) -> Trained:
     """Prunes to a configuration, trains the kept weights, and writes the folder `out`, measured as `finetune` does.
 
     Arguments and errors are those of `apply`; NoGainError if no step lowers the held-out loss. `codes` get those of
-    rounded weights, with scales as trained.
+    rounded weights, with scales as trained; of `way` only the check counts.
     """
     check_free(out)
     with temporary_folder(out) as pruned, temporary_folder(out) as parts:  # beside: relative paths stay right
@@ -363,7 +363,7 @@ def apply_trained(
             codes = Codes(parts, config.quantize)
         place = replace(place, watch=calling(place.watch, str(pruned), "the pruned model"))
         save = None if codes is None else codes.save
-        write_applied(config, pruned, place, Way(partial(write_sparse, save=save), copies=2))
+        write_applied(config, pruned, place, replace(way, write=partial(write_sparse, save=save), copies=2))
         return finetune(pruned, out, None, None, recover, place, stays=True, codes=codes)
 
 

@@ -68,12 +68,20 @@ from atp_tune.run.session import Setup
 from atp_tune.utils.cache import sha256_of, temporary_folder
 from atp_tune.utils.system import check_free
 
-Engine = Literal["compressed-tensors", "mlx"]
-
 # --- Codes of rounded weights on their way from the pass over the blocks to a packed folder.
 #
 # The sparse checkpoint that is packed gets the weights that the codes give, with scales of 16 bits, so that packing it
 # changes nothing, and its perplexity is that of the packed folder, or of what its engine computes.
+#
+# Engines have codes one after the other in words of 32 bits, the lowest bit first:
+#
+# compressed-tensors  its `pack-quantized`, which vLLM and transformers read: w = (q - z) Δ
+# mlx                 of mlx-lm: w = q Δ + o, o = -z Δ
+#
+# Δ and o have the 8 bits of bfloat16, in the number format of the other weights, so that their cast changes nothing.
+
+Engine = Literal["compressed-tensors", "mlx"]
+GROUPS, WIDTHS = (32, 64, 128), (2, 3, 4, 5, 6, 8)  # of MLX
 
 
 @dataclass(eq=False)
@@ -83,7 +91,8 @@ class Codes:
     folder: Path
     quantize: QuantizeConfig
     engine: Engine | None = None  # whose scales and weights they have; None: those of a packed folder
-    _files: dict[str, tuple[Path, Coded]] = field(default_factory=dict)  # where their parts are, and the rest
+    # Of those that are not stored yet: where their parts are, and the rest.
+    files: dict[str, tuple[Path, Coded]] = field(default_factory=dict)
 
     def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> Tensors:
         """Keeps the codes of a tensor of a block, and returns the weights that they give, by name on the disk: the
@@ -107,7 +116,7 @@ class Codes:
                 coded = _encoded([weight, *(grid[part] for grid in grids)], self.quantize, turned)
             except ValueError as error:
                 raise UserError(f"{part}: cannot be stored as codes: {error}") from None
-            decoded[part] = self._keep(part, coded, self.folder / f"{len(self._files)}.safetensors")
+            decoded[part] = self._keep(part, coded, self.folder / f"{len(self.files)}.safetensors")
         return decoded
 
     def _keep(self, part: str, coded: Coded, file: Path) -> Tensor:
@@ -115,7 +124,7 @@ class Codes:
         if self.engine:
             coded = replace(coded, parts={**coded.parts, SCALES: coded.parts[SCALES].bfloat16().half()})
         save_file(coded.parts, file)
-        self._files[part] = file, replace(coded, parts={})
+        self.files[part] = file, replace(coded, parts={})
         return self.parts_of(coded)[1]
 
     def parts_of(self, coded: Coded) -> tuple[Tensors, Tensor]:
@@ -142,7 +151,7 @@ class Codes:
 
     def find(self, names: tuple[str, ...]) -> Coded | None:
         """The codes of a tensor by the names that it may have, once; None if it was not rounded."""
-        entry = next((self._files.pop(name) for name in names if name in self._files), None)
+        entry = next((self.files.pop(name) for name in names if name in self.files), None)
         return entry and replace(entry[1], parts=load_file(entry[0]))
 
     def scaled(self, part: str, factors: Tensor) -> Tensor:
@@ -150,17 +159,12 @@ class Codes:
 
         `factors`: shaped as the tensor, equal within a group.
         """
-        file, entry = self._files[part]
+        file, entry = self.files[part]
         try:
             coded = replace(entry, parts=load_file(file)).scaled(factors)
         except ValueError as error:
             raise UserError(f"training: {part}: {error}; lower the learning rate") from None
         return self._keep(part, coded, file)
-
-    def check_all_stored(self) -> None:
-        """UserError if a rounded tensor was not asked for."""
-        if self._files:
-            raise UserError(f"--out: the checkpoint has no tensor {min(self._files)}, whose codes are to be stored")
 
 
 def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Coded:
@@ -217,8 +221,8 @@ def pack_folder(
         for number, shard in enumerate(work.shards, 1):
             work.pack_shard(shard, folder)
             watch(Step("packing", number, len(work.shards)))
-        if codes is not None:
-            codes.check_all_stored()
+        if codes and codes.files:
+            raise UserError(f"--out: the checkpoint has no tensor {min(codes.files)}, whose codes are to be stored")
         if not work.linears and not work.stored:
             raise UserError(
                 f"{source}: no matrix of it has {LEAST:.0%} zeros or more; `apply` writes a sparse one, and "
@@ -254,9 +258,30 @@ def check_packable(folder: Path, named: object) -> None:
         raise UserError(f"{named}: is a slim model, which has lost channels and cannot be packed; use it as it is")
 
 
-def to_pack(config: Config, codes: Codes | None) -> Way:
-    """The way to write the folder of a configuration that is packed next, beside it; `codes` of rounded weights."""
-    check = partial(check_packable, named=f"--packed: {config.model.id}")
+def to_pack(config: Config, codes: Codes | None, engine: Engine | None = None) -> Way:
+    """The way to write the folder of a configuration that is packed next, beside it; `codes` of rounded weights.
+
+    engine: for which it is packed. UserError if that cannot store what the configuration rounds.
+    """
+    size, widths = -1, dict[str, int]()
+    if engine:
+        rounding, widths = linear_widths(config, engine)
+        size = rounding.group_size
+    if engine == "mlx" and (size not in GROUPS or not {*widths.values()} <= {*WIDTHS}):
+        raise UserError(
+            f"--format mlx: has groups of {GROUPS} weights and {WIDTHS} bits alone, and this configuration groups of "
+            f"{size} and {sorted({*widths.values()})} bits; give `quantize.group_size` and `quantize.widths` such"
+        )
+
+    def check(folder: Path) -> None:
+        check_packable(folder, f"--packed: {config.model.id}")
+        for name, module in empty_model(folder).named_modules() if widths else ():
+            if name in widths and size != -1 and module.in_features % size:
+                raise UserError(
+                    f"--format {engine}: {name} has {module.in_features} inputs, which are no whole groups of {size}; "
+                    "a study with another `quantize.group_size` may have them"
+                )
+
     return Way(partial(write_sparse, save=None if codes is None else codes.save), check, 2 - config.sparsity.target)
 
 
@@ -429,39 +454,6 @@ def empty_model(source: Path) -> Any:
     what = f"model {source}: transformers cannot make its model"
     with as_user_error(what), quiet("transformers"), torch.device("meta"):
         return auto_class(source).from_config(model_config(source, trusted=False))
-
-
-# --- Folders of rounded weights for engines: codes one after the other in words of 32 bits, the lowest bit first.
-#
-# compressed-tensors  its `pack-quantized`, which vLLM and transformers read: w = (q - z) Δ
-# mlx                 of mlx-lm: w = q Δ + o, o = -z Δ
-#
-# Δ and o have the 8 bits of bfloat16, in the number format of the other weights, so that their cast changes nothing.
-
-GROUPS, WIDTHS = (32, 64, 128), (2, 3, 4, 5, 6, 8)  # of MLX
-
-
-def to_engine(config: Config, codes: Codes | None, engine: Engine) -> Way:
-    """The way to write the weights that an engine will compute; UserError if it cannot store a configuration's."""
-    rounding, widths = linear_widths(config, engine)
-    size = rounding.group_size
-    if engine == "mlx" and (size not in GROUPS or not {*widths.values()} <= {*WIDTHS}):
-        raise UserError(
-            f"--format mlx: has groups of {GROUPS} weights and {WIDTHS} bits alone, and this configuration groups of "
-            f"{size} and {sorted({*widths.values()})} bits; give `quantize.group_size` and `quantize.widths` such"
-        )
-
-    def check(folder: Path) -> None:
-        model = empty_model(folder)
-        for name in widths:
-            columns = model.get_submodule(name).in_features
-            if size != -1 and columns % size:
-                raise UserError(
-                    f"--format {engine}: {name} has {columns} inputs, which are no whole groups of {size}; a study "
-                    "with another `quantize.group_size` may have them"
-                )
-
-    return replace(to_pack(config, codes), check=check)
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
