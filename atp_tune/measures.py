@@ -330,10 +330,11 @@ def excess(
         lost = paired(gain, *ranks)
         return None if lost is None else lost.stderr - lost.value - value
     if key == "max_kl":
-        if not kls:
+        own = kls or ()
+        if not own:
             return None
-        mean = Divergence.mean(kls)
-        return mean.value + mean.stderr - value if len(kls) > 1 else math.inf
+        mean = Divergence.mean(own)
+        return mean.value + mean.stderr - value if len(own) > 1 else math.inf
     against = paired(change, dense, nlls)
     if against is None or not dense:
         return None

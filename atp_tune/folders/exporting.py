@@ -227,10 +227,10 @@ def config_groups(config: Config, kind: str, **more: object) -> tuple[QuantizeCo
     more |= {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
     return rounding, {
         f"group_{index}": {
-            "targets": [name for name, own in widths.items() if own == bits],
-            "weights": {"num_bits": bits, "type": "int", "symmetric": rounding.symmetric, **more},
+            "targets": [name for name, own in widths.items() if own == width],
+            "weights": {"num_bits": width, "type": "int", "symmetric": rounding.symmetric, **more},
         }
-        for index, bits in enumerate(sorted({*widths.values()}))
+        for index, width in enumerate(sorted({*widths.values()}))
     }
 
 
@@ -252,8 +252,8 @@ def linear_widths(config: Config, kind: str) -> tuple[QuantizeConfig, dict[str, 
         for index, linears in enumerate(names(config, "linears"))
         for linear, level in zip(linears, config.plan.of(index, len(linears)), strict=True)
     }
-    if expert := next((name for name in widths if name.endswith("]")), None):
-        raise _cannot(kind, "linears", expert, "has no name for a single expert in a tensor of many")
+    if experts := [name for name in widths if name.endswith("]")]:
+        raise _cannot(kind, "linears", experts[0], "has no name for a single expert in a tensor of many")
     return rounding, widths
 
 

@@ -275,10 +275,11 @@ def to_pack(config: Config, codes: Codes | None, engine: Engine | None = None) -
 
     def check(folder: Path) -> None:
         check_packable(folder, f"--packed: {config.model.id}")
-        for name, module in empty_model(folder).named_modules() if widths else ():
-            if name in widths and size != -1 and module.in_features % size:
+        modules = dict(empty_model(folder).named_modules()) if engine else {}
+        for name in sorted(modules.keys() & widths):
+            if size != -1 and (columns := modules[name].in_features) % size:
                 raise UserError(
-                    f"--format {engine}: {name} has {module.in_features} inputs, which are no whole groups of {size}; "
+                    f"--format {engine}: {name} has {columns} inputs, which are no whole groups of {size}; "
                     "a study with another `quantize.group_size` may have them"
                 )
 
@@ -388,11 +389,10 @@ class _Packing:
             own = {name: {**form, "bits": bits} for name, bits in widths.items()}
             about = {"quantization": {**form, "bits": max(widths.values()), **own}}
         else:
-            others = (name for name in self._linears if name not in widths)
             about = {
                 "quantization_config": {
                     "quant_method": engine, "format": "pack-quantized", "quantization_status": "compressed",
-                    "config_groups": groups, "ignore": [*others],
+                    "config_groups": groups, "ignore": sorted(self._linears.keys() - widths),
                 }
             }  # fmt: skip
         write_table(folder / CONFIG, read_table(folder / CONFIG) | about)
