@@ -36,6 +36,11 @@ def ran(request: pytest.FixtureRequest, tiny_place: Path, tmp_path_factory: pyte
         (place / "model/model.safetensors").unlink()
         size, symmetric, inner = GROUPS[request.param]
         made = make_model(make_tokenizer(), 100, intermediate=inner)
+        made.config.rope_parameters = {
+            "rope_type": "linear",
+            "factor": 2.0,
+            "rope_theta": 5e5,
+        }  # mlx-lm's keys are others
         made.save_pretrained(place / "model", max_shard_size="30KB")
         toml = STUDY.replace("sparsity = 0.6", 'bits = 3.5\nallocation = ["gradient"]').replace(
             "trials = 3", "trials = 4"

@@ -34,7 +34,16 @@ from atp_tune.checkpoints.convert import (
     unpack_folder,
 )
 from atp_tune.checkpoints.devices import DTYPES, Tensors, find_device
-from atp_tune.checkpoints.files import Table, find_weights, header_text, is_slim, parse_header, read_table, write_table
+from atp_tune.checkpoints.files import (
+    Table,
+    find_weights,
+    header_text,
+    is_slim,
+    nested_configs,
+    parse_header,
+    read_table,
+    write_table,
+)
 from atp_tune.checkpoints.models import Ask, resolve
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.manifest import sha256_by_name
@@ -381,13 +390,20 @@ class _Packing:
 
     def describe_for(self, engine: Engine, folder: Path) -> None:
         """Writes what an engine reads in the config, and the index."""
-        config = read_config(folder / ABOUT)
+        config, table = read_config(folder / ABOUT), read_table(folder / CONFIG)
         (rounding, groups), (_, widths) = config_groups(config, engine), linear_widths(config, engine)
         about: Table
         if engine == "mlx":
             form = {"group_size": rounding.group_size, "mode": "affine"}
             own = {name: {**form, "bits": bits} for name, bits in widths.items()}
             about = {"quantization": {**form, "bits": max(widths.values()), **own}}
+            for part in nested_configs(table):  # mlx-lm reads where positions turn by the keys of transformers 4
+                turns: Any = part.get("rope_parameters") or {}
+                whole, sliding = (turns.get(f"{kind}_attention", turns) for kind in ("full", "sliding"))
+                if "rope_theta" in whole:
+                    scaling = None if whole["rope_type"] == "default" else whole
+                    keys = {**whole, "rope_scaling": scaling, "rope_local_base_freq": sliding["rope_theta"]}
+                    part.update(keys | part)
         else:
             about = {
                 "quantization_config": {
@@ -395,7 +411,7 @@ class _Packing:
                     "config_groups": groups, "ignore": sorted(self._linears.keys() - widths),
                 }
             }  # fmt: skip
-        write_table(folder / CONFIG, read_table(folder / CONFIG) | about)
+        write_table(folder / CONFIG, table | about)
         if (folder / INDEX).is_file():
             write_table(folder / INDEX, {"weight_map": dict(sorted(self._weight_map.items()))})
             say_size(folder)
