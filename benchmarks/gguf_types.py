@@ -57,7 +57,7 @@ RUNS, PAGE = ROOT / "docs" / "gguf.jsonl", ROOT / "docs" / "gguf.md"
 MARKS = ("<!-- measured: python benchmarks/gguf_types.py -->", "<!-- end -->")
 KINDS = ("news", "tales", "code")
 MIXES = ("IQ3_XS", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")
-TYPES = [name for name in BLOCKS if name != "BF16"]
+TYPES = list(BLOCKS)
 WAYS = ("tokens", "windows", "squared errors", "slopes")  # whose sums of costs are minimised
 UNIFORM = "uniform"  # the same, by the bits of a type alone
 COMMAND, THEIRS = "command", "llama.cpp"
