@@ -58,8 +58,8 @@ def apply(
     Options:
         packed: Write no zeros, and rounded weights in their number of bits.
         slim: Write the folder without the channels that `pattern = "channels"` prunes.
-        format_ FORMAT: Write rounded weights as another engine reads them: compressed-tensors (vLLM, transformers) or
-            mlx (mlx-lm).
+        format_ FORMAT: Write rounded weights as an engine reads them: compressed-tensors (vLLM, and transformers if
+            quantize.symmetric is true) or mlx (mlx-lm).
         verify DIR: Only check whether the files of a sparse checkpoint are as they were written.
         push ORG/NAME: Also upload the folder to this model repository on the hub.
         recover: Train the kept weights, where the configuration says so.

@@ -289,7 +289,7 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
     data = ModelCardData(
         base_model=base,
         base_model_relation=base and RELATION,
-        library_name="transformers",
+        library_name="mlx" if packed and packed.values == "mlx" else "transformers",
         pipeline_tag="image-text-to-text" if reads_images(folder) else text.words.task,
         tags=["atp-tune", *kinds, plan.method, allocation.split()[0]],
         model_name=f"{name} at {amount}",
