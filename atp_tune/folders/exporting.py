@@ -208,7 +208,7 @@ def names(config: Config, key: Literal["blocks", "linears"]) -> Any:
 #                 the observer `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes
 #                 scales and levels in bfloat16, and some weights are on another level.
 #
-# `packing.engine_folder` writes the same groups into the config of a folder.
+# `packing` writes the same groups into the config of a folder.
 
 
 def modifier(config: Config) -> Table:

@@ -137,7 +137,7 @@ class Codes:
         return self.parts_of(coded)[1]
 
     def parts_of(self, coded: Coded) -> tuple[Tensors, Tensor]:
-        """The tensors of a coded one by the ends of their names, as the engine stores it, and its weights, float32."""
+        """The tensors of a coded one, as the engine stores it, by the ends of their names, and its weights, float32."""
         if self.engine is None:
             return coded.parts, coded.decoded()
         integers, each_scale = read_codes(coded.parts.get, "", coded.about)
@@ -151,11 +151,11 @@ class Codes:
         words = _words(codes, bits)
         if self.engine == "mlx":
             offsets = -zeros * scales
-            parts = {"": words.view(torch.uint32), ".scales": scales, ".biases": offsets}
+            parts = {"weight": words.view(torch.uint32), "scales": scales, "biases": offsets}
             return parts, codes * each_scale + spread(offsets.float(), size, columns)
-        parts = {"_packed": words, "_scale": scales, "_shape": torch.tensor(integers.shape)}
+        parts = {"weight_packed": words, "weight_scale": scales, "weight_shape": torch.tensor(integers.shape)}
         if ZEROS in coded.parts:
-            parts["_zero_point"] = _words(zeros.T, bits).T.contiguous()
+            parts["weight_zero_point"] = _words(zeros.T, bits).T.contiguous()
         return parts, integers * each_scale
 
     def find(self, names: tuple[str, ...]) -> Coded | None:
@@ -384,26 +384,26 @@ class _Packing:
         self._original.tensors[name] = sha256_of_tensor(again)
         if self._engine:
             parts = {end: part.to(dense.dtype) if part.is_floating_point() else part for end, part in parts.items()}
+            linear = name.removesuffix("weight")
         before, after = self.bytes
         self.bytes = before + dense.nbytes, after + sum(part.nbytes for part in parts.values())
-        return {f"{linear or name}{end}".replace(".weight.", "."): part for end, part in parts.items()}
+        return {f"{linear or name}{end}": part for end, part in parts.items()}
 
     def describe_for(self, engine: Engine, folder: Path) -> None:
         """Writes what an engine reads in the config, and the index."""
         config, table = read_config(folder / ABOUT), read_table(folder / CONFIG)
         (rounding, groups), (_, widths) = config_groups(config, engine), linear_widths(config, engine)
-        about: Table
         if engine == "mlx":
             form = {"group_size": rounding.group_size, "mode": "affine"}
             own = {name: {**form, "bits": bits} for name, bits in widths.items()}
             about = {"quantization": {**form, "bits": max(widths.values()), **own}}
             for part in nested_configs(table):  # mlx-lm reads where positions turn by the keys of transformers 4
                 turns: Any = part.get("rope_parameters") or {}
-                whole, sliding = (turns.get(f"{kind}_attention", turns) for kind in ("full", "sliding"))
+                whole = turns.get("full_attention", turns)
                 if "rope_theta" in whole:
-                    scaling = None if whole["rope_type"] == "default" else whole
-                    keys = {**whole, "rope_scaling": scaling, "rope_local_base_freq": sliding["rope_theta"]}
-                    part.update(keys | part)
+                    scaling = None if whole.get("rope_type", "default") == "default" else whole
+                    local = turns.get("sliding_attention", whole).get("rope_theta")
+                    part.update({**whole, "rope_scaling": scaling, "rope_local_base_freq": local} | part)
         else:
             about = {
                 "quantization_config": {
