@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,7 @@ from naive import nlls_of
 from safetensors.torch import load_file
 from tinystudy import STUDY, CommandLine, copied, make_model, make_tokenizer, run
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp_tune.config.best import read_config
 from atp_tune.inputs.windows import token_windows
@@ -28,6 +29,12 @@ symmetric = {}
 # Asymmetric in groups, and symmetric in whole rows, of which some end within a word: group size, symmetry, inner width.
 GROUPS = {"groups": (32, "false", 64), "rows": (-1, "true", 80)}
 
+TURNS = {
+    "rope_type": "linear",
+    "factor": 2.0,
+    "rope_theta": 5e5,
+}  # by keys of transformers 5, which mlx-lm does not read
+
 
 @pytest.fixture(scope="module", params=GROUPS)
 def ran(request: pytest.FixtureRequest, tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -36,11 +43,7 @@ def ran(request: pytest.FixtureRequest, tiny_place: Path, tmp_path_factory: pyte
         (place / "model/model.safetensors").unlink()
         size, symmetric, inner = GROUPS[request.param]
         made = make_model(make_tokenizer(), 100, intermediate=inner)
-        made.config.rope_parameters = {
-            "rope_type": "linear",
-            "factor": 2.0,
-            "rope_theta": 5e5,
-        }  # mlx-lm's keys are others
+        made.config.rope_parameters = TURNS
         made.save_pretrained(place / "model", max_shard_size="30KB")
         toml = STUDY.replace("sparsity = 0.6", 'bits = 3.5\nallocation = ["gradient"]').replace(
             "trials = 3", "trials = 4"
@@ -89,6 +92,37 @@ def affine(parts: Mapping[str, Tensor], bits: int) -> Tensor:
 READ = {"compressed-tensors": compressed, "mlx": affine}
 
 
+def as_computed(engine: str, out: Path, plain: Path) -> Any:
+    """The model that a folder for an engine says, by a naive reader.
+
+    Its codes are those of the folder `plain` of floats; scales differ by bfloat16's rounding, and nothing else does.
+    """
+    tensors = {name: part for file in out.glob("*.safetensors") for name, part in load_file(file).items()}
+    model: Any = AutoModelForCausalLM.from_pretrained(plain)
+    best = read_config(out / "atp_tune.json")
+    assert best.linears is not None
+    for block, names in enumerate(best.linears):
+        for linear, level in zip(names, best.plan.of(block, len(names)), strict=True):
+            name, bits = f"model.layers.{block}.{linear}", int(level.width)
+            parts = {part.rpartition(".")[2]: tensors.pop(part) for part in [*tensors] if part.startswith(f"{name}.")}
+            bias = parts.pop("bias", None)
+            floats, module = READ[engine](parts, bits), model.get_submodule(name)
+            was = module.weight.data
+            steps = spread(parts.get("weight_scale", parts.get("scales")), was.shape[1])
+            assert bool(((floats - was).abs() <= was.abs() * 2**-7 + steps * 2 ** (bits - 8)).all())
+            was.copy_(floats)
+            assert bias is None or torch.equal(bias, module.bias)
+    for name, part in tensors.items():
+        assert torch.equal(model.get_parameter(name), part)
+    return model.float()
+
+
+def by_mlx(folder: Path, ids: Tensor) -> Tensor:
+    """Logits [texts, tokens, vocabulary] by mlx-lm."""
+    there, _ = import_module("mlx_lm").load(str(folder))
+    return torch.tensor(there(import_module("mlx.core").array(ids.tolist())).tolist())
+
+
 @slow
 @parametrize("dtype", ["float32", "bfloat16"])
 @parametrize("engine", READ)
@@ -98,7 +132,7 @@ def test_engines_compute_what_was_measured(
     words = "apply", "--config", ran / "tiny.best.json", "--dtype", dtype
     out, plain = tmp_path / "out", tmp_path / "plain"
     best = read_config(ran / "tiny.best.json")
-    assert best.quantize is not None and best.linears is not None
+    assert best.quantize is not None and len({level.width for level in best.plan.each_linear()}) > 1
     if engine == "mlx" and best.quantize.group_size == -1:
         refused = command(*words, "--out", out, "--format", engine)
         assert refused.code == 2 and "groups of -1" in refused.error and not out.exists()
@@ -106,37 +140,20 @@ def test_engines_compute_what_was_measured(
     said = command.ok(*words, "--out", out, "--format", engine).out
     command.ok(*words, "--out", plain)
     command.ok("apply", "--verify", out)
-    # Each rounded matrix by a naive reader: the codes are those of `apply`, the scales differ by bfloat16's rounding.
-    tensors = {name: part for file in out.glob("*.safetensors") for name, part in load_file(file).items()}
     index = json.loads((out / "model.safetensors.index.json").read_text())
+    tensors = {name: part for file in out.glob("*.safetensors") for name, part in load_file(file).items()}
     assert index["weight_map"].keys() == tensors.keys()
     assert index["metadata"]["total_size"] == sum(part.nbytes for part in tensors.values())
-    model = AutoModelForCausalLM.from_pretrained(plain)
-    widths = {
-        f"model.layers.{block}.{name}": int(level.width)
-        for block, names in enumerate(best.linears)
-        for name, level in zip(names, best.plan.of(block, len(names)), strict=True)
-    }
-    assert len({*widths.values()}) > 1
-    for name, bits in widths.items():
-        parts = {part.rpartition(".")[2]: tensors.pop(part) for part in [*tensors] if part.startswith(f"{name}.")}
-        floats = READ[engine](parts, bits)
-        was = model.get_submodule(name).weight.data
-        steps = spread(parts.get("weight_scale", parts.get("scales")), was.shape[1])
-        assert bool(((floats - was).abs() <= was.abs() * 2**-7 + steps * 2 ** (bits - 8)).all())
-        was.copy_(floats)
-    for name, part in tensors.items():
-        assert torch.equal(model.get_parameter(name), part)
+    model = as_computed(engine, out, plain)
     # Its perplexity is what was printed, and what the engine computes with.
     test = best.texts.test
     ids = torch.from_numpy(token_windows(test, ran / "model", ran).ids)  # type: ignore[arg-type]
-    nlls = nlls_of(model.float(), ids)
+    nlls = nlls_of(model, ids)
     measured = read_config(out / "atp_tune.json").final("test")
     assert measured is not None and f"perplexity on the test text: {measured}" in said
     assert measured.value == pytest.approx(math.exp(sum(nlls) / len(nlls)), rel=1e-4)
     if engine == "mlx":
-        there, _ = import_module("mlx_lm").load(str(out))
-        theirs = torch.tensor(there(import_module("mlx.core").array(ids[:4].tolist())).tolist())
+        theirs = by_mlx(out, ids[:4])
     elif best.quantize.symmetric:
         with torch.inference_mode():
             theirs = AutoModelForCausalLM.from_pretrained(out)(ids[:4]).logits
@@ -145,3 +162,28 @@ def test_engines_compute_what_was_measured(
     with torch.inference_mode():
         ours = model(ids[:4]).logits
     torch.testing.assert_close(theirs.float(), ours, rtol=0, atol=1e-4 if dtype == "float32" else 0.2)
+
+
+@slow
+@parametrize("family", ["qwen2", "qwen3", "phi3", "olmo2", "mistral", "gemma2"])
+def test_families_as_mlx_lm_computes_them(family: str, place: Path, command: CommandLine) -> None:
+    """Other positions than the defaults of mlx-lm, which knows no sliding windows of Mistral and Gemma 2."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    turns = {"rope_type": "default", "rope_theta": 5e4}
+    more: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16, "rope_parameters": turns, "sliding_window": 4096}
+    more |= {"vocab_size": len(make_tokenizer()), "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **more))
+    made.apply(lambda module: torch.nn.init.normal_(module.weight, std=0.2) if hasattr(module, "weight") else None)
+    shutil.rmtree(place / "model")
+    made.save_pretrained(place / "model")
+    make_tokenizer().save_pretrained(place / "model")
+    toml = STUDY.replace("sparsity = 0.6", 'bits = 4\nallocation = ["uniform"]').replace("trials = 3", "trials = 1")
+    (place / "tiny.toml").write_text(toml + ROUNDED.format(32, "false"))
+    command.ok("--study", place / "tiny.toml")
+    for name, more_words in (("out", ("--format", "mlx")), ("plain", ())):
+        command.ok("apply", "--config", place / "tiny.best.json", "--out", place / name, *more_words)
+    model, ids = as_computed("mlx", place / "out", place / "plain"), torch.arange(5, 85).view(2, 40)
+    with torch.inference_mode():
+        ours = model(ids).logits
+    torch.testing.assert_close(by_mlx(place / "out", ids), ours, rtol=0, atol=1e-3 * float(ours.abs().max()))
