@@ -24,7 +24,7 @@ block of columns, as the authors' code does.
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,19 +213,19 @@ def names(config: Config, key: Literal["blocks", "linears"]) -> Any:
 
 def modifier(config: Config) -> Table:
     """llm-compressor's modifier by name, with its arguments."""
-    rounding, groups = config_groups(config, RECIPE, observer="memoryless_minmax")
+    rounding, widths = linear_widths(config, RECIPE)
+    groups = config_groups(rounding, widths, observer="memoryless_minmax")
     if config.plan.method == "rtn":
         return {"QuantizationModifier": {"config_groups": groups}}
     order = "weight" if rounding.act_order else None  # the groups of the dense weights, then the order
     return {"GPTQModifier": {"config_groups": groups, "actorder": order, "dampening_frac": rounding.damping}}
 
 
-def config_groups(config: Config, kind: str, **more: object) -> tuple[QuantizeConfig, Table]:
-    """The settings of rounding, and the groups of compressed-tensors by number of bits, with `more` in each."""
-    rounding, widths = linear_widths(config, kind)
+def config_groups(rounding: QuantizeConfig, widths: Mapping[str, int], **more: object) -> Table:
+    """The groups of compressed-tensors, one for each number of bits of `linear_widths`, with `more` in each."""
     size = rounding.group_size
     more |= {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
-    return rounding, {
+    return {
         f"group_{index}": {
             "targets": [name for name, own in widths.items() if own == width],
             "weights": {"num_bits": width, "type": "int", "symmetric": rounding.symmetric, **more},

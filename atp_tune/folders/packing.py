@@ -143,10 +143,8 @@ class Codes:
         integers, each_scale = read_codes(coded.parts.get, "", coded.about)
         (rows, columns), bits = integers.shape, coded.about["codes"]["bits"]
         size = columns // coded.parts[SCALES].shape[1]
-        scales, zeros = (
-            each_scale[:, ::size].bfloat16(),
-            zero_points(coded.parts.get(ZEROS), bits, rows, columns // size),
-        )
+        scales = each_scale[:, ::size].bfloat16()
+        zeros = zero_points(coded.parts.get(ZEROS), bits, rows, columns // size)
         codes = integers + spread(zeros, size, columns)
         words = _words(codes, bits)
         if self.engine == "mlx":
@@ -237,13 +235,13 @@ def pack_folder(
                 f"{source}: no matrix of it has {LEAST:.0%} zeros or more; `apply` writes a sparse one, and "
                 "`apply --packed` stores rounded weights as codes"
             )
-        if codes and codes.engine:
-            work.describe_for(codes.engine, folder)
+        if work.engine:
+            work.describe_for(work.engine, folder)
         else:
             work.describe(folder)
         rounding = None if kind == "same" else _rounding(source, folder, device, watch)
         before, after = (sum(x.stat().st_size for x in each.glob("*.safetensors")) for each in (work.source, folder))
-        values = kind if codes is None else codes.engine or "codes"
+        values = work.engine or (kind if codes is None else "codes")
         done = Packed(len(work.linears), len(work.stored), *work.bytes, before, after, values, work.auto, rounding)
         describe(folder, packed=done)
     return done
@@ -320,7 +318,7 @@ class _Packing:
         if self._records:
             stored_manifest(self.source)  # UserError if they are not what atp_tune writes
         self._kind, self._group_size, self._codes = kind, group_size, codes
-        self._engine = codes and codes.engine
+        self.engine = codes and codes.engine
         self._fits = True  # int8 values, without loss, of all linears that have codes
         self.shards = [file.name for file in find_weights(self.source, allow_pickle=False)]
         self.linears: dict[str, Table] = {}
@@ -343,7 +341,7 @@ class _Packing:
     def pack_shard(self, shard: str, folder: Path) -> None:
         """Packs one file of the weights, under a name by which transformers finds it as a variant of the weights."""
         file, out = self.source / shard, folder / WEIGHTS
-        if self._engine:
+        if self.engine:
             out = folder / shard
         elif len(self.shards) > 1:
             number, count = self.shards.index(shard) + 1, len(self.shards)
@@ -363,7 +361,7 @@ class _Packing:
             if self._kind != "same":
                 self._original.tensors[name] = sha256_of_tensor(dense)
             return {name: dense}
-        linear = next((other for other in names if other in self._packable and not self._engine), None)
+        linear = next((other for other in names if other in self._packable and not self.engine), None)
         about: Table = {"shape": [*dense.shape]}
         if linear is not None:
             about["transposed"] = isinstance(self._packable[linear], Conv1D)
@@ -382,7 +380,7 @@ class _Packing:
                 raise UserError(f"{name}: its codes do not give the weights of {self.source}")
         (self.stored if linear is None else self.linears)[linear or name] = about
         self._original.tensors[name] = sha256_of_tensor(again)
-        if self._engine:
+        if self.engine:
             parts = {end: part.to(dense.dtype) if part.is_floating_point() else part for end, part in parts.items()}
             linear = name.removesuffix("weight")
         before, after = self.bytes
@@ -392,7 +390,7 @@ class _Packing:
     def describe_for(self, engine: Engine, folder: Path) -> None:
         """Writes what an engine reads in the config, and the index."""
         config, table = read_config(folder / ABOUT), read_table(folder / CONFIG)
-        (rounding, groups), (_, widths) = config_groups(config, engine), linear_widths(config, engine)
+        rounding, widths = linear_widths(config, engine)
         if engine == "mlx":
             form = {"group_size": rounding.group_size, "mode": "affine"}
             own = {name: {**form, "bits": bits} for name, bits in widths.items()}
@@ -408,7 +406,7 @@ class _Packing:
             about = {
                 "quantization_config": {
                     "quant_method": engine, "format": "pack-quantized", "quantization_status": "compressed",
-                    "config_groups": groups, "ignore": sorted(self._linears.keys() - widths),
+                    "config_groups": config_groups(rounding, widths), "ignore": sorted(self._linears.keys() - widths),
                 }
             }  # fmt: skip
         write_table(folder / CONFIG, table | about)
