@@ -39,7 +39,7 @@ class Step:
 class TrialEnded:
     """A trial ended with its scores on the validation text by measure, or none and the reason.
 
-    `best`: that of the study's best by the measure that is minimised; `best_sparsity`: its sparsity, where the study
+    `best`: that of the study's best by the measure that is minimised; `best_target`: its target, where the study
     searches for it. `what`: `trial`, or `screening` for a trial of a screening.
     """
 
@@ -50,7 +50,7 @@ class TrialEnded:
     done: int
     total: int
     what: str = "trial"
-    best_sparsity: float | None = None
+    best_target: float | None = None
 
 
 @dataclass(frozen=True)

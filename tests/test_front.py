@@ -129,7 +129,7 @@ def test_a_pair_that_is_not_on_the_front_is_a_point_too() -> None:
 
 @parametrize(("wanted", "number"), [(0.5, 4), (0.45, 4), (0.4, 2), (0.25, 1), (0.7, 6), (0.2, 1)])
 def test_the_nearest_of_the_front(wanted: float, number: int) -> None:
-    assert goal_in(made_front()).nearest(str(wanted)).trial.number == number  # of two as near the lower one
+    assert goal_in(made_front()).nearest(wanted).trial.number == number  # of two as near the lower one
 
 
 @parametrize(

@@ -14,12 +14,12 @@ from tinystudy import CommandLine, copied, run, stored, study_file
 from atp_tune.config.best import read_config
 from atp_tune.events import Event, TrialStarted
 from atp_tune.measures import change
+from atp_tune.plan import target_in
 from atp_tune.results.goals import best_trial, limit_excess, pareto_front
 from atp_tune.results.summary import summarise
 from atp_tune.search.runner import StudyRun, open_context, tune
 from atp_tune.search.space import make_space
 from atp_tune.storage.fingerprint import stored_batches
-from atp_tune.storage.progress import target_sparsity
 
 INTERVAL = "sparsity=[0.3,0.8]"
 SCREEN = ("search.sampler=tpe", "search.screen.trials=8", "search.screen.stride=3", "search.screen.confirm=3")
@@ -121,7 +121,7 @@ def test_a_front_goes_on_as_if_it_had_not_stopped(ran: Path, tiny_place: Path, t
 def test_another_limit_goes_on_from_what_is_measured(ran: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(ran, tmp_path / "tiny"))
     before = stored(place)
-    count, by_sparsity = len(before.trials), {target_sparsity(trial): trial for trial in pareto_front(before)}
+    count, by_sparsity = len(before.trials), {target_in(trial.params): trial for trial in pareto_front(before)}
     found = [change(before.user_attrs["dense"], trial.user_attrs["nlls"]) for trial in by_sparsity.values()]
     low, middle, high = sorted(one.value + one.stderr for one in found)
     study = run(place, f"limit.max_increase={(middle + high) / 2}", "search.trials=20")

@@ -14,7 +14,6 @@ from test_sparsity_interval import DENSE, INTERVAL, TPE, loss, screened, space_o
 from atp_tune.allocations import Budget
 from atp_tune.allocations.budget import Shape
 from atp_tune.allocations.rows import RowSparsities
-from atp_tune.config.search import STEP
 from atp_tune.results.goals import best_trial, limit_excess
 from atp_tune.search.goals import LimitSampler, Screened, Surrogate, WithinLimit
 from atp_tune.search.space import Space, make_space
@@ -54,7 +53,7 @@ def searched(
         directions=["minimize", "minimize"], sampler=LimitSampler(RandomSampler, search.search.seed, search)
     )
     study.set_user_attr("limit", limit)
-    study.set_user_attr("fingerprint", {"sparsity": list(space.sparsities)})
+    study.set_user_attr("fingerprint", {"sparsity": list(space.targets)})
     study.set_user_attr("dense", DENSE)
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
@@ -77,7 +76,7 @@ def searched(
 def sparsest(space: Space, limit: dict[str, float]) -> float:
     """By trying everything."""
     worst = math.log(limit.get("max_perplexity") or math.exp(2.8) * (1 + limit["max_increase"]))
-    levels = space.levels(1 + round((space.sparsities[1] - space.sparsities[0]) / STEP))  # type: ignore[index]
+    levels = space.levels(1 + round((space.targets[1] - space.targets[0]) / space.step))  # type: ignore[index]
     return max(level for level in levels if min(shifted(level, share / 200) for share in range(201)) <= worst)
 
 
@@ -89,7 +88,7 @@ def test_it_finds_the_sparsest_plan_within_the_limit(limit: dict[str, float]) ->
     best = best_trial(study)
     assert best is not None
     assert limit_excess(study, best) <= 0
-    assert best.params["sparsity"] == pytest.approx(sparsest(space, limit), abs=2 * STEP)
+    assert best.params["sparsity"] == pytest.approx(sparsest(space, limit), abs=2 * 0.005)
     assert len(study.trials) <= 8
     uniform = [trial for trial in study.trials if trial.params["beta"] == 0]
     assert best.params["sparsity"] in [trial.params["sparsity"] for trial in uniform]

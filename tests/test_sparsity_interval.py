@@ -13,7 +13,6 @@ from test_space import SIZES, study_of
 
 from atp_tune.allocations import Budget
 from atp_tune.allocations.formulas import atp, curve
-from atp_tune.config.search import STEP
 from atp_tune.search.goals import OverInterval, Screened, Surrogate
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space, make_space
@@ -41,7 +40,7 @@ class Fixed:
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
         assert low <= self.values[name] <= high
-        assert (name == "sparsity") == (step == STEP)
+        assert (name == "sparsity") == (step == 0.005)
         return float(self.values[name])
 
 

@@ -34,6 +34,11 @@ def share_at(bits: float, widths: Sequence[int]) -> float:
     return (high - bits) / (high - low) if high > low else 0.0
 
 
+def shared_at(target: float, widths: Sequence[int]) -> float:
+    """What a budget shares out at a target: the sparsity, or the share of the bits, which a target has as negative."""
+    return share_at(-target, widths) if target < 0 else target
+
+
 def bits_at(share: float, widths: Sequence[int]) -> float:
     """The number of bits, not rounded, at a share s in [0, 1]."""
     return max(widths) - share * (max(widths) - min(widths))

@@ -23,7 +23,7 @@ from atp_tune.config.typed import Interval, in_percent
 from atp_tune.errors import UserError, did_you_mean
 from atp_tune.inputs.sources import READERS, documents, fetch, is_hub_in_reach
 from atp_tune.measures import Limit
-from atp_tune.plan import percent
+from atp_tune.plan import target_words
 from atp_tune.plugins import is_place, short_name
 from atp_tune.pruners import PRUNERS
 from atp_tune.utils.registry import Table
@@ -153,7 +153,8 @@ PRICES = ("gradient-rows",)  # the default; it has one parameter, and by itself 
 class StudyRequest:
     """A model, the share of zeros S in (0, 1), and what else was asked for; None stands for a default.
 
-    S and `limit` are those of `typed.goal`: a limit comes with an interval of S; with a `size` there is neither.
+    S and `limit` are those of `typed.goal`: a limit comes with an interval of S; with a `size` there is neither, or an
+    interval of bits, negative.
     `texts`: one of `TEXTS`, the path of a file, or a text in memory; or one of these for each role. `recover`: train
     the kept weights of the best plan. `settings`: tables of overrides that come after, which nothing unasked may
     contradict. `types`: of ggml, of all matrices, in the size. UserError at the start for a wish that nothing can meet.
@@ -198,7 +199,7 @@ class StudyRequest:
                 limit.append(f"{key.replace('_', '-')}-{100 * value if key == 'max_increase' else value:g}")
         parts = [
             path.stem if path.suffix == ".gguf" else path.absolute().name,
-            None if self.sparsity is None or (limit and self.sparsity == WHOLE_INTERVAL) else in_percent(self.sparsity),
+            None if self.size or (limit and self.sparsity == WHOLE_INTERVAL) else in_percent(self.sparsity or 0),
             self.size and f"{'gguf' if self.types else 'size'}-{self.size}",
             *limit,
             self.preset,
@@ -218,7 +219,7 @@ class StudyRequest:
         types = study.quantize.by_types and f"gguf {study.description.rpartition(' at ')[2]}"
         for key, stored, wanted in (
             ("model.source", study.model.source, model_source(self.source)),
-            ("sparsity", study.sparsity, self.sparsity),
+            ("sparsity", study.sparsity, None if self.size else self.sparsity),
             ("size", types or study.size, f"gguf {self.size}" if self.types else self.size),
             ("limit", study.limit and study.limit.given, self.limit and dict(self.limit)),
             ("prune.pruners", study.prune.pruners, self.pruners or study.prune.pruners),
@@ -269,7 +270,7 @@ class StudyRequest:
         unasked = preset.recovers and not self._of_channels and not self.types
         is_trained = not self._is_front and (unasked if self.recover is None else self.recover)
         settings = {
-            "description": f"{self.source} at {self.size or percent(self.sparsity or 0)}",
+            "description": f"{self.source} at {self.size or target_words(self.sparsity or 0.0)}",
             **self._amounts(*folder.stored_bytes()),
             "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),
@@ -292,9 +293,12 @@ class StudyRequest:
             return {"sparsity": self.sparsity}
         if not self.types:
             return {"size": self.size, "quantize": ROUNDING}
+        rounding = {"quantizers": ["ggml"]}
+        if isinstance(self.sparsity, tuple):
+            return {"bits": tuple(-end for end in reversed(self.sparsity)), "quantize": rounding}
         weights = total // itemsize
         bits = round(bits_of_size(self.size, weights, 0, total) / weights, 4)
-        return {"bits": bits, "quantize": {"quantizers": ["ggml"]}}
+        return {"bits": bits, "quantize": rounding}
 
     def _recovery(self, seqlen: int) -> Table:
         """The table `recover`; `seqlen`: of the validation text."""
@@ -336,7 +340,8 @@ class StudyRequest:
         more: Table = {"screen": {"trials": preset.screened, "confirm": preset.confirmed, "stride": stride}}
         if self.limit:
             more = ({} if self._of_channels or by_prices else more) | {"trials": preset.limited}
-        return {"objective": ["kl" if "max_kl" in (self.limit or {}) else "perplexity"], "sampler": "tpe", **more}
+        named = self.limit or dict.fromkeys(["max_kl"] * self.types)
+        return {"objective": ["kl" if "max_kl" in named else "perplexity"], "sampler": "tpe", **more}
 
 
 def usual_texts(notify: "Notify") -> str:

@@ -32,7 +32,7 @@ from atp_tune.config.data import Text
 from atp_tune.config.finding import BARE
 from atp_tune.config.study import Data
 from atp_tune.config.studyfile import StudyFile, load
-from atp_tune.config.typed import one_sparsity
+from atp_tune.config.typed import one_target
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.folders.applying import PLAIN, measured_folder, plan_config, write_sparse
@@ -330,7 +330,7 @@ def _opened(
                 own["model.sha256"] = pin_wheel(source)
             given = {key: value for key, value in own.items() if value is not None} | given
             if "sparsity" in given:
-                given["sparsity"] = one_sparsity(str(given["sparsity"]))
+                given["sparsity"] = one_target(str(given["sparsity"]))
             file = changed(StudyFile("prune", Path("prune.toml"), load(str(BARE)).study), given, trust_plugins)
             folder = resolve(file.study.model, Path(), lambda line: watch(Message(line)))
 

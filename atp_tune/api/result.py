@@ -13,6 +13,7 @@ from atp_tune.config.best import Config
 from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.measures import PERPLEXITY, TEXTS
+from atp_tune.plan import amount_of
 from atp_tune.results.formatting import method_words, plan_words, spent, texts_note, trial_remark
 from atp_tune.results.goals import Choice, chosen
 from atp_tune.results.results import DENSE, TRAINED, allocation_name
@@ -47,9 +48,9 @@ HERE = Path("best.json")  # a configuration that is not written is as if it lay 
 class Result:
     """A study and what it found; of a study that still runs, what it found so far.
 
-    Methods that prune take the best trial, or another: `trial`, its number; over an interval of sparsities also
-    `sparsity`, for the nearest point of the front, or `max_increase`, for the sparsest plan within it (of image
-    classifiers also `max_drop`, of accuracy).
+    Methods that prune take the best trial, or another: `trial`, its number; over an interval also `sparsity` or `bpw`,
+    for the nearest point of the front, or `max_increase`, `max_kl` or, of image classifiers, `max_drop` (of accuracy),
+    for the smallest plan within it.
     """
 
     def __init__(self, study: optuna.Study, file: StudyFile, lender: Lender | None = None) -> None:
@@ -105,10 +106,10 @@ class Result:
 
     @property
     def front(self) -> Any:
-        """The points of a study over an interval of sparsities, the least sparse first, in the form of `trials`.
+        """The points of a study over an interval of sparsities or bits, the largest first, in the form of `trials`.
 
-        Each has sparsity, method, scores, uniform's, and changes against dense and uniform with errors. Empty for a
-        study at one sparsity.
+        Each has sparsity or bits, method, scores, uniform's, and changes against dense and uniform with errors. Empty
+        for a study at one target.
         """
         summary, rows = self.summary, list[Row]()
         results = summary.results
@@ -123,7 +124,7 @@ class Result:
             rows.append(
                 {
                     "trial": point.trial.number,
-                    "sparsity": point.sparsity,
+                    **amount_of(point.target),
                     "method": method_words(point.trial),
                     **dict(results.record(point.trial)),
                     **{name: score and score.value for name, score in beside.items()},
@@ -200,11 +201,14 @@ class Result:
         *,
         trial: int | None = None,
         sparsity: float | None = None,
+        bpw: float | None = None,
         max_increase: float | str | None = None,
+        max_kl: float | None = None,
         max_drop: float | str | None = None,
     ) -> Config:
         """The configuration of a trial; UserError for two choices, and for one that is not there."""
-        options = {"trial": trial, "sparsity": sparsity, "max_increase": max_increase, "max_drop": max_drop}
+        limits = {"max_increase": max_increase, "max_kl": max_kl, "max_drop": max_drop}
+        options = {"trial": trial, "sparsity": sparsity, "bpw": bpw, **limits}
         with as_arguments():
             choice = chosen(self.study, options)
             number = choice.trial.number if isinstance(choice, Choice) else choice

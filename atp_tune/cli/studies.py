@@ -469,6 +469,7 @@ class ChoiceOptions:
     Options:
         trial N 0..: This trial, measured in full; default: the best.
         sparsity SHARE: The point of a front that is nearest to this sparsity, as 0.5 or 50%.
+        bpw BITS: The point of a front that is nearest to these bits a weight, as 4.8.
         max_increase SHARE: The sparsest plan with at most so much more perplexity than dense: 10%.
         max_perplexity NUMBER: The sparsest plan with at most this validation perplexity.
         max_kl NUMBER: The sparsest plan with at most this KL, in nats per token.
@@ -477,6 +478,7 @@ class ChoiceOptions:
 
     trial: int | None = None
     sparsity: str | None = None
+    bpw: str | None = None
     max_increase: str | None = None
     max_perplexity: str | None = None
     max_kl: str | None = None

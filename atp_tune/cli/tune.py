@@ -216,7 +216,7 @@ def model(
     min_accuracy: list[str] | None = None,
     size: str | None = None,
     format_: Literal["gguf"] | None = None,
-    bpw: float | None = None,
+    bpw: str | None = None,
     preset: Literal["quick", "balanced", "thorough"] | None = None,
     pruner: list[str] | None = None,
     allocation: list[str] | None = None,
@@ -258,7 +258,8 @@ def model(
         max_increase SHARE: Find the sparsest plan with at most so much more perplexity than the dense one: 5%.
             Default: 10%, unless a sparsity or another limit is given.
         max_perplexity NUMBER: Find the sparsest plan with at most this perplexity: 20.
-        max_kl NATS: Find the sparsest plan with at most this KL per token from the dense model: 0.1.
+        max_kl NATS: Find the sparsest plan, or the smallest file, with at most this KL per token from the dense model:
+            0.1.
         min_accuracy TASK=SHARE: Find the sparsest plan with at least this accuracy on a task of lm-eval, by name or
             path: piqa=0.65; several must all hold. With '.[eval]'; `--set limit.items=200` measures 200 items of each.
         size SIZE: Find the share of zeros, and bits of each linear, that fit a size together: 3.3bpw, bits a weight of
@@ -266,7 +267,8 @@ def model(
             size of all matrices, without zeros.
         format_ gguf: Find a type of llama.cpp for each matrix, embedding and head too, that fit --bpw or --size and
             keep the lowest KL; `apply --out NAME.gguf` writes the file. With '.[gguf]'.
-        bpw BITS: Bits a weight of the .gguf file's matrices: 4.8.
+        bpw BITS: Bits a weight of the .gguf file's matrices: 4.8; an interval such as 4.5..8 gives the best plan at
+            five to ten sizes, and with --max-kl the smallest within it.
         preset: How much is measured; default: balanced with a GPU, else quick. quick: a first answer, 8 trials on
             windows of 256 tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the
             papers; both with errors over draws of the calibration text, and training. Half as many with prices alone;
@@ -448,9 +450,9 @@ def prune(
     base = Path() if study is None else None
     file = load_study(study or str(BARE), None, [*overrides, *(set_ or [])], device, trust_plugins, base)
     if file.study.interval is not None:
-        from atp_tune.plan import percent
+        from atp_tune.plan import target_words
 
-        searched = f"{study or 'the study'} searches from {percent(file.study.interval)}"
+        searched = f"{study or 'the study'} searches from {target_words(file.study.interval)}"
         raise wrong("--sparsity", f"{searched}; give one, such as --sparsity 0.6")
     if study is None:  # relative paths start at the current folder
         file = replace(file, path=Path("prune.toml"))

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from atp_tune.config.prune import check_names
 from atp_tune.measures import Limit
-from atp_tune.plan import Share
+from atp_tune.plan import Share, searched_by
 from atp_tune.plugins import IN_SCHEMA
 from atp_tune.utils.registry import OneOf, Registry, SettingsTable
 
@@ -16,8 +16,6 @@ Objectives = Annotated[tuple[Objective, ...], MIN]
 ACCURACY = "accuracy"  # of images: minimised is the top-1 error
 CROSS_ENTROPY = "cross-entropy"  # of images: another name of the perplexity, which is its exponential
 Named = Literal["perplexity", "kl", "accuracy", "cross-entropy"]
-DENSITY = "density"  # 1 - S, which a study over an interval of sparsities minimises beside its objective
-STEP = 0.005  # of the sparsities in an interval
 # Functions from a seed to the Optuna sampler that proposes an allocation's parameters.
 SAMPLERS = Registry[Any](
     "sampler",
@@ -40,8 +38,8 @@ SCORES = Registry[Any](  # objects of type `scores.Score`
 
 
 def are_steps(*ends: float) -> bool:
-    """Whether all are multiples of `STEP`."""
-    return all(abs(end / STEP - round(end / STEP)) <= 1e-6 for end in ends)
+    """Whether targets are multiples of their step."""
+    return all(abs(end / searched_by(end).step - round(end / searched_by(end).step)) <= 1e-6 for end in ends)
 
 
 def or_none(table: Any) -> BeforeValidator:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 from pydantic_core import PydanticKnownError
 
 from atp_tune.allocations import ALLOCATIONS
-from atp_tune.allocations.bits import share_at
+from atp_tune.allocations.bits import shared_at
 from atp_tune.allocations.gradient import HIGHEST, OF_SIZE, path
 from atp_tune.config.data import CLASSES, ImageSet, ImageSets, Text, Texts
 from atp_tune.config.prune import (
@@ -27,7 +27,8 @@ from atp_tune.config.prune import (
     bits_of_size,
     check_names,
 )
-from atp_tune.config.search import ACCURACY, DENSITY, NEXT_TOKEN, STEP, LimitConfig, SearchConfig, are_steps, or_none
+from atp_tune.config.search import ACCURACY, NEXT_TOKEN, LimitConfig, SearchConfig, are_steps, or_none
+from atp_tune.plan import objectives_of, searched_by, targets_in
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.utils.registry import OneOf, SettingsTable
 
@@ -37,6 +38,7 @@ AllocationName = Annotated[str, OneOf(ALLOCATIONS, IN_SCHEMA)]
 AllocationNames = Annotated[tuple[AllocationName, ...], Field(min_length=1)]
 Place = Literal["auto", "none", "cpu", "disk"]
 Target = Annotated[float, Field(gt=0, lt=1)]
+Bits = Annotated[float, Field(ge=2, le=8)]
 
 
 class ModelConfig(SettingsTable):
@@ -141,8 +143,8 @@ class Study(SettingsTable):
     """of the study, for people"""
     protocol: Literal["held-out", "paper", "paper-images"] = "held-out"
     ("paper: β is chosen on the text it is tested on; paper-images: that of classifiers, pruned with dense statistics")
-    bits: float | None = Field(None, ge=2, le=8)
-    """bits per weight over all linears, without scales; of ggml over all matrices, with them"""
+    bits: Bits | tuple[Bits, Bits] | None = None
+    """bits per weight over linears, without scales; of ggml over all matrices, with them; [low, high] is searched"""
     size: str | None = None
     """in the place of both, which are searched for: 3.3bpw (a weight of blocks, all counted), 100MB, or 40% of dense"""
     sparsity: Target | tuple[Target, Target] | None = Field(None, validate_default=True)
@@ -202,22 +204,25 @@ class Study(SettingsTable):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The interval of S; None for one number."""
-        return self.sparsity if isinstance(self.sparsity, tuple) else None
+        """The interval of the target, see `plan.target_in`; None for one."""
+        return (self.targets[0], self.targets[1]) if len(self.targets) > 1 else None
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The target, or the ends of the interval, see `plan.Searched`; () with a size."""
+        return targets_in(vars(self))
 
     @property
     def highest(self) -> float:
         """The highest S, or with `bits` the share between most and fewest, which allocations share out."""
-        if self.sparsity is None:
-            return HIGHEST if self.size is not None else share_at(self.bits or 0.0, self.quantize.widths)
-        return self.sparsity[1] if isinstance(self.sparsity, tuple) else self.sparsity
+        return HIGHEST if self.size is not None else shared_at(self.targets[-1], self.quantize.widths)
 
     @property
     def path(self) -> tuple[float, ...]:
         """The targets of the one descent by prices; () if each target has its own."""
         if self.size is not None:
             return (OF_SIZE,)
-        return path(*self.interval) if self.interval else ()
+        return path(*self.sparsity) if isinstance(self.sparsity, tuple) else ()
 
     @property
     def by_bits(self) -> bool:
@@ -261,7 +266,7 @@ class Study(SettingsTable):
     @property
     def fixed_bits(self) -> int | None:
         """The bits of every block, where weights are pruned too."""
-        return None if self.bits is None or self.by_bits else int(self.bits)
+        return int(self.bits) if isinstance(self.bits, int | float) and not self.by_bits else None
 
     @property
     def leaders(self) -> int:
@@ -282,7 +287,7 @@ class Study(SettingsTable):
     @property
     def objectives(self) -> tuple[str, ...]:
         """The objectives that the study minimises, in the order of a trial's values."""
-        return (*self.search.objective, DENSITY) if self.interval else self.search.objective
+        return objectives_of(self.search.objective, vars(self))
 
     @property
     def data(self) -> Texts | ImageSets:
@@ -450,6 +455,7 @@ def _of_weights(study: "Study") -> Iterator[Row]:
     """Yields the rows on what is done to weights: zeros, bits, channels."""
     bits, quantize, prune, pattern = study.bits, study.quantize, study.prune, study.prune.layout
     low, high = quantize.widths[0], quantize.widths[-1]
+    beyond = [-x for x in targets_in({"bits": bits}) if not low <= -x <= high]
     others = sorted({*prune.model_fields_set, *prune.tables} - {"statistics"})
     of_zeros, by_linear = (
         ([name for name in study.allocation.names if name in names] or [""])[0] for names in (OF_ZEROS, PER_LINEAR)
@@ -461,8 +467,8 @@ def _of_weights(study: "Study") -> Iterator[Row]:
     )
     yield (
         "bits",
-        bits and not low <= bits <= high,
-        f"must be from {low} to {high}, as quantize.widths allows, got {bits or 0:g}",
+        beyond,
+        f"must be from {low} to {high}, as quantize.widths allows, got {(*beyond, 0)[0]:g}",
     )
     yield from _where(
         bits and study.sparsity is not None, "a sparsity and bits are given",
@@ -483,7 +489,6 @@ def _of_weights(study: "Study") -> Iterator[Row]:
     yield from _where(
         study.by_bits, "bits are given",
         (f"prune.{(*others, '')[0]}", others, "is of zeros; leave it out, of prune only statistics stay"),
-        ("limit", study.limit, "needs an interval of sparsities; leave it out"),
         ("allocation.names", of_zeros,
          f"{of_zeros} is of zeros; take gradient, atp or another that shares out bits too,"),
     )  # fmt: skip
@@ -543,22 +548,16 @@ def _of_the_best(study: "Study") -> Iterator[Row]:
 
 
 def _of_search(study: "Study") -> Iterator[Row]:
-    """Yields the rows on the interval of sparsities, its limit, and the screening."""
+    """Yields the rows on the interval of targets, its limit, and the screening."""
     search, limit, validation = study.search, study.limit, study.data.validation
     low, high = study.interval or (0.0, 1.0)
-    yield (
-        "limit",
-        limit and not study.interval,
-        f"needs an interval of sparsities, such as sparsity = [0.1, {study.sparsity}]",
-    )
-    yield "sparsity", low >= high, f"the interval [{low}, {high}] must run from the lower to the higher"
-    yield (
-        "sparsity",
-        not are_steps(low, high),
-        f"the ends of [{low}, {high}] must be multiples of {STEP}",
-    )
+    by = searched_by(low)
+    key, ends = by.name, [abs(end) for end in study.targets[:: by.sign]]
+    yield "limit", limit and not study.interval, "needs an interval, such as sparsity = [0.1, 0.6] or bits = [3, 6]"
+    yield key, low >= high, f"the interval {ends} must run from the lower to the higher"
+    yield key, not are_steps(low, high), f"the ends of {ends} must be multiples of {by.step}"
     yield from _where(
-        study.interval, "sparsity is an interval",
+        study.interval, f"{key} is an interval",
         ("search.objective", len(search.objective) > 1, "must be one name"),
         ("search.objective", ACCURACY in search.objective, 'must be "cross-entropy" or "kl"'),
         ("search.sampler", search.sampler == "grid", 'must be "gp", "tpe" or "random"'),

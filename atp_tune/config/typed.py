@@ -8,9 +8,10 @@ from typing import Any
 
 from atp_tune.config.plugged import is_task_path
 from atp_tune.config.prune import bits_of_size
-from atp_tune.config.search import STEP, are_steps
+from atp_tune.config.search import are_steps
 from atp_tune.errors import UserError
 from atp_tune.measures import Limit
+from atp_tune.plan import searched_by
 
 Interval = tuple[float, float]
 
@@ -26,7 +27,7 @@ LOWEST = {"max_increase": 0.0, "max_perplexity": 1.0, "max_kl": 0.0, "max_drop":
 
 
 def parse_sparsity(text: str) -> float | Interval:
-    """A sparsity, or an interval of sparsities with ends that are multiples of `STEP`; UserError for anything else."""
+    """A sparsity, or an interval of sparsities with ends that are multiples of a step; UserError for anything else."""
     try:
         if ".." not in text:
             return _between(text, text)
@@ -35,18 +36,32 @@ def parse_sparsity(text: str) -> float | Interval:
         if not low < high:
             raise ValueError(f"{text} must run from the lower sparsity to the higher")
         if not are_steps(low, high):
-            raise ValueError(f"the ends of {text} must be multiples of {STEP}")
+            raise ValueError(f"the ends of {text} must be multiples of {searched_by(low).step}")
     except ValueError as error:
         raise UserError(f"--sparsity: {error}") from None
     return low, high
 
 
-def one_sparsity(text: str) -> float:
-    """The sparsity that `--sparsity` names; UserError for anything else, and for an interval."""
-    sparsity = parse_sparsity(text)
-    if isinstance(sparsity, tuple):
-        raise UserError(f"--sparsity: {text} is an interval; give the one sparsity that the plan is to have")
-    return sparsity
+def one_target(text: str, key: str = "sparsity") -> float:
+    """The target that `--sparsity` or `--bpw` names; UserError for anything else, and for an interval."""
+    target = parse_sparsity(text) if key == "sparsity" else parse_bits(text)
+    if isinstance(target, tuple):
+        raise UserError(f"--{key}: {text} is an interval; give the one number that the plan is to have")
+    return target
+
+
+def parse_bits(text: str) -> float | Interval:
+    """The target of bits a weight, or the interval of targets; UserError for anything else."""
+    try:
+        low, *more = (float(end) for end in text.split(".."))
+    except ValueError:
+        low, more = math.nan, []
+    high = next(iter(more), low)
+    if len(more) > 1 or not 0 < low <= high < math.inf or (more and low == high):
+        raise UserError(f"--bpw: must be bits a weight, such as 4.8, or an interval, such as 4.5..8, got {text}")
+    if more and not are_steps(-low, -high):
+        raise UserError(f"--bpw: the ends of {text} must be multiples of {searched_by(-low).step}")
+    return (-high, -low) if more else -low
 
 
 def parse_limit(key: str, text: str) -> float:
@@ -119,15 +134,18 @@ def parse_accuracies(given: Any) -> dict[str, float]:
 def goal(
     sparsity: Any, limits: Mapping[str, Any], settings: Mapping[str, Any], size: str | None = None
 ) -> tuple[float | Interval | None, Limit | None]:
-    """The sparsity, or the interval to search in, and the limit that are asked for; without both, `LIMIT`.
+    """The target, or the interval to search in, and the limit that are asked for; without both, `LIMIT`.
 
-    None of both with a `size`. `limits`: as of `only_limit`; `settings`: tables of overrides of the study file, which
-    may ask for either. UserError for wrong ones.
+    None of both with a `size`, unless it is an interval of bits. `limits`: as of `only_limit`; `settings`: tables of
+    overrides of the study file, which may ask for either. UserError for wrong ones.
     """
     limit = only_limit(limits)
     if size is not None:
-        for key in [*([] if sparsity is None else ["sparsity"]), *(limit or ())]:
+        ends = parse_bits(size.removesuffix("bpw")) if ".." in size else None
+        for key in [*([] if sparsity is None else ["sparsity"]), *((not ends and limit) or ())]:
             raise UserError(f"{option(key)}: --size finds zeros and bits that fit it; leave one of them out")
+        if isinstance(ends, tuple):
+            return ends, limit
         try:
             bits_of_size(size, 1, 0, 1)
         except ValueError as error:
@@ -152,14 +170,13 @@ def goal(
     return target, limit
 
 
-def size_of(kind: str | None, bpw: float | None, size: str | None) -> str | None:
-    """The size that is asked for, by itself or in bits a weight of a .gguf file; UserError for wrong ones."""
+def size_of(kind: str | None, bpw: str | None, size: str | None) -> str | None:
+    """The size that is asked for, or as bits a weight of a .gguf file, such as 4.8bpw or 4.5..6bpw; else UserError."""
     if bpw is not None:
         if size or not kind:
             raise UserError("--bpw: goes with --format gguf, in the place of --size")
-        if not 0 < bpw < float("inf"):
-            raise UserError(f"--bpw: must be bits a weight, such as 4.8, got {bpw:g}")
-        return f"{bpw:g}bpw"
+        target = parse_bits(bpw)
+        return f"{bpw if isinstance(target, tuple) else f'{-target:g}'}bpw"
     if kind and not size:
         raise UserError("--format: gguf needs --bpw, such as --bpw 4.8, or --size, such as --size 100MB")
     return size

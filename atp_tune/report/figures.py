@@ -20,11 +20,11 @@ from optuna.trial import FrozenTrial
 from atp_tune.allocations import Budget
 from atp_tune.allocations.formulas import atp
 from atp_tune.measures import KL, PERPLEXITY, Estimate, Measure
-from atp_tune.plan import method_in, percent
+from atp_tune.plan import method_in, searched_by, target_in, target_words
 from atp_tune.results.formatting import plan_words, spent
 from atp_tune.results.results import DENSE, block_levels, is_uniform, uniform_among
 from atp_tune.results.summary import Summary
-from atp_tune.storage.progress import objective_values, ranked, target_sparsity
+from atp_tune.storage.progress import objective_values, ranked
 from atp_tune.utils.registry import Table
 
 # --- The style of all figures, and a study's points in it.
@@ -151,7 +151,7 @@ class Points:
         shown = (trial for trial in self.trials if trial == summary.best_trial)
         self.best = best = next(shown, next(iter(self.trials), None))
         self.uniform = uniform_among(sorted(self.trials, key=lambda trial: trial.number), best)
-        beside = [trial for trial in self.trials if best and target_sparsity(trial) == target_sparsity(best)]
+        beside = [trial for trial in self.trials if best and target_in(trial.params) == target_in(best.params)]
         own = (None, block_levels(best))
         others = (trial for trial in beside if trial != best and not is_uniform(trial))
         self.second = next((trial for trial in others if block_levels(trial) not in own), None)
@@ -453,18 +453,19 @@ def draw_front(points: Points) -> go.Figure | None:
 
 
 def draw_points(points: Points) -> go.Figure | None:
-    """Scores on the validation text against the sparsity; None at one sparsity, or without a point."""
+    """Scores on the validation text against the sparsity, or the bits; None at one of them, or without a point."""
     summary, main = points.summary, points.main
-    by_number = {trial.number: trial for trial in points.trials if "sparsity" in trial.params}
+    by_number = {trial.number: trial for trial in points.trials}
     shown = [by_number[point.trial.number] for point in summary.points if point.trial.number in by_number]
     if not shown:
         return None
     beside = (points.results.uniform(point.trial) for point in summary.points)
     around = [by_number[number] for number in {trial.number for trial in beside if trial} if number in by_number]
-    figure = new_figure(f"Sparsity and {main.title}", "sparsity (%)", points.axis)
+    by = searched_by(summary.points[0].target)
+    figure = new_figure(f"{by.name.capitalize()} and {main.title}", by.axis, points.axis)
 
     def at(trial: FrozenTrial) -> float:
-        return round(100 * float(trial.params["sparsity"]), 4)
+        return round(by.unit[0] * float(trial.params[by.name]), 4)
 
     plans = shown if summary.choices else [trial for trial in shown if not is_uniform(trial)]
     searched = "best at each sparsity" if summary.choices else "searched"
@@ -551,7 +552,7 @@ def _along_blocks(
         ("uniform", uniform, UNIFORM, "solid"), ("worst", worst, WORST, "dot"),
     )  # fmt: skip
     chosen = [
-        (percent(point.sparsity), point.trial, CYCLE[k % len(CYCLE)], DASHES[k // len(CYCLE) % len(DASHES)])
+        (target_words(point.target), point.trial, CYCLE[k % len(CYCLE)], DASHES[k // len(CYCLE) % len(DASHES)])
         for k, point in enumerate(summary.choices)
     ]
     for name, trial, colour, dash in chosen or plans:
@@ -595,7 +596,7 @@ def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
     views = []
     for k, points in enumerate(map(Points, summaries)):
         is_there = "perplexity" in points.results.objectives
-        points.trials = [t for t in points.trials if is_there and "beta" in t.params and "sparsity" not in t.params]
+        points.trials = [t for t in points.trials if is_there and "beta" in t.params and target_in(t.params) is None]
         if points.trials:
             views.append(points.view())
             shown = [trial for trial in points.trials if points.value(trial) <= views[-1].top]

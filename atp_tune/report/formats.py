@@ -31,6 +31,7 @@ from atp_tune.config.studyfile import settings
 from atp_tune.errors import printable
 from atp_tune.measures import MEASURES, TEXTS, Gain, Role, TaskScore
 from atp_tune.metrics import NAMES, Continuations, ImageAnswer, Speed, spread
+from atp_tune.plan import amount_of, target_in, targets_in
 from atp_tune.report import figures
 from atp_tune.results.formatting import (
     continuations_note,
@@ -65,9 +66,8 @@ class Contents:
 
     facts         that its values depend on
     importance    of each parameter: shares of 1
-    target        sparsity, of the best trial where the study searches for it; None with `bits`
-    sparsity      the same as text, with the interval in which the study searches, or bits; "" if not known
-    realised      share of zeros counted in the best trial
+    target        sparsity or bits, of the best trial where the study searches for them, or a size; "" if not known
+    interval      in which it searches; "" for one target
     description   in the study file
     seconds       of all trials; `devices` that they ran on
     versions      of the libraries, of all trials
@@ -81,9 +81,8 @@ class Contents:
     facts: dict[str, Any]
     importance: dict[str, float]
     made: datetime
-    target: float | None
-    sparsity: str
-    realised: float | None
+    target: str
+    interval: str
     description: str
     seconds: float
     devices: str
@@ -93,19 +92,22 @@ class Contents:
     errors: str
     verdict: str
 
+    @property
+    def sparsity(self) -> str:
+        """The target, and the interval in which the study searches."""
+        return " of ".join(filter(None, (self.target, self.interval)))
+
 
 def gather(study: optuna.Study, now: datetime) -> Contents:
     """The contents of a report on the present state of a study."""
     study = StudySnapshot(study)
     summary = summarise(study)
-    trials, best, file, sparsity = summary.trials, summary.best_trial, summary.made_from, summary.sparsity
-    # The target, as a number and as text.
-    target = None if isinstance(sparsity, tuple) else sparsity
-    if best is not None and "sparsity" in best.params:
-        target = float(best.params["sparsity"])
-    shared = summary.bits or target  # of which a study has one
-    parts = [] if shared is None else [f"{shared:g}{' bits' * bool(summary.bits)}"]
-    parts += [f"{sparsity[0]:g} to {sparsity[1]:g}"] if isinstance(sparsity, tuple) else []
+    trials, best, file = summary.trials, summary.best_trial, summary.made_from
+    # The target as text, of the best trial where it is searched for.
+    shared: dict[str, Any] = {"sparsity": summary.sparsity, "bits": summary.bits}
+    ends = sorted(map(abs, targets_in(shared)))
+    told = (best and amount_of(target_in(best.params))) or shared
+    target = [f"{value:g}{' bits' * (key == 'bits')}" for key, value in told.items() if isinstance(value, int | float)]
     # Numbers of trials by state.
     counts = (
         (sum(t.state == TrialState.RUNNING for t in trials), "running"),
@@ -122,9 +124,8 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
         facts=facts_in(study),
         importance=_importance(study, trials) if summary.goal.compares else {},  # the sparsity would have nearly all
         made=now,
-        target=target,
-        sparsity=" of ".join(parts) or facts_in(study).get("size", ""),
-        realised=best.user_attrs.get("realised") if best else None,
+        target="".join(target) or facts_in(study).get("size", ""),
+        interval=" to ".join(f"{end:g}" for end in ends) * (len(ends) > 1),
         description=file.study.description if file else "",
         seconds=sum(sum(spent(trial).values()) for trial in trials),
         devices=_several(trial.user_attrs.get("device") for trial in trials),
@@ -443,7 +444,7 @@ def _document(contents: Contents) -> dict[str, Any]:
         **status,
         "description": contents.description,
         "state": {"running": states.count("running"), "failed": states.count("fail")},
-        "realised": contents.realised,
+        "realised": summary.best_trial.user_attrs.get("realised") if summary.best_trial else None,
         **{name: (found := getattr(summary, name)) and found.model_dump() for name in FINDINGS},
         "importance": contents.importance,
         "time": contents.seconds,

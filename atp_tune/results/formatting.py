@@ -20,9 +20,9 @@ from atp_tune.errors import printable
 from atp_tune.events import TrialEnded
 from atp_tune.measures import ACCURACY, MEASURES, PERPLEXITY, Limit, error_over, interval_factor
 from atp_tune.metrics import Continuations, OverDraws
-from atp_tune.plan import METHODS, Plan, method_in, percent, shown
+from atp_tune.plan import METHODS, Plan, method_in, percent, shown, target_in, target_words
 from atp_tune.results.results import NOTHING, allocation_name, allocation_parameters, is_uniform
-from atp_tune.storage.progress import CutOff, all_cut_offs, given_up, ranked, target_sparsity
+from atp_tune.storage.progress import CutOff, all_cut_offs, given_up, ranked
 from atp_tune.utils.system import as_typed
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ DENSE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
 def plan_words(trial: FrozenTrial) -> str:
-    """A trial's plan, `wanda atp β=0.00569`, as far as it is drawn yet; first its sparsity, where that is searched."""
-    pruner, sparsity = method_in(trial.params), target_sparsity(trial)
-    if sparsity is not None:
-        pruner = f"{percent(sparsity)} {pruner}"
+    """A trial's plan, `wanda atp β=0.00569`, as far as it is drawn yet; first its target, where that is searched."""
+    pruner, target = method_in(trial.params), target_in(trial.params)
+    if target is not None:
+        pruner = f"{target_words(target)} {pruner}"
     if "allocation" not in trial.params:
         return pruner
     if is_uniform(trial):
@@ -60,13 +60,13 @@ def trial_line(event: TrialEnded, plan: str, seconds: float, left: str) -> str:
 
 
 def best_so_far(event: TrialEnded) -> str:
-    """The best value when a trial ended: `best 60.33`, with its sparsity where that is searched."""
-    return next((best_words(name, value, event.best_sparsity) for name, value in event.best.items()), "no best yet")
+    """The best value when a trial ended: `best 60.33`, with its target where that is searched."""
+    return next((best_words(name, value, event.best_target) for name, value in event.best.items()), "no best yet")
 
 
-def best_words(measure: str, value: float, sparsity: float | None) -> str:
+def best_words(measure: str, value: float, target: float | None) -> str:
     """The best value of a measure, which is named unless it is the perplexity."""
-    by, at = MEASURES[measure], "" if sparsity is None else f" at {percent(sparsity)}"
+    by, at = MEASURES[measure], "" if target is None else f" at {target_words(target)}"
     return f"best {'' if by is PERPLEXITY else f'{by.column} '}{by.written(value)}{at}"
 
 
@@ -128,7 +128,7 @@ def has_bytes(summary: Summary) -> bool:
 
 def stored_as(summary: Summary) -> str:
     """The kind of folder whose bytes points know."""
-    return "slim" if summary.of_channels else "packed"
+    return "slim" if summary.of_channels else summary.amount.stored
 
 
 def dense_speed(summary: Summary) -> float | None:
@@ -166,8 +166,9 @@ def _source_name(source: str) -> str:
 
 def sizes_note(summary: Summary) -> str:
     """The legend of those columns; "" without them."""
-    writer = {"packed": "pack", "slim": "apply --slim"}[stored_as(summary)]
-    packed = f"{stored_as(summary)}: bytes of the weights as `{writer}` writes them" if has_bytes(summary) else ""
+    how = {"packed": "`pack` writes them", "slim": "`apply --slim` writes them", "rounded": "codes with scales"}
+    form = stored_as(summary)
+    packed = f"{form}: bytes of the weights as {how[form]}" if has_bytes(summary) else ""
     words = summary.results.words
     rates = f"{words.rate}/s: {words.how}, weights not rounded, by the fastest engine that `speedup` measured"
     return "; ".join(filter(None, (packed, rates if dense_speed(summary) is not None else "")))
@@ -213,15 +214,15 @@ def is_known(path: Path) -> bool:
 def wanted(study: Study) -> str:
     """The target of a study: `60% sparsity`, `3.5 bits`, `100MB`."""
     if study.sparsity is None:
-        return study.size or f"{study.bits:g} bits"
-    return f"{percent(study.sparsity)} sparsity" + ("" if study.bits is None else f" at {study.bits:g} bits")
+        return study.size or target_words(study.targets)
+    return f"{target_words(study.targets)} sparsity" + ("" if study.bits is None else f" at {study.bits:g} bits")
 
 
 class Amount:
     """The amount that a study shares out over blocks, in words.
 
     column    head of the column of amounts; `counted`: of what was counted of a trial; `several`: amounts
-    method    what does it; `form`: what a checkpoint of it is, `ending`: of its name
+    method    what does it; `form`: what a checkpoint of it is, `ending`: of its name, `stored`: what has its bytes
     title     of the figure by blocks, `axis` its axis, which ends at `top`
     row       name and attribute of a trial's amount in rows
     told      the target and what the best has of it, as a sentence; `share`: that amount
@@ -232,6 +233,7 @@ class Amount:
     counted = "zeros"
     method = "pruner"
     form = "sparse"
+    stored = "packed"
     ending = ""
     title = "Sparsity of each block"
     axis = "sparsity (share of zeros)"
@@ -261,7 +263,7 @@ class Bits(Amount):
     several = "bits"
     counted = "bits"
     method = "quantizer"
-    form = "rounded"
+    form = stored = "rounded"
     title = "Bits of each block"
     axis = "bits per weight, without scales"
     counting = "with scales"

@@ -1,8 +1,8 @@
 """The goal of a study, as it is stored: its best trial, the points to choose from, what is reported, and how it went.
 
-`search.goals` has the half that the search needs. Points are plans of a study over an interval of sparsities, each
-beside dense and uniform at the same sparsity. Without a limit they are the Pareto front of sparsity and perplexity (or
-KL), and the best plan at each other sparsity where uniform is measured too; with one, all plans that were measured in
+`search.goals` has the half that the search needs. Points are plans of a study over an interval of targets, each
+beside dense and uniform at the same target. Without a limit they are the Pareto front of target and perplexity (or
+KL), and the best plan at each other target where uniform is measured too; with one, all plans that were measured in
 full, each within the limit or beyond it.
 """
 
@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import optuna
 from optuna.trial import FrozenTrial
 
-from atp_tune.config.search import STEP
-from atp_tune.config.typed import INCREASE, LIMIT, Interval, one_sparsity, only_limit, option
+from atp_tune.config.typed import INCREASE, LIMIT, Interval, one_target, only_limit, option
 from atp_tune.errors import UserError
 from atp_tune.measures import ACCURACY, PERPLEXITY, TEXTS, Limit, Role, excess, knee
 from atp_tune.metrics import Speed
-from atp_tune.plan import percent
+from atp_tune.plan import Searched, searched_by, target_in, target_words, targets_in
 from atp_tune.results.formatting import against_uniform, drawn, limit_words, method_words
 from atp_tune.results.results import (
     DENSE,
@@ -33,7 +32,7 @@ from atp_tune.results.results import (
 )
 from atp_tune.storage.attributes import readable
 from atp_tune.storage.fingerprint import facts_in, stored_objectives
-from atp_tune.storage.progress import measured, objective_values, ranked, target_sparsity, trials_in
+from atp_tune.storage.progress import measured, objective_values, ranked, trials_in
 
 if TYPE_CHECKING:
     from atp_tune.results.summary import Summary
@@ -44,17 +43,17 @@ Column = tuple[str, Callable[[Model], object]]  # head, and cell of a model; Non
 
 @dataclass(frozen=True)
 class Point:
-    """A trial at its target sparsity.
+    """A trial at its target, see `plan.target_in`.
 
     excess       over the study's limit, see `measures.excess`; None without a limit
     is_best      it is the study's best trial
     on_front     no other trial is both sparser and better
-    packed_bytes  of all weights in a packed folder; None for trials of earlier versions
+    packed_bytes  of all weights in a packed folder, or rounded; None for trials of earlier versions
     speed        what `speedup` measured; None without
     """
 
     trial: FrozenTrial
-    sparsity: float
+    target: float
     excess: float | None
     is_best: bool
     on_front: bool
@@ -68,8 +67,8 @@ class Point:
 
 
 def trial_name(trial: FrozenTrial) -> str:
-    """A trial of a study over an interval, with its sparsity and method."""
-    return f"trial {trial.number}, {percent(trial.params['sparsity'])} {method_words(trial)}"
+    """A trial of a study over an interval, with its target and method."""
+    return f"trial {trial.number}, {target_words(target_in(trial.params) or 0.0)} {method_words(trial)}"
 
 
 @dataclass(frozen=True)
@@ -89,17 +88,21 @@ class AtSparsity:
 
     compares  values of all trials compare, which those at different sparsities do not
     figures   names of those that show it
-    same      what the best has of uniform, beside its method; `hidden`: a column that its table needs not
+    hidden    a column that its table needs not
     is_open   all points are as good as the best: a person chooses
     """
 
     compares: ClassVar[bool] = True
     figures: ClassVar[Sequence[str]] = ("perplexity", "front", "sparsity", "error", "seconds")
-    same: ClassVar[str] = ""
     hidden: ClassVar[str] = "trial"
     is_open: ClassVar[bool] = False
 
     study: optuna.Study = field(compare=False)
+
+    @property
+    def same(self) -> str:
+        """What the best has of uniform, beside its method."""
+        return ""
 
     def best(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The best of these trials: the lowest first value."""
@@ -131,13 +134,15 @@ class AtSparsity:
         """The trials that `speedup` is to measure."""
         return [summary.best_trial] if summary.best_trial else []
 
-    def nearest(self, text: Any) -> Choice:
-        """The trial of the front that is nearest to a sparsity, as typed; UserError for one that the study has not."""
+    def nearest(self, wanted: float) -> Choice:
+        """The trial of the front that is nearest to a target; UserError for one that the study has not."""
         only = facts_in(self.study).get("sparsity")
         at = f"only at {only:.4g}" if isinstance(only, float) else "at one sparsity"
         raise UserError(f"study {self.study.study_name}: measures plans {at}; choose one of its trials with --trial N")
 
-    sparsest = nearest  # within a limit; UserError if no trial is, or if the study lacks the numbers
+    def sparsest(self, limit: Limit) -> Choice:
+        """The trial of the front that is the smallest within a limit; UserError if none is, or numbers lack."""
+        return self.nearest(0.0)
 
     def rows(self, summary: "Summary") -> Trials:
         """The trials in the table of results, below dense."""
@@ -178,16 +183,25 @@ class AtSparsity:
 
 @dataclass(frozen=True)
 class OverInterval(AtSparsity):
-    """The front over an interval of sparsities; its best is at the knee."""
+    """The front over an interval of targets; its best is at the knee."""
 
     compares = False
     figures = ("points", "sparsity", "error", "seconds")
-    same = " and sparsity"
     hidden = ""
     is_open = True
 
     interval: Interval
     limit: Limit  # of a front where there is no knee
+
+    @property
+    def searched(self) -> Searched:
+        """The amount that is searched for."""
+        return searched_by(self.interval[0])
+
+    @property
+    def same(self) -> str:
+        """Uniform is of the same target too."""
+        return f" and {self.searched.name}"
 
     def best(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The knee of the front, without one the sparsest within `LIMIT`."""
@@ -199,11 +213,11 @@ class OverInterval(AtSparsity):
         # The logs of perplexities count, in nats as KL does.
         of_logs = stored_objectives(facts_in(self.study))[0] == PERPLEXITY.name
         front, points, lowest = Trials(), list[tuple[float, float]](), math.inf
-        for trial in sorted(done, key=lambda trial: target_sparsity(trial) or 0.0, reverse=True):
+        for trial in sorted(done, key=lambda trial: target_in(trial.params) or 0.0, reverse=True):
             value = objective_values(trial)[0]
             if value < lowest and (value > 0 or not of_logs):
                 front, lowest = [trial, *front], value
-                points.insert(0, (target_sparsity(trial) or 0.0, math.log(value) if of_logs else value))
+                points.insert(0, (target_in(trial.params) or 0.0, math.log(value) if of_logs else value))
         index = knee(points)
         return None if index is None else front[index]
 
@@ -212,7 +226,7 @@ class OverInterval(AtSparsity):
         excesses = {trial.number: limit_excess(self.study, trial, limit) for trial in done}
         if inside := [trial for trial in done if excesses[trial.number] <= 0]:
             return max(
-                inside, key=lambda trial: (target_sparsity(trial) or 0.0, -objective_values(trial)[0], -trial.number)
+                inside, key=lambda trial: (target_in(trial.params) or 0.0, -objective_values(trial)[0], -trial.number)
             )
         return min(done, key=lambda trial: excesses[trial.number], default=None)
 
@@ -235,18 +249,18 @@ class OverInterval(AtSparsity):
         shown = [
             trial
             for trial in self._shown(front)
-            if target_sparsity(trial) is not None and "repeats" not in trial.user_attrs
+            if target_in(trial.params) is not None and "repeats" not in trial.user_attrs
         ]
-        shown.sort(key=lambda trial: (trial.params["sparsity"], not is_uniform(trial), trial.number))
+        shown.sort(key=lambda trial: (target_in(trial.params), not is_uniform(trial), trial.number))
         numbers = {trial.number for trial in front}
         return [
             Point(
                 trial=trial,
-                sparsity=float(trial.params["sparsity"]),
+                target=target_in(trial.params) or 0.0,
                 excess=limit_excess(self.study, trial) if self.study.user_attrs.get("limit") else None,
                 is_best=best is not None and trial.number == best.number,
                 on_front=trial.number in numbers,
-                packed_bytes=trial.user_attrs.get("packed_bytes"),
+                packed_bytes=trial.user_attrs.get(self.searched.stored),
                 speed=attached(self.study, trial.number).get("speed"),
             )
             for trial in shown
@@ -254,28 +268,30 @@ class OverInterval(AtSparsity):
 
     def _shown(self, front: Trials) -> Trials:
         done = measured(self.study)
-        sparsities = {target_sparsity(trial) for trial in done if is_uniform(trial)} - set(map(target_sparsity, front))
-        best = {target_sparsity(trial): trial for trial in reversed(done) if target_sparsity(trial) in sparsities}
-        return [*front, *best.values()]
+        best = {target_in(trial.params): trial for trial in reversed(done)}
+        beside = {target_in(trial.params) for trial in done if is_uniform(trial)}
+        beside -= {target_in(trial.params) for trial in front}
+        return [*front, *(trial for target, trial in best.items() if target in beside)]
 
     def timed(self, summary: "Summary") -> Trials:
         """The points that have no speed yet."""
         return [point.trial for point in summary.points if point.speed is None]
 
-    def nearest(self, text: str) -> Choice:
+    def nearest(self, wanted: float) -> Choice:
         """The lower of two that are as near."""
-        wanted, (low, high) = one_sparsity(text), self.interval
+        low, high = self.interval
         if not low <= wanted <= high:
-            raise UserError(f"--sparsity: {text} is outside the study's interval, {percent((low, high))}")
+            option, ends = searched_by(wanted).option, target_words(self.interval)
+            raise UserError(f"{option}: {target_words(wanted)} is outside the study's interval, {ends}")
         distances = {
-            (round(abs(sparsity - wanted), 6), sparsity): trial
+            (round(abs(target - wanted), 6), target): trial
             for trial in reversed(pareto_front(self.study))
-            if (sparsity := target_sparsity(trial)) is not None
+            if (target := target_in(trial.params)) is not None
         }
         if not distances:
             raise UserError(f"study {self.study.study_name}: no trial has a value yet")
         distance, _ = nearest = min(distances)
-        why = "on the front" if distance == 0 else f"the nearest to {percent(wanted)} on the front"
+        why = "on the front" if distance == 0 else f"the nearest to {target_words(wanted)} on the front"
         return Choice(distances[nearest], why)
 
     def sparsest(self, limit: Limit) -> Choice:
@@ -296,7 +312,7 @@ class OverInterval(AtSparsity):
         if over > 0:
             nearest = Choice(trial, "it is exported by its number")
             raise UserError(f"{name}: no trial is within {words}; the nearest is {nearest}")
-        return Choice(trial, f"the sparsest within {words}")
+        return Choice(trial, f"the {self.searched.most} within {words}")
 
     def rows(self, summary: "Summary") -> Trials:
         """The points."""
@@ -343,18 +359,18 @@ class OverInterval(AtSparsity):
         ends = list[str]()
         for point in (points[0], points[-1]):
             score = results.score(point.trial, "validation", main)
-            ends.append(f"{percent(point.sparsity)} ({main.column} {score.alone if score else 'not known'})")
+            ends.append(f"{target_words(point.target)} ({main.column} {score.alone if score else 'not known'})")
         if len(points) == 1:
             return f"Pareto front: one point, {ends[0]}"
         changes = [results.against_uniform(point.trial, main) for point in points]
         better = sum(change is not None and main.is_gain(change.change) and not change.is_chance for change in changes)
-        gained = f"{better} of them beat uniform at the same sparsity by more than chance"
+        gained = f"{better} of them beat uniform at the same {self.searched.name} by more than chance"
         # Why its best is the best.
         why = "the knee: it lies furthest below the line from the front’s first point to its last"
         if not self._knee(ranked(summary.trials)):
             against = results.change(DENSE, best.trial, on="validation")
             is_within = against is not None and against.change.value + against.change.stderr <= INCREASE
-            why = f"the {'sparsest within' if is_within else 'nearest to'} {limit_words(self.limit)}"
+            why = f"the {f'{self.searched.most} within' if is_within else 'nearest to'} {limit_words(self.limit)}"
         front = f"Pareto front: {len(points)} points, from {ends[0]} to {ends[1]}; {gained}{self._missing(summary)}"
         return f"{front}; best: {trial_name(best.trial)}, {why}"
 
@@ -363,8 +379,8 @@ class OverInterval(AtSparsity):
         screen, (low, high) = summary.made_from.study.search.screen if summary.made_from else None, self.interval
         if screen is None or summary.total is None or summary.done < summary.total:
             return ""
-        count = len({target_sparsity(trial) for trial in summary.trials if trial.values} - {None})
-        wanted = min(screen.confirm, 1 + round((high - low) / STEP))
+        count = len({target_in(trial.params) for trial in summary.trials if trial.values} - {None})
+        wanted = min(screen.confirm, 1 + round((high - low) / self.searched.step))
         note = f"; {count} of {wanted} sparsities are measured, --trials {2 * wanted} measures all"
         return note if count < wanted else ""
 
@@ -397,8 +413,9 @@ class WithinLimit(OverInterval):
         search, test = (self._bounded(summary, best, key, text) for text in TEXTS)
         on_test = f"; on the test {data} {test}" if test else ""
         on_search = f": {search}" + f" on the validation {data}" * (key != "min_accuracy") if search else ""
-        at_end = abs(best.sparsity - self.interval[best.is_within]) < STEP / 2
-        further = f"; the search ends at {percent(best.sparsity)}, unless --sparsity takes it further" * at_end
+        by, end = self.searched, self.interval[best.is_within]
+        further = f"; the search ends at {target_words(end)}, unless {by.option} takes it further"
+        further *= abs(best.target - end) < by.step / 2
         if best.is_within:
             return f"best: {trial_name(best.trial)}{on_search}, within the limit of {words}{on_test}{further}"
         nearest = f"the nearest is {trial_name(best.trial)}{on_search}{on_test}{further}"
@@ -422,10 +439,11 @@ class WithinLimit(OverInterval):
 
 def goal_in(study: optuna.Study) -> AtSparsity:
     """The goal of a stored study."""
-    limit, sparsity = study.user_attrs.get("limit"), facts_in(study).get("sparsity")
-    if not isinstance(sparsity, list):
+    limit, facts = study.user_attrs.get("limit"), facts_in(study)
+    targets = targets_in(facts)
+    if len(targets) < 2:
         return AtSparsity(study)
-    return (WithinLimit if limit else OverInterval)(study, (sparsity[0], sparsity[1]), limit or LIMIT)
+    return (WithinLimit if limit else OverInterval)(study, (targets[0], targets[1]), limit or LIMIT)
 
 
 def chosen(study: optuna.Study, options: Mapping[str, Any]) -> int | Choice | None:
@@ -438,9 +456,9 @@ def chosen(study: optuna.Study, options: Mapping[str, Any]) -> int | Choice | No
         case {"trial": number}:
             trial: int = number
             return trial
-        case {"sparsity": sparsity}:
-            one_sparsity(str(sparsity))  # UserError for none, also where the study has no front
-            return goal_in(study).nearest(str(sparsity))
+        case {"sparsity": _} | {"bpw": _}:
+            [(key, value)] = choices.items()
+            return goal_in(study).nearest(one_target(str(value), key))
     limit = only_limit(choices)
     return goal_in(study).sparsest(limit) if limit else None
 

@@ -20,8 +20,8 @@ from atp_tune.config.studyfile import absolute_storage
 from atp_tune.errors import UserError
 from atp_tune.measures import ACCURACY, MEASURES, PERPLEXITY, TEXTS, Estimate, Items, Measure, Role, paired
 from atp_tune.metrics import Answers, Continuations, Speed
-from atp_tune.plan import METHODS, Plan, is_zero, method_in
-from atp_tune.storage import opening, progress
+from atp_tune.plan import METHODS, SEARCHED, Plan, is_zero, method_in, target_in
+from atp_tune.storage import opening
 from atp_tune.storage.database import without_password
 from atp_tune.storage.fingerprint import facts_in
 from atp_tune.storage.progress import trials_in
@@ -30,7 +30,11 @@ from atp_tune.utils.system import check_writable
 
 # --- A stored trial's allocation and scores, and the uniform trial to compare it with.
 
-NO_PARAMETERS = (*METHODS, "allocation", "sparsity")  # of an allocation, among a trial's parameters
+NO_PARAMETERS = (
+    *METHODS,
+    "allocation",
+    *(one.name for one in SEARCHED),
+)  # of an allocation, among a trial's parameters
 
 
 def is_uniform(trial: FrozenTrial) -> bool:
@@ -59,20 +63,20 @@ def allocation_name(trial: FrozenTrial) -> str:
 def allocation_parameters(trial: FrozenTrial) -> dict[str, float]:
     """The parameters of a trial's allocation.
 
-    Over an interval of sparsities a trial draws shares of their bounds, and stores the values when it has its plan.
+    Over an interval a trial draws shares of their bounds, and stores the values when it has its plan.
     """
-    if "sparsity" in trial.params:
+    if target_in(trial.params) is not None:
         return dict(trial.user_attrs.get("plan", {}).get("parameters", {}))
     return {name: value for name, value in trial.params.items() if name not in NO_PARAMETERS}
 
 
 def uniform_beside(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
-    """The uniform trial with the best trial's pruner and sparsity."""
+    """The uniform trial with the best trial's pruner and target."""
     return uniform_among(trials_in(study), best)
 
 
 def uniform_among(trials: Iterable[FrozenTrial], best: FrozenTrial | None) -> FrozenTrial | None:
-    """The first measured one of these trials that is uniform and has a trial's pruner and sparsity."""
+    """The first measured one of these trials that is uniform and has a trial's pruner and target."""
     if best is None:
         return None
     kind, done = _kind(best), (trial for trial in trials if trial.state == TrialState.COMPLETE)
@@ -89,7 +93,7 @@ def uniform_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _kind(trial: FrozenTrial) -> tuple[Any, ...]:
-    return method_in(trial.params), progress.target_sparsity(trial)
+    return method_in(trial.params), target_in(trial.params)
 
 
 Model = FrozenTrial | Literal["dense", "trained"]  # `trained`: the best plan after training
@@ -200,7 +204,7 @@ class Results:
         return self.trained if model == TRAINED and measure is PERPLEXITY else None
 
     def uniform(self, trial: FrozenTrial | None) -> FrozenTrial | None:
-        """The uniform trial with a trial's pruner and sparsity; None without one."""
+        """The uniform trial with a trial's pruner and target; None without one."""
         return uniform_among(self.trials, trial)
 
     def on(self, before: Model, after: Model) -> Role:
@@ -217,7 +221,7 @@ class Results:
         return None if change is None else Against(change, text, len(new))
 
     def against_uniform(self, model: Model | None, measure: Measure = PERPLEXITY) -> Against | None:
-        """The change of a trial, or of the best after training, from uniform with the same pruner and sparsity."""
+        """The change of a trial, or of the best after training, from uniform with the same pruner and target."""
         if isinstance(model, str) or model is None:
             after = self._after_training(model, measure)
             change = after.against_uniform if after else None

@@ -24,7 +24,7 @@ from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.measures import MEASURES, Accuracy, Limit
 from atp_tune.metrics import OverDraws
-from atp_tune.plan import Plan, method_in
+from atp_tune.plan import Plan, amount_of, method_in, target_in
 from atp_tune.results.formatting import dense_speed, is_known, method_words, plan_words, sign_of_beta, trial_remark
 from atp_tune.results.goals import Point, best_trial
 from atp_tune.results.results import DENSE, Model, allocation_name, allocation_parameters, with_attached
@@ -34,7 +34,7 @@ from atp_tune.storage import fingerprint, progress
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import PERPLEXITY, check_facts, facts
 from atp_tune.storage.opening import stored
-from atp_tune.storage.progress import all_cut_offs, counts, is_dead, target_sparsity
+from atp_tune.storage.progress import all_cut_offs, counts, is_dead
 from atp_tune.utils.registry import FrozenModel
 
 # --- The stored study of a study file, and the settings that it was run with.
@@ -63,6 +63,7 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | N
 
 def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
     summary, spec, facts, attrs = summarise(study), file.study, study.user_attrs["fingerprint"], best.user_attrs
+    spec = spec.model_copy(update=amount_of(target_in(best.params)))  # at one target
     plan, uniform, results = Plan.model_validate(attrs["plan"]), summary.results.uniform(best), summary.results
     if plan.is_uniform:  # with β = 0, as every allocation has such a point
         plan = plan.model_copy(update={"allocation": "uniform", "parameters": {}})
@@ -80,10 +81,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         blocks=study.user_attrs.get("blocks"),
         linears=study.user_attrs.get("linears") if plan.tells_linears else None,
         conv1d=study.user_attrs.get("conv1d", False),
-        sparsity=Sparsity(
-            target=best.params.get("sparsity", spec.sparsity or plan.parameters.get("zeros", 0.0)),
-            realised=attrs["realised"],
-        ),
+        sparsity=Sparsity(target=spec.sparsity or plan.parameters.get("zeros", 0.0), realised=attrs["realised"]),
         scores={"dense": results.scores(DENSE), "uniform": results.scores(uniform), "best": results.scores(best)},
         batches=fingerprint.stored_batches(best),
         draws=draws,
@@ -171,16 +169,17 @@ class Against(FrozenModel):
 
 
 class PointStatus(FrozenModel):
-    """A point of a study over an interval of sparsities: a trial, its sparsity and method, and whether it is the best.
+    """A point of a study over an interval: a trial, its sparsity or bits, and method, and whether it is the best.
 
     `against_dense`: of the perplexity; `against_uniform`: by measure.
-    `uniform`: number of the uniform trial at the same sparsity. `excess`: over the limit; at most 0 within it.
+    `uniform`: number of the uniform trial at the same target. `excess`: over the limit; at most 0 within it.
     `packed_bytes`: of all weights in a packed folder. `tokens_per_second`: decoded one at a time, weights not rounded,
     by the fastest engine that `speedup` measured; of an image classifier `images_per_second`, one at a time.
     """
 
     trial: int
-    sparsity: float
+    sparsity: float | None = None
+    bits: float | None = None
     method: str
     scores: Scores
     against_dense: Against | None
@@ -207,7 +206,7 @@ class Best(FrozenModel):
     """The best trial of one allocation: its pruner, allocation and parameters.
 
     `against_uniform`: by measure. `draws`: its test perplexity and change over draws of the calibration text.
-    `sparsity`: its target, where the study searches for it.
+    `sparsity` or `bits`: its target, where the study searches for it.
     """
 
     trial: int
@@ -218,6 +217,12 @@ class Best(FrozenModel):
     against_uniform: dict[str, Against | None]
     draws: OverDraws | None = None
     sparsity: float | None = None
+    bits: float | None = None
+
+    @property
+    def target(self) -> float | None:
+        """Its target, see `plan.target_in`."""
+        return target_in({key: value for key, value in self if value is not None})
 
 
 class TrialStatus(FrozenModel):
@@ -260,8 +265,8 @@ class Status(FrozenModel):
     in which the study searches; then `points` are the plans to choose from, and `limit` bounds the quality of the best.
     `dense_bytes`: of all weights in the dense model's files. `dense_tokens_per_second`: decoded one at a time by torch,
     where `speedup` measured points; of an image classifier `dense_images_per_second`. `requested`: trials that were
-    asked for, if the study ended after fewer. `sign`: of an image classifier, which sign of β is better. `bits`: target
-    in bits per weight, in the place of a sparsity. `kinds`: test perplexity by kind of a mixed text, of `dense`, of
+    asked for, if the study ended after fewer. `sign`: of an image classifier, which sign of β is better. `bits`: a
+    weight, likewise, in the place of a sparsity. `kinds`: test perplexity by kind of a mixed text, of `dense`, of
     trials by number, and of the best one `trained`.
     """
 
@@ -291,7 +296,7 @@ class Status(FrozenModel):
     dense_images_per_second: float | None = None
     requested: int | None = None
     sign: str | None = None
-    bits: float | None = None
+    bits: float | tuple[float, float] | None = None
     kinds: dict[str, dict[str, Score]] = Field({})
 
     def without_clock(self) -> "Status":
@@ -341,7 +346,7 @@ def make_status(summary: Summary, now: datetime) -> Status:
             scores=results.scores(trial),
             against_uniform=_against(summary, trial),
             draws=summary.over_draws.get(trial.number),
-            sparsity=target_sparsity(trial),
+            **amount_of(target_in(trial.params)),
         )
         for trial in summary.ranks
     )
@@ -397,7 +402,7 @@ def _point(summary: Summary, point: Point) -> PointStatus:
     uniform = results.uniform(trial)
     return PointStatus(
         trial=trial.number,
-        sparsity=point.sparsity,
+        **amount_of(point.target),
         method=method_words(trial),
         scores=results.scores(trial),
         against_dense=Against.of(results.change(DENSE, trial)),
@@ -423,7 +428,7 @@ def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
         seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,
         remark=trial_remark(trial, summary) or None,
         cut_off=len(all_cut_offs(trial)),
-        sparsity=target_sparsity(trial),
+        sparsity=trial.params.get("sparsity"),
         bits=plan.amounts if plan and plan.by_bits else None,
         **{key: attrs.get(key) for key in ("realised", "packed_bytes", "effective_bits", "quantized_bytes")},
     )

@@ -15,7 +15,7 @@ from atp_tune.config.studyfile import StudyFile, from_settings
 from atp_tune.config.typed import in_tower
 from atp_tune.measures import PERPLEXITY, TEXTS, Limit, Perplexity, Role, by_kind
 from atp_tune.metrics import Answers, BosEffect, Continuations, OverDraws, Speed, over_draws
-from atp_tune.plan import percent
+from atp_tune.plan import target_in, target_words
 from atp_tune.results.formatting import (
     BITS,
     BOTH,
@@ -46,7 +46,7 @@ from atp_tune.results.results import (
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
-from atp_tune.storage.progress import is_dead, target_sparsity, trials_in
+from atp_tune.storage.progress import is_dead, trials_in
 from atp_tune.utils.registry import FrozenModel
 
 BATCHED = ("calibration", "validation")  # texts whose batch sizes affect a trial's value
@@ -363,8 +363,8 @@ def _plan(summary: Summary) -> Iterator[Column]:
         trial = trial_of(model)
         if trial is None:
             return summary.amount.of_dense(summary)
-        target = target_sparsity(trial)
-        return summary.amount.of(trial, summary) or None if target is None else percent(target)
+        target = target_in(trial.params)
+        return summary.amount.of(trial, summary) or None if target is None else target_words(target)
 
     yield "method", method
     yield NUMBER

@@ -54,7 +54,6 @@ class Outer:
         else:
             self.modules[names[head]] = [head]
         self.head = head
-        self._rounded = dict[str, tuple[str, Tensor]]()  # the last of each matrix
         self._importance = torch.empty(0)
 
     @property
@@ -90,10 +89,8 @@ class Outer:
 
     def at(self, types: Mapping[str, str]) -> dict[nn.Module, Tensor]:
         """The modules of some matrices with their values at types of ggml."""
-        for name, kind in types.items():
-            if self._rounded.get(name, ("",))[0] != kind:
-                self._rounded[name] = kind, rounded(self.weights[name], kind, self.importance(name))
-        return {module: self._rounded[name][1] for name in types for module in self.modules[name]}
+        values = {name: rounded(self.weights[name], kind, self.importance(name)) for name, kind in types.items()}
+        return {module: values[name] for name in types for module in self.modules[name]}
 
     @torch.no_grad()
     def costs(self, session: "Session") -> list[list[float]]:

@@ -25,11 +25,11 @@ from optuna.samplers import GPSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.allocations import Budget
-from atp_tune.config.search import STEP, SearchConfig
+from atp_tune.config.search import SearchConfig
 from atp_tune.config.study import Study
 from atp_tune.events import Event, EventHandler, Message, TrialEnded, TrialStarted
 from atp_tune.measures import Limit, perplexity
-from atp_tune.plan import method_in
+from atp_tune.plan import method_in, searched_by, target_in
 from atp_tune.results.goals import best_trial, limit_excess
 from atp_tune.results.results import is_uniform, uniform_beside
 from atp_tune.search.samplers import (
@@ -108,10 +108,10 @@ class Surrogate:
                 points.append(with_value(trial, value))
         self._branches = {name: Branch(space, name, points, seed) for name in space.intervals}
 
-    def best_at(self, sparsity: float) -> Predicted:
-        """The best point at a sparsity; the first pruner's uniform point where no model is fitted."""
-        points = [point for branch in self._branches.values() if (point := branch.best_at(sparsity))]
-        return min(points, key=lambda one: one.bound, default=Predicted(self._space.uniform(sparsity)[0], None))
+    def best_at(self, target: float) -> Predicted:
+        """The best point at a target; the first pruner's uniform point where no model is fitted."""
+        points = [point for branch in self._branches.values() if (point := branch.best_at(target))]
+        return min(points, key=lambda one: one.bound, default=Predicted(self._space.uniform(target)[0], None))
 
 
 class Branch:
@@ -138,14 +138,14 @@ class Branch:
         self._mean, self._spread = (statistics.fmean(values), statistics.pstdev(values)) if done else (0.0, 0.0)
         self._points = [trial.params for trial in done]
 
-    def best_at(self, sparsity: float) -> Predicted | None:
-        """The best point at a sparsity; None where no model is fitted."""
+    def best_at(self, target: float) -> Predicted | None:
+        """The best point at a target; None where no model is fitted."""
         if self._process is None:
             return None
-        nearest = sorted(self._known, key=lambda one: abs(one[1]["sparsity"] - sparsity))[:NEIGHBOURS]
+        nearest = sorted(self._known, key=lambda one: abs((target_in(one[1]) or 0.0) - target))[:NEIGHBOURS]
         value, point = min(nearest, key=lambda one: one[0])
-        moved = self._space.at({name: point[name] for name in self._kinds}, sparsity)
-        points = [*self._candidates(sparsity), moved]
+        moved = self._space.at({name: point[name] for name in self._kinds}, target)
+        points = [*self._candidates(target), moved]
         open_ones = open_kinds(self._kinds)
         trials = [
             optuna.create_trial(value=0.0, params={name: point[name] for name in open_ones}, distributions=open_ones)
@@ -163,8 +163,8 @@ class Branch:
         """The increase at a value of the process."""
         return math.exp(self._mean + self._spread * float(normal))
 
-    def _candidates(self, sparsity: float) -> list[Params]:
-        """Points at a sparsity: uniform where the allocation contains it, those measured elsewhere, random ones."""
+    def _candidates(self, target: float) -> list[Params]:
+        """Points at a target: uniform where the allocation contains it, those measured elsewhere, random ones."""
         generator = random.Random(f"{self._seed} {self._name}")
         drawn = [
             {
@@ -177,10 +177,10 @@ class Branch:
         ]
         points = [
             {name: point[name] for name in self._kinds}
-            for uniform in self._space.uniform(sparsity)
+            for uniform in self._space.uniform(target)
             if (point := self._space.within(uniform, self._name))
         ]
-        return [self._space.at(point, sparsity) for point in (*points, *self._points, *drawn)]
+        return [self._space.at(point, target) for point in (*points, *self._points, *drawn)]
 
 
 APART = 1 / 28  # of an interval: half a step (0.002) of the paper's grid, on 32 blocks at 70 %
@@ -211,10 +211,6 @@ def confirmed(screened: Sequence[FrozenTrial], space: Space, count: int) -> list
     return chosen
 
 
-NEAR = STEP / 2  # two sparsities nearer than this are the same
-GROWTH = 8.0  # of the log of the increase per unit of sparsity; SmolLM2: 9 from 27 to 48 %, 7 from there to 63 %
-
-
 @dataclass(frozen=True)
 class Screened:
     """A screening's trials, the best first, and the window NLLs of its dense model; empty until it is complete."""
@@ -233,7 +229,7 @@ def make_goal(spec: Study, budget: Budget) -> "AtSparsity":
 
 @dataclass
 class AtSparsity:
-    """The best plan at one sparsity, or one number of bits."""
+    """The best plan at one target, or one number of bits."""
 
     search: SearchConfig
     space: Space
@@ -282,15 +278,15 @@ class AtSparsity:
 
 @dataclass
 class OverInterval(AtSparsity):
-    """The front over an interval of sparsities: at each of some sparsities the best point, and uniform beside it."""
+    """The front over an interval of targets: at each of some targets the best point, and uniform beside it."""
 
-    reached = "the best point at a sparsity is uniform"
+    reached = "the best point at a target is uniform"
     space: SpaceOverInterval
     queued: Sequence[Params] = ()
 
     @property
     def total(self) -> int:
-        """`search.trials`; by default each confirmed point and uniform at its sparsity."""
+        """`search.trials`; by default each confirmed point and uniform at its target."""
         screen = self.search.screen
         return self.search.trials or (2 * len(self.space.levels(screen.confirm)) if screen else 0)
 
@@ -300,7 +296,7 @@ class OverInterval(AtSparsity):
         return [space.at(point, level) for level in space.levels(3) for point in (*space.uniform(), *space.starts())]
 
     def begin(self, study: optuna.Study, screened: Screened, total: int) -> list[Params]:
-        """Begins as at one sparsity; after a screening with the best point by its model at each level, and uniform."""
+        """Begins as at one target; after a screening with the best point by its model at each level, and uniform."""
         study.sampler = make_sampler(self.search, self.space)
         if self.search.screen is None:
             return self.starts()[:total]
@@ -313,7 +309,7 @@ class OverInterval(AtSparsity):
         return points[:total]
 
     def surrogate(self, trials: Sequence[FrozenTrial], dense: Sequence[float] | None) -> Surrogate:
-        """A model of the value over sparsity and parameters, fitted to these trials."""
+        """A model of the value over target and parameters, fitted to these trials."""
         return Surrogate(self.space, trials, self.search.seed, None if "kl" in self.search.objective else dense or None)
 
     def is_idle(self, study: optuna.Study) -> bool:
@@ -327,9 +323,9 @@ class OverInterval(AtSparsity):
 
 @dataclass
 class WithinLimit(OverInterval):
-    """The sparsest plan within a limit; `dense`: window NLLs of the dense model on the windows of the screening."""
+    """The smallest plan within a limit; `dense`: window NLLs of the dense model on the windows of the screening."""
 
-    reached = "the next sparsity is beyond the limit"
+    reached = "the next target is beyond the limit"
     is_from_dense = True
     model: Surrogate = field(init=False)
     dense: Sequence[float] | None = None
@@ -346,7 +342,7 @@ class WithinLimit(OverInterval):
         return []
 
     def is_idle(self, study: optuna.Study) -> bool:
-        """Whether the best trial is known to the step, and uniform is measured at its sparsity."""
+        """Whether the best trial is known to the step, and uniform is measured at its target."""
         return not self._free(study) and self._missing_uniform(study) is None
 
     def next_point(self, study: optuna.Study, trial: FrozenTrial) -> Params:
@@ -357,18 +353,18 @@ class WithinLimit(OverInterval):
         uniform = self._missing_uniform(study)
         if uniform is not None and (is_last or not free):
             return uniform
-        sparsity = self._chosen(study, free) if free else self._levels()[0]
+        target = self._chosen(study, free) if free else self._levels()[0]
         if leader := self._leader(study):
-            return self.space.at(leader, sparsity)
-        prediction, starts = self.model.best_at(sparsity), self.space.starts()
-        return self.space.at(starts[0], sparsity) if prediction.increase is None and starts else prediction.params
+            return self.space.at(leader, target)
+        prediction, starts = self.model.best_at(target), self.space.starts()
+        return self.space.at(starts[0], target) if prediction.increase is None and starts else prediction.params
 
     def _levels(self) -> list[float]:
-        low, high = self.space.sparsities
-        return self.space.levels(1 + round((high - low) / STEP))
+        low, high = self.space.targets
+        return self.space.levels(1 + round((high - low) / self.space.step))
 
     def _leader(self, study: optuna.Study) -> Params | None:
-        """The uniform point that beats the model's at the highest sparsity where both are measured, if it does."""
+        """The uniform point that beats the model's at the highest target where both are measured, if it does."""
         pairs = [
             (trial, uniform)
             for trial in progress.measured(study)
@@ -376,73 +372,74 @@ class WithinLimit(OverInterval):
         ]
         if not pairs:
             return None
-        trial, uniform = max(pairs, key=lambda pair: pair[0].params["sparsity"])
+        trial, uniform = max(pairs, key=lambda pair: target_in(pair[0].params) or 0.0)
         return None if limit_excess(study, uniform) >= limit_excess(study, trial) else dict(uniform.params)
 
     def _measured(self, study: optuna.Study, of_leader: bool = False) -> dict[float, float]:
-        """The lowest excess at each measured sparsity; a plan that failed is beyond any limit.
+        """The lowest excess at each measured target; a plan that failed is beyond any limit.
 
         `of_leader`: those of uniform alone, if it leads.
         """
         excesses, only_uniform = dict[float, float](), of_leader and self._leader(study) is not None
         for trial in trials_in(study):
-            sparsity = progress.target_sparsity(trial)
-            if sparsity is not None and progress.counts(trial) and (is_uniform(trial) or not only_uniform):
-                excesses[sparsity] = min(limit_excess(study, trial), excesses.get(sparsity, math.inf))
+            target = target_in(trial.params)
+            if target is not None and progress.counts(trial) and (is_uniform(trial) or not only_uniform):
+                excesses[target] = min(limit_excess(study, trial), excesses.get(target, math.inf))
         return excesses
 
     def _free(self, study: optuna.Study) -> list[float]:
-        """The sparsities that no trial measures now, between the sparsest trial within the limit and one beyond it."""
-        low = max((sparsity for sparsity, excess in self._measured(study).items() if excess <= 0), default=0.0)
+        """The targets that no trial measures now, between the sparsest trial within the limit and one beyond it."""
+        low = max((target for target, excess in self._measured(study).items() if excess <= 0), default=-math.inf)
         excesses = self._measured(study, of_leader=True)
-        high = min((sparsity for sparsity, excess in excesses.items() if excess > 0 and sparsity > low), default=1.0)
-        busy = [progress.target_sparsity(trial) for trial in progress.running(study)]
+        high = min((target for target, excess in excesses.items() if excess > 0 and target > low), default=math.inf)
+        busy = [target_in(trial.params) for trial in progress.running(study)]
+        near = self.space.step / 2  # two targets nearer than this are the same
         return [
             level
             for level in self._levels()
-            if low + NEAR < level < high - NEAR and not any(one and abs(one - level) < NEAR for one in busy)
+            if low + near < level < high - near and not any(one and abs(one - level) < near for one in busy)
         ]
 
     def _chosen(self, study: optuna.Study, free: list[float]) -> float:
-        """The highest of these sparsities whose predicted excess, shifted by the measured ones, is within the limit."""
+        """The highest of these targets whose predicted excess, shifted by the measured ones, is within the limit."""
         shifts = self._shifts(study)
         predicted = {level: self._predicted(level) for level in free}
         if None in predicted.values():
-            # One of these sparsities without a model: the log of the increase is linear.
+            # One of these targets without a model: the log of the increase is linear.
             allowed = self._excess(0.0)
             measured = self._measured(study, of_leader=True).items()
             points = [
-                (math.log(max(1 - excess / allowed, SMALLEST)), sparsity)
-                for sparsity, excess in sorted(measured, key=lambda pair: pair[0])
+                (math.log(max(1 - excess / allowed, SMALLEST)), target)
+                for target, excess in sorted(measured, key=lambda pair: pair[0])
                 if allowed is not None and allowed < 0 and math.isfinite(excess)
             ]
             below, above = [one for one in points if one[0] <= 0][-1:], [one for one in points if one[0] > 0][:1]
             match [*below, *above]:
                 case [(low, left), (high, right)]:
                     root = left - low * (right - left) / (high - low)
-                case [(log, sparsity)]:
-                    root = sparsity - log / GROWTH
+                case [(log, target)]:
+                    root = target - log / searched_by(target).growth
                 case _:
                     root = free[len(free) // 2]
-            return max((level for level in free if level < root + NEAR), default=free[0])
+            return max((level for level in free if level < root + self.space.step / 2), default=free[0])
         inside = [level for level, value in predicted.items() if value is not None and value + shifts(level) <= 0]
         return max(inside, default=free[0] if shifts(free[0]) else free[len(free) // 2])
 
     def _shifts(self, study: optuna.Study) -> Any:
-        """A function of the sparsity: measured minus predicted excess, from the nearest measured ones on both sides."""
+        """A function of the target: measured minus predicted excess, from the nearest measured ones on both sides."""
         shifts = {
-            sparsity: excess - predicted
-            for sparsity, excess in sorted(self._measured(study).items())
-            if math.isfinite(excess) and (predicted := self._predicted(sparsity)) is not None
+            target: excess - predicted
+            for target, excess in sorted(self._measured(study).items())
+            if math.isfinite(excess) and (predicted := self._predicted(target)) is not None
         } or {0.0: 0.0}
         return lambda level: np.interp(level, list(shifts), list(shifts.values()))
 
-    def _predicted(self, sparsity: float) -> float | None:
-        """The excess that the screening's model predicts for the best point at a sparsity."""
-        if sparsity not in self._cache:
-            increase = self.model.best_at(sparsity).increase
-            self._cache[sparsity] = None if increase is None else self._excess(increase)
-        return self._cache[sparsity]
+    def _predicted(self, target: float) -> float | None:
+        """The excess that the screening's model predicts for the best point at a target."""
+        if target not in self._cache:
+            increase = self.model.best_at(target).increase
+            self._cache[target] = None if increase is None else self._excess(increase)
+        return self._cache[target]
 
     def _excess(self, increase: float) -> float | None:
         key, value = next(iter((self.limit or {}).items()))
@@ -455,11 +452,11 @@ class WithinLimit(OverInterval):
         return increase - math.log(value / perplexity(self.dense).value) if self.dense else None
 
     def _missing_uniform(self, study: optuna.Study) -> Params | None:
-        """The uniform point at the best trial's sparsity, unless it is measured, has failed, or is being measured."""
+        """The uniform point at the best trial's target, unless it is measured, has failed, or is being measured."""
         best = best_trial(study)
         if best is None or is_uniform(best) or uniform_beside(study, best) is not None:
             return None
-        points = self.space.uniform(progress.target_sparsity(best))
+        points = self.space.uniform(target_in(best.params))
         point = next(point for point in points if method_in(point) == method_in(best.params))
         states = (TrialState.RUNNING, TrialState.FAIL)
         return None if any(other.params == point for other in trials_in(study, *states)) else point
@@ -467,12 +464,12 @@ class WithinLimit(OverInterval):
 
 @dataclass(eq=False)
 class LimitSampler(Proposer):
-    """Proposes the points of a search for the sparsest plan within a limit."""
+    """Proposes the points of a search for the smallest plan within a limit."""
 
     goal: WithinLimit
 
     def propose(self, study: optuna.Study, trial: FrozenTrial) -> tuple[Distributions, Params]:
-        """Pruner, allocation, sparsity, and the parameters of the allocation of the next point."""
+        """Pruner, allocation, target, and the parameters of the allocation of the next point."""
         space = self.goal.space
         wait_for_earlier(study, trial, space)
         point = self.goal.next_point(study, trial)

@@ -118,8 +118,9 @@ class Objective:
         if session.batches != batches and best_trial(trial.study) is None:
             # The first trial ran out of memory and took smaller batches: later trials begin with those.
             trial.study.set_user_attr("batches", session.batches)
-        density = () if plan.target is None else (round(1 - plan.target, 6),)
-        return (*(result.value for result in results), *density)
+        # Over an interval also the share of weights, or the bits, that are left.
+        left = () if plan.target is None else (round((plan.target > 0) - plan.target, 6),)
+        return (*(result.value for result in results), *left)
 
     def _store(self, trial: Trial, record: "Record", **more: object) -> None:
         measured = {**record.close(), "batches": self.session.batches, **more}

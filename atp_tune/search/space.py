@@ -1,11 +1,11 @@
 """The search space of a study: pruners, allocations, and the interval of each parameter.
 
-Where the sparsity S is a parameter too, the bounds of the others depend on it. Trials then draw shares of the bounds:
+Where the target is a parameter too, the bounds of the others depend on it. Trials then draw shares of the bounds:
 
     value = u · high for u ≥ 0, u · |low| for u < 0        if low ≤ 0 ≤ high; u in [-1, 1], without a side that is 0
     value = low + u (high - low), u in [0, 1]              else
 
-Points with the same shares are alike at all S: u = 0 is uniform, and the best u of ATP changes slowly with S.
+Points with the same shares are alike at all targets: u = 0 is uniform, and the best u of ATP changes slowly with it.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,11 +18,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import ALLOCATIONS, Bounds, Budget, Points, contained_in, contains_uniform
+from atp_tune.allocations.bits import shared_at
 from atp_tune.config.prune import Pattern, make_plan, parse
-from atp_tune.config.search import STEP
 from atp_tune.config.study import Study
 from atp_tune.errors import UserError
-from atp_tune.plan import Plan, method_in
+from atp_tune.plan import Plan, amount_of, method_in, searched_by, target_in
 
 Distributions = dict[str, BaseDistribution]  # of the parameters of points
 Params = dict[str, Any]  # names and values as Optuna stores them
@@ -31,7 +31,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Space:
-    """A search space at one sparsity; `intervals`: allocation → parameter → interval.
+    """A search space at one target; `intervals`: allocation → parameter → interval.
 
     `both_signs`: the initial points of an allocation with β, and those of a grid, are repeated with the other sign.
     `method`: what Optuna calls the parameter that chooses one of `pruners`, which are quantizers where weights are
@@ -88,14 +88,14 @@ class Space:
             raise UserError(f"trial {trial.number}: plan: {error}") from None
         return plan
 
-    def uniform(self, sparsity: float | None = None) -> list[Params]:
-        """The uniform point of each pruner, which every study measures; `sparsity`: where it is a parameter."""
+    def uniform(self, target: float | None = None) -> list[Params]:
+        """The uniform point of each pruner, which every study measures; `target`: where it is a parameter."""
         allocation = min(baselines(self.intervals), key=lambda name: len(contained_in(name)))
         zeros = dict.fromkeys(self.intervals[allocation], 0.0)
-        return [self.at({self.method: each, "allocation": allocation, **zeros}, sparsity) for each in self.pruners]
+        return [self.at({self.method: each, "allocation": allocation, **zeros}, target) for each in self.pruners]
 
-    def at(self, params: Params, sparsity: float | None = None) -> Params:
-        """A point at another sparsity, where that is a parameter."""
+    def at(self, params: Params, target: float | None = None) -> Params:
+        """A point at another target, where that is a parameter."""
         return params
 
     def starts(self) -> list[Params]:
@@ -134,8 +134,8 @@ class Space:
         moved = {name: params.get(name, 0.0) for name in self.intervals[allocation]}
         if not all(low <= moved[name] <= high for name, (low, high) in self.intervals[allocation].items()):
             return None
-        sparsity = {"sparsity": params["sparsity"]} if "sparsity" in params else {}
-        return {self.method: method_in(params), **sparsity, "allocation": allocation, **moved}
+        amount = amount_of(target_in(params))
+        return {self.method: method_in(params), **amount, "allocation": allocation, **moved}
 
     def grid(self, step: float) -> list[Params]:
         """The points of a grid, without uniform: β = step, 2·step, … up to the bound; with `both_signs` -β too."""
@@ -167,44 +167,52 @@ class Space:
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceOverInterval(Space):
-    """A space in which the sparsity is a parameter too, and the others are shares of their bounds there.
+    """A space in which the target is a parameter too, and the others are shares of their bounds there.
 
-    The budget has the highest sparsity. `bounds_at`: an allocation's bounds with another budget.
+    The budget has the highest target. `targets`: their interval, see `plan.target_in`. `bounds_at`: an allocation's
+    bounds with another budget.
     """
 
     has_leader = False
-    sparsities: Interval
+    targets: Interval
     bounds_at: Callable[[str, Budget], Bounds]
 
+    @property
+    def step(self) -> float:
+        """The distance of the targets."""
+        return searched_by(self.targets[0]).step
+
     def kinds(self, allocation: str) -> Distributions:
-        """The distributions of the sparsity, then those of the allocation's parameters."""
+        """The distributions of the sparsity, or the bits, then those of the allocation's parameters."""
         kinds = super().kinds(allocation)
-        return {self.method: kinds[self.method], "sparsity": FloatDistribution(*self.sparsities, step=STEP), **kinds}
+        (low, high), [name] = sorted(map(abs, self.targets)), amount_of(self.targets[0])
+        return {self.method: kinds[self.method], name: FloatDistribution(low, high, step=self.step), **kinds}
 
     def plan(self, params: Params) -> Plan:
         """The plan of a stored trial's parameters, with its target."""
-        here = self._there(params["allocation"], round(params["sparsity"], 6))
+        target = round(target_in(params) or 0.0, 6)
+        here = self._there(params["allocation"], target)
         values = {}
         for name, (low, high) in here.intervals[params["allocation"]].items():
             share = float(params[name])
             is_signed = low <= 0 <= high
             values[name] = share * (high if share >= 0 else -low) if is_signed else low + share * (high - low)
-        return here.plan({**params, **values}).model_copy(update={"target": here.budget.target})
+        return here.plan({**params, **values}).model_copy(update={"target": target})
 
-    def at(self, params: Params, sparsity: float | None = None) -> Params:
-        """A point at another sparsity, the highest by default, rounded as trials draw it."""
-        low, high = self.sparsities
-        wanted = high if sparsity is None else min(high, max(low, sparsity))
-        return {**params, "sparsity": round(low + STEP * round((wanted - low) / STEP), 6)}
+    def at(self, params: Params, target: float | None = None) -> Params:
+        """A point at another target, the highest by default, rounded as trials draw it."""
+        low, high = self.targets
+        wanted = high if target is None else min(high, max(low, target))
+        return {**params, **amount_of(round(low + self.step * round((wanted - low) / self.step), 6))}
 
     def levels(self, count: int) -> list[float]:
-        """Sparsities at equal distances over the whole interval."""
-        low, high = self.sparsities
-        steps = [low + (high - low) * k / max(1, count - 1) for k in range(count)]
-        return list(dict.fromkeys(self.at({}, step)["sparsity"] for step in steps))
+        """Targets at equal distances over the whole interval."""
+        low, high = self.targets
+        points = (self.at({}, low + (high - low) * k / max(1, count - 1)) for k in range(count))
+        return list(dict.fromkeys(target_in(point) or 0.0 for point in points))
 
     def _starts(self, allocation: str) -> Points:
-        here = self._there(allocation, sum(self.sparsities) / 2)
+        here = self._there(allocation, sum(self.targets) / 2)
         starts = here._starts(allocation)
         for start in starts:
             for name, (low, high) in here.intervals[allocation].items():
@@ -212,9 +220,9 @@ class SpaceOverInterval(Space):
                 start[name] = (start[name] - least) / (width or 1.0)
         return starts
 
-    def _there(self, allocation: str, sparsity: float) -> Space:
-        """The space of an allocation at one sparsity."""
-        budget = replace(self.budget, target=sparsity)
+    def _there(self, allocation: str, target: float) -> Space:
+        """The space of an allocation at one target."""
+        budget = replace(self.budget, target=shared_at(target, self.budget.widths))
         bounds = {allocation: self.bounds_at(allocation, budget)}
         return Space(budget, self.pruners, bounds, self.pattern, self.both_signs, self.method)
 
@@ -230,8 +238,9 @@ def make_space(study: Study, budget: Budget) -> Space:
     pruners, pattern = study.methods.short_names, parse(study.prune.pattern)
     bounds = {str(name): _intervals(study, name, budget) for name in names}
     both = (study.images is not None or study.by_bits) and study.beta == "both"
+    method = "pruner" if study.methods.prunes else "quantizer"
     if study.interval is None:
-        return Space(budget, pruners, bounds, pattern, both, "pruner" if study.methods.prunes else "quantizer")
+        return Space(budget, pruners, bounds, pattern, both, method)
     shares = {  # the interval of each parameter's share of its bounds
         name: {
             key: (-1.0 if low < 0 else 0.0, 1.0 if high > 0 else 0.0) if low <= 0 <= high else (0.0, 1.0)
@@ -240,7 +249,7 @@ def make_space(study: Study, budget: Budget) -> Space:
         for name, own in bounds.items()
     }
     return SpaceOverInterval(
-        budget, pruners, shares, pattern, both, sparsities=study.interval, bounds_at=partial(_intervals, study)
+        budget, pruners, shares, pattern, both, method, targets=study.interval, bounds_at=partial(_intervals, study)
     )
 
 

@@ -23,6 +23,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from atp_tune.config.best import Batch, Found
 from atp_tune.config.plugged import PluginRef
+from atp_tune.config.study import Bits
 from atp_tune.errors import UserError
 from atp_tune.measures import MEASURES
 from atp_tune.metrics import BosEffect
@@ -187,7 +188,7 @@ FACTS = kinds(  # of a fingerprint, of the facts that others read
     BaseModel,
     {
         "sparsity": Share | Two[Share],
-        "bits": Annotated[float, Field(ge=2, le=8)],
+        "bits": Bits | Two[Bits],
         "model.content": Words,
         "model.dtype": Words,
     },

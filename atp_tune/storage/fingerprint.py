@@ -13,9 +13,10 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.config.data import KINDS, is_local_text
 from atp_tune.config.plugged import contents, split_source
-from atp_tune.config.search import ACCURACY, DENSITY
+from atp_tune.config.search import ACCURACY
 from atp_tune.config.study import Study
 from atp_tune.errors import UserError
+from atp_tune.plan import objectives_of
 from atp_tune.plugins import is_place, short_name
 from atp_tune.pruners import SETTINGS
 from atp_tune.storage.attributes import ValidatedStudy
@@ -74,7 +75,7 @@ def stored_objectives(facts: Facts) -> tuple[str, ...]:
     """The objectives in a study's facts, in the order of its trials' values."""
     names, choices = facts.get(OBJECTIVE), (["kl"], ["perplexity", "kl"], ["accuracy"])
     objectives = tuple(names) if names in choices else PERPLEXITY
-    return (*objectives, DENSITY) if isinstance(facts.get("sparsity"), list) else objectives
+    return objectives_of(objectives, facts)
 
 
 def is_new(study: optuna.Study) -> bool:

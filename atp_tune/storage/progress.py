@@ -197,11 +197,6 @@ def objective_values(trial: FrozenTrial) -> list[float]:
     return trial.values or []
 
 
-def target_sparsity(trial: FrozenTrial) -> float | None:
-    """The target sparsity that a trial drew; None in a study at one sparsity."""
-    return trial.params.get("sparsity")
-
-
 def counts(trial: FrozenTrial) -> bool:
     """Whether a trial counts towards the study's total: it has a value, its plan failed, or it was given up."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
