@@ -126,6 +126,12 @@ STUDIES = {
         settings=("quantize.quantizers=['rtn','gptq']", "quantize.group_size=16", "allocation.beta=both"),
         goal="bits = 3.5",
     ),
+    "bits-front": Golden(
+        settings=(
+            *WIDE[1:], "quantize.quantizers=['rtn']", "quantize.group_size=16", "allocation=['gradient']",
+        ),
+        goal="bits = [3, 6]",
+    ),
     "zeros-bits": Golden(settings=("bits=4", "quantize.quantizers=['gptq']", "quantize.group_size=16")),
     "channels": Golden(settings=("sparsity=0.25", "prune.pattern=channels", "allocation.beta=both")),
     "draws": Golden(settings=("texts.calibration.draws=3",)),

@@ -207,11 +207,11 @@ def test_a_point_is_exported(options: list[str], number: int, said: str, tmp_pat
 @parametrize(
     ("options", "error"),
     [
-        (["--sparsity", "0.9"], "--sparsity: 0.9 is outside the study's interval, 20% to 70%"),
+        (["--sparsity", "0.9"], "--sparsity: 90% is outside the study's interval, 20% to 70%"),
         (["--sparsity", "x"], "--sparsity: must be a share of zeros, such as 0.6 or 60%, or an interval, "),
         (
             ["--sparsity", "0.3..0.4"],
-            "--sparsity: 0.3..0.4 is an interval; give the one sparsity that the plan is",
+            "--sparsity: 0.3..0.4 is an interval; give the one number that the plan is",
         ),
         (
             ["--max-perplexity", "15"],

@@ -1,5 +1,6 @@
 """Studies over an interval of sparsities, run for real: a front, the sparsest plan within a limit, and a resume."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,8 @@ from tinystudy import CommandLine, copied, run, stored, study_file
 from atp_tune.config.best import read_config
 from atp_tune.events import Event, TrialStarted
 from atp_tune.measures import change
-from atp_tune.plan import target_in
-from atp_tune.results.goals import best_trial, limit_excess, pareto_front
+from atp_tune.plan import Plan, target_in
+from atp_tune.results.goals import best_trial, goal_in, limit_excess, pareto_front
 from atp_tune.results.summary import summarise
 from atp_tune.search.runner import StudyRun, open_context, tune
 from atp_tune.search.space import make_space
@@ -115,6 +116,67 @@ def test_a_front_goes_on_as_if_it_had_not_stopped(ran: Path, tiny_place: Path, t
     whole = run(place, f"search.trials={len(expected)}")
     assert [trial.params for trial in whole.trials] == [trial.params for trial in expected]
     assert [trial.values for trial in whole.trials] == [trial.values for trial in expected]
+
+
+@pytest.fixture(scope="module")
+def of_bits(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished front of bits, to be read only."""
+    with copied(tiny_place, tmp_path_factory) as place:
+        make_front(place)
+        file = place / "tiny.toml"
+        text = file.read_text().replace("sparsity = [0.3, 0.8]\n", "bits = [3, 6]\n")
+        file.write_text(text + '\n[quantize]\nquantizers = ["rtn"]\ngroup_size = 16\n')
+        run(place)
+        return place
+
+
+@slow
+def test_a_front_of_bits(of_bits: Path, tmp_path: Path, command: CommandLine) -> None:
+    place = Path(shutil.copytree(of_bits, tmp_path / "tiny"))
+    study, file = stored(place), str(place / "tiny.toml")
+    assert study.metric_names == ["perplexity", "bits"] and len(study.directions) == 2
+    points = summarise(study).points
+    assert [point.target for point in points] == sorted(point.target for point in points)  # the largest model first
+    sizes = [point.packed_bytes or 0 for point in points]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+    for point in points:
+        bits = point.trial.params["bits"]
+        assert point.trial.values == [pytest.approx(point.trial.values[0]), bits] and point.target == -bits
+        assert Plan.model_validate(point.trial.user_attrs["plan"]).mean_bits(summarise(study).sizes) <= bits + 1e-9
+
+    # Each command names bits where it named sparsities.
+    said = json.loads(command.ok("status", "--study", file, "--json").out)
+    assert (said["bits"], said["sparsity"], said["objective"]) == ([3, 6], None, ["perplexity", "bits"])
+    assert [row["bits"] for row in said["points"]] == [-point.target for point in points]
+    assert all(row["sparsity"] is None for row in (*said["points"], *said["trials"], said["best"]))
+    answer = command.ok("export", "--study", file, "--bpw", "3.1", "--out", place / "a.json")
+    assert "3 bits rtn" in answer.err and "the nearest to 3.1 bits on the front" in answer.err
+    config = read_config(place / "a.json")
+    assert config.bits is not None and (config.bits.target, config.plan.target) == (3, -3)
+    assert command.ok("apply", "--config", place / "a.json", "--out", place / "rounded").code == 0
+    for words, error in (
+        (("--bpw", "7"), "--bpw: 7 bits is outside the study's interval, 3 bits to 6 bits"),
+        (("--bpw", "3..4"), "--bpw: 3..4 is an interval; give the one number that the plan is to have"),
+        (("--sparsity", "0.5"), "--sparsity: 50% is outside the study's interval, 3 bits to 6 bits"),
+        (("--bpw", "3", "--trial", "1"), "--bpw: names one trial, and --trial another; leave one out"),
+    ):
+        assert error in command("export", "--study", file, *words).error
+    page = place / "page.html"
+    command.ok("report", "--study", file, "--out", page)
+    text = page.read_text()
+    assert "bits per weight" in text and "searched from 3 to 6" in text and "uniform has the same quantizer and" in text
+
+
+@slow
+def test_the_smallest_plan_within_a_limit(of_bits: Path, tmp_path: Path) -> None:
+    """Beside every plan of the allocation at its start, and of uniform, which a search without a screening tries."""
+    place = Path(shutil.copytree(of_bits, tmp_path / "tiny"))
+    study = run(place, "limit.max_increase=0.02", "search.trials=12")
+    best = best_trial(study)
+    assert best is not None and limit_excess(study, best) <= 0
+    inside = [trial.params["bits"] for trial in study.trials if trial.values and limit_excess(study, trial) <= 0]
+    assert best.params["bits"] == min(inside) < 6
+    assert "the smallest within" in goal_in(study).sparsest({"max_increase": 0.02}).why
 
 
 @slow

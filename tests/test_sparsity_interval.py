@@ -7,15 +7,16 @@ from typing import Any
 import optuna
 import pytest
 from expect import parametrize, slow
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import create_trial
 from test_space import SIZES, study_of
 
 from atp_tune.allocations import Budget
 from atp_tune.allocations.formulas import atp, curve
+from atp_tune.plan import Plan, target_in
 from atp_tune.search.goals import OverInterval, Screened, Surrogate
 from atp_tune.search.samplers import make_sampler
-from atp_tune.search.space import Space, make_space
+from atp_tune.search.space import Space, SpaceOverInterval, make_space
 
 INTERVAL = (0.2, 0.7)
 TPE = {"sampler": "tpe", "trials": 24}
@@ -55,6 +56,26 @@ def test_a_share_is_of_the_bound_at_its_sparsity(sparsity: float, share: float) 
     assert plan.amounts == pytest.approx(atp.sparsities(budget, beta))
     assert (plan.target, plan.is_uniform) == (sparsity, share == 0)
     assert str(plan).startswith(f"{100 * sparsity:g}% wanda ")
+
+
+def test_an_interval_of_bits_is_one_of_targets_that_are_negative() -> None:
+    study = study_of(sparsity=None, bits=(3.0, 6.0), search=TPE, quantize={"quantizers": ["rtn"]})
+    space = make_space(study, Budget(study.highest, SIZES, widths=study.quantize.widths))
+    assert isinstance(space, SpaceOverInterval)
+    assert (study.interval, study.objectives, study.path) == ((-6.0, -3.0), ("perplexity", "bits"), ())
+    kinds = space.kinds("atp")
+    assert kinds["bits"] == FloatDistribution(3.0, 6.0, step=0.05) and "sparsity" not in kinds
+    assert space.levels(3) == [-6.0, -4.5, -3.0]
+    levels = space.levels(1000)
+    assert len(levels) == 61
+    for level in levels:
+        [uniform] = space.uniform(level)
+        assert target_in(uniform) == level and uniform == space.at(uniform, level)
+        for share in (-1.0, 0.3, 1.0):
+            plan = space.plan({**uniform, "allocation": "atp", "beta": share})
+            assert plan.target == level and str(plan).startswith(f"{-level:g} bits rtn ")
+            assert -1.01 / len(SIZES) < plan.mean_bits(SIZES) + level <= 1e-9  # a block of five has a bit more, or not
+    assert Plan.model_validate(plan.model_dump(mode="json")) == plan
 
 
 def test_every_parameter_of_curve_reaches_its_bounds() -> None:

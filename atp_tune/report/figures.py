@@ -468,7 +468,7 @@ def draw_points(points: Points) -> go.Figure | None:
         return round(by.unit[0] * float(trial.params[by.name]), 4)
 
     plans = shown if summary.choices else [trial for trial in shown if not is_uniform(trial)]
-    searched = "best at each sparsity" if summary.choices else "searched"
+    searched = "best plans" if summary.choices else "searched"
     for trials, name, colour, symbol, dash in (
         (around, "uniform", UNIFORM, "square", "dot"), (plans, searched, BEST, "circle", "solid"),
     ):  # fmt: skip

@@ -244,7 +244,7 @@ class OverInterval(AtSparsity):
         return self._with_uniform(self.leaders()[:1])
 
     def points(self) -> list[Point]:
-        """The front, and where none of its trials is, the best at each sparsity where uniform is measured."""
+        """The front, and where none of its trials is, the best at each target where uniform is measured."""
         best, front = best_trial(self.study), pareto_front(self.study)
         shown = [
             trial
@@ -381,7 +381,7 @@ class OverInterval(AtSparsity):
             return ""
         count = len({target_in(trial.params) for trial in summary.trials if trial.values} - {None})
         wanted = min(screen.confirm, 1 + round((high - low) / self.searched.step))
-        note = f"; {count} of {wanted} sparsities are measured, --trials {2 * wanted} measures all"
+        note = f"; {count} of {wanted} targets are measured, --trials {2 * wanted} measures all"
         return note if count < wanted else ""
 
 

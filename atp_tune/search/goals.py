@@ -325,7 +325,7 @@ class OverInterval(AtSparsity):
 class WithinLimit(OverInterval):
     """The smallest plan within a limit; `dense`: window NLLs of the dense model on the windows of the screening."""
 
-    reached = "the next target is beyond the limit"
+    reached = "the next step is beyond the limit"
     is_from_dense = True
     model: Surrogate = field(init=False)
     dense: Sequence[float] | None = None
