@@ -214,6 +214,7 @@ class Searched:
     left    what is minimised beside the loss; `stored`: bytes of the model, an attribute of trials
     most    what the plan of the highest target is; `option` names a target
     axis    of the figure over amounts times `unit`, with which they are told: 60%, 4.5 bits
+    typed   what a person may type; amounts lie within `bounds`
     """
 
     name: str
@@ -226,18 +227,22 @@ class Searched:
     option: str
     axis: str
     unit: tuple[int, str]
+    typed: str
+    bounds: tuple[int, int]
 
 
 # SmolLM2's increase grows by 9 from 27 to 48 % zeros, by 7 from there to 63 %; a bit more halves errors, of which
 # squares count.
 SEARCHED = (
     Searched(
-        "sparsity", 1, 0.005, 8.0, "density", "packed_bytes", "sparsest", "--sparsity", "sparsity (%)", (100, "%")
+        "sparsity", 1, 0.005, 8.0, "density", "packed_bytes", "sparsest", "--sparsity", "sparsity (%)", (100, "%"),
+        "a share of zeros, such as 0.6 or 60%, or an interval, such as 0.3..0.8", (0, 1),
     ),
     Searched(
-        "bits", -1, 0.05, 2 * log(2), "bits", "quantized_bytes", "smallest", "--bpw", "bits per weight", (1, " bits")
+        "bits", -1, 0.05, 2 * log(2), "bits", "quantized_bytes", "smallest", "--bpw", "bits per weight", (1, " bits"),
+        "bits a weight, such as 4.8, or an interval, such as 4.5..8", (1, 16),
     ),
-)
+)  # fmt: skip
 
 
 def searched_by(target: float) -> Searched:
@@ -261,12 +266,6 @@ def targets_in(values: Mapping[str, Any]) -> tuple[float, ...]:
     sign, amount = next(amounts, (1, ()))
     ends = amount if isinstance(amount, tuple | list) else (amount,)
     return tuple(sign * end for end in ends[::sign])
-
-
-def objectives_of(names: Sequence[str], values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The objectives of a study with these keys, in the order of values; over an interval the last is what is left."""
-    targets = targets_in(values)
-    return (*names, searched_by(targets[0]).left) if len(targets) > 1 else tuple(names)
 
 
 def target_words(targets: float | tuple[float, ...]) -> str:

@@ -222,18 +222,24 @@ def test_what_does_not_go_together(place: Path, change: tuple[str, str], said: s
         (("--format", "gguf", "--bpw", "5", "--sparsity", "0.5"), "--sparsity: --size finds"),
         (("--format", "gguf", "--bpw", "5", "--pruner", "wanda"), "--pruner: --format gguf rounds weights"),
         (("--format", "gguf", "--bpw", "5", "--recover"), "recover: trains scales, which ggml finds itself"),
-        (("--format", "gguf", "--bpw", "100"), "bits: must be at most 8 or be a list, got 100"),
-        (("--format", "gguf", "--bpw", "6..5"), "--bpw: must be bits a weight, such as 4.8, or an interval,"),
+        (("--format", "gguf", "--bpw", "100"), "--bpw: must be between 1 and 16, got 100"),
+        (("--format", "gguf", "--bpw", "9"), "bits: must be at most 8 or be a list, got 9"),
+        (("--format", "gguf", "--bpw", "4..5..6"), "--bpw: 4..5..6 must run from"),
+        (
+            ("--format", "gguf", "--bpw", "x"),
+            "--bpw: must be bits a weight, such as 4.8, or an",
+        ),
+        (("--format", "gguf", "--bpw", "6..5"), "--bpw: 6..5 must run from the lower bits to the higher"),
         (("--format", "gguf", "--bpw", "5..6.01"), "--bpw: the ends of 5..6.01 must be multiples of 0.05"),
         (("--format", "gguf", "--bpw", "5..6", "--sparsity", "0.5"), "--sparsity: --size finds"),
         (("--format", "gguf", "--bpw", "5", "--max-kl", "0.1"), "--max-kl: --size finds"),
         (
             ("--format", "gguf", "--bpw", "nan"),
-            "such as 4.5..8, got nan",
+            "--bpw: must be between 1 and 16, got nan",
         ),
         (
             ("--format", "gguf", "--bpw", "-1"),
-            "such as 4.5..8, got -1",
+            "--bpw: must be between 1 and 16, got -1",
         ),
     ],
 )

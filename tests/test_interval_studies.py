@@ -164,7 +164,11 @@ def test_a_front_of_bits(of_bits: Path, tmp_path: Path, command: CommandLine) ->
     page = place / "page.html"
     command.ok("report", "--study", file, "--out", page)
     text = page.read_text()
-    assert "bits per weight" in text and "searched from 3 to 6" in text and "uniform has the same quantizer and" in text
+    assert (
+        "bits per weight" in text
+        and "searched from 3 to 6" in text
+        and "uniform has the same quantizer and target" in text
+    )
 
 
 @slow

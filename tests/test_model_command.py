@@ -25,7 +25,7 @@ from atp_tune.config.data import Text
 from atp_tune.config.prune import RecoverConfig
 from atp_tune.config.study import ModelConfig, Study
 from atp_tune.config.studyfile import StudyFile, load, tables, write_study
-from atp_tune.config.typed import WHOLE, goal, parse_limit, parse_sparsity
+from atp_tune.config.typed import WHOLE, goal, parse_limit, parse_target
 from atp_tune.inputs.sources import documents
 
 QUICK = ("--preset", "quick", "--trials", "2", "--set", "texts.calibration.draws=1")
@@ -182,7 +182,7 @@ def test_texts_of_the_hub(choice: str, preset: str, tiny_place: Path) -> None:
     ],
 )
 def test_sparsities_as_people_type_them(text: str, expected: float | tuple[float, float]) -> None:
-    assert parse_sparsity(text) == expected
+    assert parse_target(text) == expected
 
 
 @parametrize(

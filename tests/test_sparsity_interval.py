@@ -62,7 +62,7 @@ def test_an_interval_of_bits_is_one_of_targets_that_are_negative() -> None:
     study = study_of(sparsity=None, bits=(3.0, 6.0), search=TPE, quantize={"quantizers": ["rtn"]})
     space = make_space(study, Budget(study.highest, SIZES, widths=study.quantize.widths))
     assert isinstance(space, SpaceOverInterval)
-    assert (study.interval, study.objectives, study.path) == ((-6.0, -3.0), ("perplexity", "bits"), ())
+    assert (study.interval, study.path) == ((-6.0, -3.0), ())
     kinds = space.kinds("atp")
     assert kinds["bits"] == FloatDistribution(3.0, 6.0, step=0.05) and "sparsity" not in kinds
     assert space.levels(3) == [-6.0, -4.5, -3.0]

@@ -28,15 +28,12 @@ class Size:
     stored: Callable[[int, int, int, int], int]
 
 
-def share_at(bits: float, widths: Sequence[int]) -> float:
-    """The share s of a number of bits between the lowest and the highest of `widths`."""
+def share_at(target: float, widths: Sequence[int]) -> float:
+    """What is shared out at a target: the sparsity, or of bits, which are negative, the share s between `widths`."""
+    if target >= 0:
+        return target
     low, high = min(widths), max(widths)
-    return (high - bits) / (high - low) if high > low else 0.0
-
-
-def shared_at(target: float, widths: Sequence[int]) -> float:
-    """What a budget shares out at a target: the sparsity, or the share of the bits, which a target has as negative."""
-    return share_at(-target, widths) if target < 0 else target
+    return (high + target) / ((high - low) or 1)
 
 
 def bits_at(share: float, widths: Sequence[int]) -> float:

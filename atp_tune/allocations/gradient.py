@@ -150,7 +150,7 @@ def cheapest_shares(costs: Costs, budget: Budget) -> LinearSparsities:
     sizes, widths = _sizes(budget.linears), budget.widths
     room = bits_at(budget.target, widths) * sum(sizes)
     chosen = cheapest([*chain.from_iterable(costs)], [[width * size for width in widths] for size in sizes], room)
-    return by_block([share_at(widths[index], widths) for index in chosen], budget.linears)
+    return by_block([share_at(-widths[index], widths) for index in chosen], budget.linears)
 
 
 def path(low: float, high: float) -> tuple[float, ...]:

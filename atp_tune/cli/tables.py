@@ -24,7 +24,7 @@ from atp_tune.config.plugged import permission
 from atp_tune.config.studyfile import StudyFile, read
 from atp_tune.errors import UserError, printable
 from atp_tune.metrics import Continuations
-from atp_tune.plan import searched_by
+from atp_tune.plan import searched_by, target_in
 from atp_tune.results import summary as tables
 from atp_tune.results.formatting import (
     best_words,
@@ -163,7 +163,8 @@ def progress_line(status: Status) -> str:
     done = f"[{status.done}/{status.total}]" if status.total else f"[{status.done}]"
     best, measure = "no best yet", status.objective[0]
     if status.best and (score := status.best.scores[measure]["validation"]):
-        best = f"{best_words(measure, score.value, status.best.target)} (trial {status.best.trial})"
+        target = target_in({key: value for key, value in status.best if value is not None})
+        best = f"{best_words(measure, score.value, target)} (trial {status.best.trial})"
     running = [
         f"trial {one.trial} " + ("was lost with its process" if one.lost else f"runs for {duration(one.seconds)}")
         for one in status.running

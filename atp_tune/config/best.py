@@ -320,7 +320,7 @@ class Config(FrozenModel, use_attribute_docstrings=True):
     def target(self) -> float:
         """The amount that the allocation shared out: the target sparsity, or a share between most and fewest bits."""
         if self.by_bits and self.bits is not None and self.quantize is not None:
-            return share_at(self.bits.target or self.bits.nominal, self.quantize.widths)
+            return share_at(-(self.bits.target or self.bits.nominal), self.quantize.widths)
         return self.sparsity.target
 
     @property

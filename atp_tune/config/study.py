@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 from pydantic_core import PydanticKnownError
 
 from atp_tune.allocations import ALLOCATIONS
-from atp_tune.allocations.bits import shared_at
+from atp_tune.allocations.bits import share_at
 from atp_tune.allocations.gradient import HIGHEST, OF_SIZE, path
 from atp_tune.config.data import CLASSES, ImageSet, ImageSets, Text, Texts
 from atp_tune.config.prune import (
@@ -28,7 +28,7 @@ from atp_tune.config.prune import (
     check_names,
 )
 from atp_tune.config.search import ACCURACY, NEXT_TOKEN, LimitConfig, SearchConfig, are_steps, or_none
-from atp_tune.plan import objectives_of, searched_by, targets_in
+from atp_tune.plan import searched_by, targets_in
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.utils.registry import OneOf, SettingsTable
 
@@ -215,7 +215,7 @@ class Study(SettingsTable):
     @property
     def highest(self) -> float:
         """The highest S, or with `bits` the share between most and fewest, which allocations share out."""
-        return HIGHEST if self.size is not None else shared_at(self.targets[-1], self.quantize.widths)
+        return HIGHEST if self.size is not None else share_at(self.targets[-1], self.quantize.widths)
 
     @property
     def path(self) -> tuple[float, ...]:
@@ -283,11 +283,6 @@ class Study(SettingsTable):
         """Whether every trial is a point of a front, or uniform beside one, so that the test text is read for each."""
         is_front = self.interval is not None and self.limit is None and self.search.trials is None
         return is_front and self.search.screen is not None and self.data.test is not None
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """The objectives that the study minimises, in the order of a trial's values."""
-        return objectives_of(self.search.objective, vars(self))
 
     @property
     def data(self) -> Texts | ImageSets:

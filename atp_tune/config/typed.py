@@ -11,9 +11,10 @@ from atp_tune.config.prune import bits_of_size
 from atp_tune.config.search import are_steps
 from atp_tune.errors import UserError
 from atp_tune.measures import Limit
-from atp_tune.plan import searched_by
+from atp_tune.plan import SEARCHED, Searched
 
 Interval = tuple[float, float]
+ZEROS, BITS = SEARCHED
 
 # Where only a limit is given: below 30 % nothing is saved, since a matrix is packed from 45 % zeros on, and before 70 %
 # pruning without training has broken a language model. A descent by prices goes along all of it.
@@ -26,42 +27,26 @@ LIMIT: Limit = {"max_increase": INCREASE}
 LOWEST = {"max_increase": 0.0, "max_perplexity": 1.0, "max_kl": 0.0, "max_drop": 0.0}  # a limit must be greater
 
 
-def parse_sparsity(text: str) -> float | Interval:
-    """A sparsity, or an interval of sparsities with ends that are multiples of a step; UserError for anything else."""
+def parse_target(text: str, by: Searched = ZEROS) -> float | Interval:
+    """A target, or an interval of targets with ends that are multiples of a step; UserError for anything else."""
     try:
-        if ".." not in text:
-            return _between(text, text)
-        first, _, last = text.partition("..")
-        low, high = _between(first, text), _between(last, text)
-        if not low < high:
-            raise ValueError(f"{text} must run from the lower sparsity to the higher")
-        if not are_steps(low, high):
-            raise ValueError(f"the ends of {text} must be multiples of {searched_by(low).step}")
+        amounts = [_between(end, text, by) for end in text.split("..")]
+        if amounts != sorted({*amounts}) or len(amounts) > 2:
+            raise ValueError(f"{text} must run from the lower {by.name} to the higher")
+        low, *high = (by.sign * amount for amount in amounts[:: by.sign])
+        if high and not are_steps(low, *high):
+            raise ValueError(f"the ends of {text} must be multiples of {by.step}")
     except ValueError as error:
-        raise UserError(f"--sparsity: {error}") from None
-    return low, high
+        raise UserError(f"{by.option}: {error}") from None
+    return (low, *high) if high else low  # type: ignore[return-value]
 
 
 def one_target(text: str, key: str = "sparsity") -> float:
     """The target that `--sparsity` or `--bpw` names; UserError for anything else, and for an interval."""
-    target = parse_sparsity(text) if key == "sparsity" else parse_bits(text)
+    target = parse_target(text, next(one for one in SEARCHED if one.option == option(key)))
     if isinstance(target, tuple):
-        raise UserError(f"--{key}: {text} is an interval; give the one number that the plan is to have")
+        raise UserError(f"{option(key)}: {text} is an interval; give the one number that the plan is to have")
     return target
-
-
-def parse_bits(text: str) -> float | Interval:
-    """The target of bits a weight, or the interval of targets; UserError for anything else."""
-    try:
-        low, *more = (float(end) for end in text.split(".."))
-    except ValueError:
-        low, more = math.nan, []
-    high = next(iter(more), low)
-    if len(more) > 1 or not 0 < low <= high < math.inf or (more and low == high):
-        raise UserError(f"--bpw: must be bits a weight, such as 4.8, or an interval, such as 4.5..8, got {text}")
-    if more and not are_steps(-low, -high):
-        raise UserError(f"--bpw: the ends of {text} must be multiples of {searched_by(-low).step}")
-    return (-high, -low) if more else -low
 
 
 def parse_limit(key: str, text: str) -> float:
@@ -141,7 +126,7 @@ def goal(
     """
     limit = only_limit(limits)
     if size is not None:
-        ends = parse_bits(size.removesuffix("bpw")) if ".." in size else None
+        ends = parse_target(size.removesuffix("bpw"), BITS) if ".." in size else None
         for key in [*([] if sparsity is None else ["sparsity"]), *((not ends and limit) or ())]:
             raise UserError(f"{option(key)}: --size finds zeros and bits that fit it; leave one of them out")
         if isinstance(ends, tuple):
@@ -160,7 +145,7 @@ def goal(
         usual = {"max_kl": INCREASE} if by_objective else LIMIT
         return WHOLE, limit or (None if own == "none" else usual)
     sparsity = "..".join(map(str, sparsity)) if isinstance(sparsity, tuple | list) else str(sparsity)
-    target = parse_sparsity(sparsity)
+    target = parse_target(sparsity)
     if limit and not isinstance(target, tuple):
         name = option(next(iter(limit)))
         raise UserError(
@@ -175,7 +160,7 @@ def size_of(kind: str | None, bpw: str | None, size: str | None) -> str | None:
     if bpw is not None:
         if size or not kind:
             raise UserError("--bpw: goes with --format gguf, in the place of --size")
-        target = parse_bits(bpw)
+        target = parse_target(bpw, BITS)
         return f"{bpw if isinstance(target, tuple) else f'{-target:g}'}bpw"
     if kind and not size:
         raise UserError("--format: gguf needs --bpw, such as --bpw 4.8, or --size, such as --size 100MB")
@@ -187,17 +172,16 @@ def option(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _between(text: str, whole: str) -> float:
-    """A share between 0 and 1; `whole`: all that was typed."""
+def _between(text: str, whole: str, by: Searched) -> float:
+    """An amount within its bounds; `whole`: all that was typed."""
+    low, high = by.bounds
     try:
         value = share(text)
     except ValueError:
-        raise ValueError(
-            f"must be a share of zeros, such as 0.6 or 60%, or an interval, such as 0.3..0.8, got {whole}"
-        ) from None
-    if not 0 < value < 1:
-        way = f"; {value:g} % is {value / 100:g}" if 1 < value < 100 and "%" not in text else ""
-        raise ValueError(f"must be between 0 and 1, got {text}{way}")
+        raise ValueError(f"must be {by.typed}, got {whole}") from None
+    if not low < value < high:
+        way = f"; {value:g} % is {value / 100:g}" if high < value < 100 and "%" not in text else ""
+        raise ValueError(f"must be between {low} and {high}, got {text}{way * (high == 1)}")
     return value
 
 

@@ -31,7 +31,7 @@ from atp_tune.config.studyfile import settings
 from atp_tune.errors import printable
 from atp_tune.measures import MEASURES, TEXTS, Gain, Role, TaskScore
 from atp_tune.metrics import NAMES, Continuations, ImageAnswer, Speed, spread
-from atp_tune.plan import amount_of, target_in, targets_in
+from atp_tune.plan import target_in, target_words, targets_in
 from atp_tune.report import figures
 from atp_tune.results.formatting import (
     continuations_note,
@@ -67,7 +67,7 @@ class Contents:
     facts         that its values depend on
     importance    of each parameter: shares of 1
     target        sparsity or bits, of the best trial where the study searches for them, or a size; "" if not known
-    interval      in which it searches; "" for one target
+    sparsity      the same with the interval in which it searches
     description   in the study file
     seconds       of all trials; `devices` that they ran on
     versions      of the libraries, of all trials
@@ -82,7 +82,7 @@ class Contents:
     importance: dict[str, float]
     made: datetime
     target: str
-    interval: str
+    sparsity: str
     description: str
     seconds: float
     devices: str
@@ -92,22 +92,16 @@ class Contents:
     errors: str
     verdict: str
 
-    @property
-    def sparsity(self) -> str:
-        """The target, and the interval in which the study searches."""
-        return " of ".join(filter(None, (self.target, self.interval)))
-
 
 def gather(study: optuna.Study, now: datetime) -> Contents:
     """The contents of a report on the present state of a study."""
     study = StudySnapshot(study)
     summary = summarise(study)
     trials, best, file = summary.trials, summary.best_trial, summary.made_from
-    # The target as text, of the best trial where it is searched for.
-    shared: dict[str, Any] = {"sparsity": summary.sparsity, "bits": summary.bits}
-    ends = sorted(map(abs, targets_in(shared)))
-    told = (best and amount_of(target_in(best.params))) or shared
-    target = [f"{value:g}{' bits' * (key == 'bits')}" for key, value in told.items() if isinstance(value, int | float)]
+    # The target, of the best trial where it is searched for.
+    targets = target_words(targets_in(facts_in(study))) or facts_in(study).get("size", "")
+    found = best and target_in(best.params)
+    target = target_words(found) if found else targets
     # Numbers of trials by state.
     counts = (
         (sum(t.state == TrialState.RUNNING for t in trials), "running"),
@@ -124,8 +118,8 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
         facts=facts_in(study),
         importance=_importance(study, trials) if summary.goal.compares else {},  # the sparsity would have nearly all
         made=now,
-        target="".join(target) or facts_in(study).get("size", ""),
-        interval=" to ".join(f"{end:g}" for end in ends) * (len(ends) > 1),
+        target=target,
+        sparsity=f"{target} of {targets}" if found else target,
         description=file.study.description if file else "",
         seconds=sum(sum(spent(trial).values()) for trial in trials),
         devices=_several(trial.user_attrs.get("device") for trial in trials),

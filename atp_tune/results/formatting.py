@@ -253,7 +253,7 @@ class Amount:
     def best(self, summary: Summary) -> str:
         """The amount of the best trial, behind the target; "" if not known."""
         realised = summary.best_trial.user_attrs.get("realised") if summary.best_trial else None
-        return "" if realised is None else f", {realised:.4f} counted"
+        return "" if realised is None else f", {realised:.2%} counted"
 
 
 class Bits(Amount):

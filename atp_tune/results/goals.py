@@ -88,21 +88,17 @@ class AtSparsity:
 
     compares  values of all trials compare, which those at different sparsities do not
     figures   names of those that show it
-    hidden    a column that its table needs not
+    same      what the best has of uniform, beside its method; `hidden`: a column that its table needs not
     is_open   all points are as good as the best: a person chooses
     """
 
     compares: ClassVar[bool] = True
     figures: ClassVar[Sequence[str]] = ("perplexity", "front", "sparsity", "error", "seconds")
+    same: ClassVar[str] = ""
     hidden: ClassVar[str] = "trial"
     is_open: ClassVar[bool] = False
 
     study: optuna.Study = field(compare=False)
-
-    @property
-    def same(self) -> str:
-        """What the best has of uniform, beside its method."""
-        return ""
 
     def best(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The best of these trials: the lowest first value."""
@@ -134,15 +130,13 @@ class AtSparsity:
         """The trials that `speedup` is to measure."""
         return [summary.best_trial] if summary.best_trial else []
 
-    def nearest(self, wanted: float) -> Choice:
+    def nearest(self, wanted: Any) -> Choice:
         """The trial of the front that is nearest to a target; UserError for one that the study has not."""
         only = facts_in(self.study).get("sparsity")
         at = f"only at {only:.4g}" if isinstance(only, float) else "at one sparsity"
         raise UserError(f"study {self.study.study_name}: measures plans {at}; choose one of its trials with --trial N")
 
-    def sparsest(self, limit: Limit) -> Choice:
-        """The trial of the front that is the smallest within a limit; UserError if none is, or numbers lack."""
-        return self.nearest(0.0)
+    sparsest = nearest  # within a limit; UserError if no trial is, or if the study lacks the numbers
 
     def rows(self, summary: "Summary") -> Trials:
         """The trials in the table of results, below dense."""
@@ -187,6 +181,7 @@ class OverInterval(AtSparsity):
 
     compares = False
     figures = ("points", "sparsity", "error", "seconds")
+    same = " and target"
     hidden = ""
     is_open = True
 
@@ -197,11 +192,6 @@ class OverInterval(AtSparsity):
     def searched(self) -> Searched:
         """The amount that is searched for."""
         return searched_by(self.interval[0])
-
-    @property
-    def same(self) -> str:
-        """Uniform is of the same target too."""
-        return f" and {self.searched.name}"
 
     def best(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The knee of the front, without one the sparsest within `LIMIT`."""

@@ -219,11 +219,6 @@ class Best(FrozenModel):
     sparsity: float | None = None
     bits: float | None = None
 
-    @property
-    def target(self) -> float | None:
-        """Its target, see `plan.target_in`."""
-        return target_in({key: value for key, value in self if value is not None})
-
 
 class TrialStatus(FrozenModel):
     """One trial, by number, with Optuna's state and `params`; `plan`: the params as a short text.

@@ -18,7 +18,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import ALLOCATIONS, Bounds, Budget, Points, contained_in, contains_uniform
-from atp_tune.allocations.bits import shared_at
+from atp_tune.allocations.bits import share_at
 from atp_tune.config.prune import Pattern, make_plan, parse
 from atp_tune.config.study import Study
 from atp_tune.errors import UserError
@@ -222,7 +222,7 @@ class SpaceOverInterval(Space):
 
     def _there(self, allocation: str, target: float) -> Space:
         """The space of an allocation at one target."""
-        budget = replace(self.budget, target=shared_at(target, self.budget.widths))
+        budget = replace(self.budget, target=share_at(target, self.budget.widths))
         bounds = {allocation: self.bounds_at(allocation, budget)}
         return Space(budget, self.pruners, bounds, self.pattern, self.both_signs, self.method)
 

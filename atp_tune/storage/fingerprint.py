@@ -16,7 +16,7 @@ from atp_tune.config.plugged import contents, split_source
 from atp_tune.config.search import ACCURACY
 from atp_tune.config.study import Study
 from atp_tune.errors import UserError
-from atp_tune.plan import objectives_of
+from atp_tune.plan import searched_by, targets_in
 from atp_tune.plugins import is_place, short_name
 from atp_tune.pruners import SETTINGS
 from atp_tune.storage.attributes import ValidatedStudy
@@ -75,7 +75,8 @@ def stored_objectives(facts: Facts) -> tuple[str, ...]:
     """The objectives in a study's facts, in the order of its trials' values."""
     names, choices = facts.get(OBJECTIVE), (["kl"], ["perplexity", "kl"], ["accuracy"])
     objectives = tuple(names) if names in choices else PERPLEXITY
-    return objectives_of(objectives, facts)
+    targets = targets_in(facts)
+    return (*objectives, searched_by(targets[0]).left) if len(targets) > 1 else objectives
 
 
 def is_new(study: optuna.Study) -> bool:
