@@ -143,7 +143,7 @@ def test_latex_is_escaped() -> None:
     studies = [new_study(None, name) for name in (r"a_b & 50% #1 {x} \y ~^$", "second")]
     text = formats.latex([gather(study, NOW) for study in studies]).decode()
     escaped = r"a\_b \& 50\% \#1 \{x\} \textbackslash{}y \textasciitilde{}\textasciicircum{}\$"
-    assert f"\\multicolumn{{5}}{{l}}{{{escaped}, sparsity 0.6}}" in text
+    assert f"\\multicolumn{{5}}{{l}}{{{escaped}, sparsity 60\\%}}" in text
     assert text.isascii()
 
 
