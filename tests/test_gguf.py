@@ -31,7 +31,8 @@ from atp_tune.config.study import ModelConfig
 from atp_tune.folders import gguf_file
 from atp_tune.inputs.items import IDS
 from atp_tune.plan import Level, Plan
-from atp_tune.pruners.ggml import LEAST, importances, rounded
+from atp_tune.pruners import ggml
+from atp_tune.pruners.ggml import LEAST, encoded, importances, rounded
 from atp_tune.pruners.statistics import InputMoments
 from atp_tune.run.session import Session, Setup
 
@@ -60,6 +61,19 @@ def test_more_bits_are_nearer_and_columns_of_weight_nearer_still(name: str) -> N
     assert plain.square().mean() < max(0.5 * 0.3 ** (type_bits(name) - 2), 1e-5)
     if name.startswith(("IQ", "Q2", "Q3", "Q4_K")):
         assert given[:, ::4].square().mean() < plain[:, ::4].square().mean()
+
+
+def test_bytes_are_kept_by_type_weights_and_importance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ggml, "_KEPT", {})
+    weight, importance = torch.randn(4, 64), torch.rand(64)
+    first = encoded(weight, "Q4_1", importance)
+    assert encoded(weight.clone(), "Q4_1", importance.clone()) is first
+    for other in ((weight, "Q5_1", importance), (-weight, "Q4_1", importance), (weight, "Q4_1", None)):
+        assert encoded(*other) is not first and not np.array_equal(encoded(*other), first)
+    monkeypatch.setattr(ggml, "KEPT", 0)
+    encoded(weight, "Q8_0", None)
+    assert np.array_equal(encoded(weight, "Q4_1", importance), first)  # anew
+    assert len(ggml._KEPT) == 1
 
 
 def test_a_type_in_sixteen_bits_keeps_the_dtype() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,28 +107,36 @@ def test_the_test_text_beside_a_trial_has_the_bits_of_the_test_text_alone(
             assert scores.get("kls", []) == found["test_kls"].get(str(trial.number), [])
 
 
-@slow
-def test_a_front_goes_on_as_if_it_had_not_stopped(ran: Path, tiny_place: Path, tmp_path: Path) -> None:
-    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+def make_front_of_bits(place: Path) -> None:
+    """Makes the study file one of a front of bits."""
     make_front(place)
-    run(place, timeout=0)  # not even the screening is done
-    run(place, "search.trials=2")
-    expected = stored(ran).trials
-    whole = run(place, f"search.trials={len(expected)}")
-    assert [trial.params for trial in whole.trials] == [trial.params for trial in expected]
-    assert [trial.values for trial in whole.trials] == [trial.values for trial in expected]
+    file = place / "tiny.toml"
+    text = file.read_text().replace("sparsity = [0.3, 0.8]\n", "bits = [3, 6]\n")
+    file.write_text(text + '\n[quantize]\nquantizers = ["rtn"]\ngroup_size = 16\n')
 
 
 @pytest.fixture(scope="module")
 def of_bits(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished front of bits, to be read only."""
     with copied(tiny_place, tmp_path_factory) as place:
-        make_front(place)
-        file = place / "tiny.toml"
-        text = file.read_text().replace("sparsity = [0.3, 0.8]\n", "bits = [3, 6]\n")
-        file.write_text(text + '\n[quantize]\nquantizers = ["rtn"]\ngroup_size = 16\n')
+        make_front_of_bits(place)
         run(place)
         return place
+
+
+@slow
+@parametrize(("front", "make"), [("ran", make_front), ("of_bits", make_front_of_bits)])
+def test_a_front_goes_on_as_if_it_had_not_stopped(
+    front: str, make: Callable[[Path], None], tiny_place: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+    make(place)
+    run(place, timeout=0)  # not even the screening is done
+    run(place, "search.trials=2")
+    expected = stored(request.getfixturevalue(front)).trials
+    whole = run(place, f"search.trials={len(expected)}")
+    assert [trial.params for trial in whole.trials] == [trial.params for trial in expected]
+    assert [trial.values for trial in whole.trials] == [trial.values for trial in expected]
 
 
 @slow

@@ -23,7 +23,7 @@ from atp_tune.utils.system import require
 LEAST = 1e-8  # importance of a column without inputs, as a share of the mean
 LARGEST = 65504  # of 16 bits
 KEPT = 2**30  # bytes that are kept of what was rounded: a search asks for a few types of each matrix again and again
-_KEPT = dict[bytes, Any]()  # by type, weights and importance; the oldest go first
+_KEPT = dict[bytes, Any]()  # by type, weights and importance
 
 
 class GGML(Unprepared):
@@ -72,22 +72,19 @@ def encoded(weight: Tensor, name: str, importance: Tensor | None) -> Any:
             f"quantize.quantizers: ggml rounds finite weights up to {LARGEST:g}, not one of {[*weight.shape]}"
         )
     given = np.ones(values.shape[1], np.float32) if importance is None else np.ascontiguousarray(importance.numpy())
-    digest = sha256(name.encode())
-    for part in (values, given):
-        digest.update(part.data)
-    if (key := digest.digest()) in _KEPT:
+    key = sha256(name.encode() + values.tobytes() + given.tobytes()).digest()
+    if key in _KEPT:
         return _KEPT[key]
     stored, threads = np.empty((len(values), values.shape[1] // block * size), np.uint8), torch.get_num_threads()
 
-    def round_rows(dense: Any, there: Any) -> None:
+    def part(dense: Any, there: Any) -> None:
         _function()(int(number), dense.ctypes.data, there.ctypes.data, 0, len(dense), dense.shape[1], given.ctypes.data)
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(round_rows, np.array_split(values, threads), np.array_split(stored, threads)))
-    stored.setflags(write=False)
+        list(pool.map(part, np.array_split(values, threads), np.array_split(stored, threads)))
+    if sum(each.nbytes for each in _KEPT.values()) > KEPT:
+        _KEPT.clear()
     _KEPT[key] = stored
-    while sum(each.nbytes for each in _KEPT.values()) > KEPT:
-        del _KEPT[next(iter(_KEPT))]
     return stored
 
 
