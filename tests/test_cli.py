@@ -202,7 +202,7 @@ def test_prune_without_a_study_starts_from_where_the_user_stands(
     tables = (f'texts.{role}={{source = "file:{role}.txt", nsamples = 16, seqlen = 32}}' for role in ROLES)
     options = ("model", "--pruner", "wanda", "--sparsity", "0.5", "--beta", "0.02", "--device", "cpu")
     monkeypatch.chdir(place)
-    assert "wanda atp β=0.02000, sparsity 0.5: perplexity " in command.ok("prune", *options, *settings(*tables)).out
+    assert "wanda atp β=0.02000, 50% sparsity: perplexity " in command.ok("prune", *options, *settings(*tables)).out
     shutil.move(place / "model", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     command.ok("prune", "--study", place / "tiny.toml", *options)

@@ -81,4 +81,4 @@ def test_from_a_folder_to_pruned_models(
         shipped = (BENCHMARKS / "studies" / study.name).read_text()
         study.write_text(shipped.replace("../../build/language", ".."))
         answer = command.ok("prune", "--study", study, "--beta", "0", *settings(*few))
-        assert "wanda uniform, sparsity 0.6: perplexity" in answer.out
+        assert "wanda uniform, 60% sparsity: perplexity" in answer.out

@@ -449,19 +449,17 @@ def prune(
         overrides.append("limit=none")  # which only a search over sparsities has
     base = Path() if study is None else None
     file = load_study(study or str(BARE), None, [*overrides, *(set_ or [])], device, trust_plugins, base)
-    if file.study.interval is not None:
-        from atp_tune.plan import target_words
+    from atp_tune.results.formatting import wanted
 
-        searched = f"{study or 'the study'} searches from {target_words(file.study.interval)}"
-        raise wrong("--sparsity", f"{searched}; give one, such as --sparsity 0.6")
+    if file.study.interval is not None:
+        searched = f"{study or 'the study'} searches {wanted(file.study)}"
+        raise wrong("--sparsity", f"{searched}; give one, such as --sparsity 0.6, or --set bits=4 where it has bits")
     if study is None:  # relative paths start at the current folder
         file = replace(file, path=Path("prune.toml"))
     from atp_tune.api.pruning import prune_study
 
     with working() as watch:
         plan, measured = prune_study(file, values, out, watch, dtype)
-    amounts = (("sparsity {:g}", file.study.sparsity), ("{:g} bits", file.study.bits), ("{}", file.study.size))
-    amount = ", ".join(words.format(value) for words, value in amounts if value is not None)
-    echo(f"{plan}, {amount}: perplexity {measured} on the test text")
+    echo(f"{plan}, {wanted(file.study)}: perplexity {measured} on the test text")
     if out is not None:
         echo(f"sparse checkpoint: {out}")
