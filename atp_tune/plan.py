@@ -252,7 +252,7 @@ def searched_by(target: float) -> Searched:
 
 def target_in(params: Mapping[str, Any]) -> float | None:
     """The target of a trial with these parameters; None where nothing is searched for."""
-    return next((one.sign * params[one.name] for one in SEARCHED if one.name in params), None)
+    return next(iter(targets_in(params)), None)
 
 
 def amount_of(target: float | None) -> dict[str, float]:

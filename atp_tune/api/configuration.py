@@ -57,8 +57,7 @@ def pruned(config: Config, place: Place, lender: Lender) -> PreTrainedModel:
             weights = {key: checkpoint.model.get_parameter(key).detach().cpu() for key in keys}
             loaded = None if lender.model is not None else checkpoint.take_model()
     else:
-        texts = {"calibration": config.calibration}
-        with lent_as(config, lender, place) as there, Session.open(Setup.of_config(config, texts, there)) as session:
+        with lent_as(config, lender, place) as there, Session.open(Setup.of_config(config, there)) as session:
             weights = pruned_weights(session, fit_plan(config, session))
             loaded = None if lender.model is not None else session.checkpoint.take_model()
     return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)

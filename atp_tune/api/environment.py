@@ -117,8 +117,7 @@ def environment() -> MachineReport:
         try:
             return find()
         except Exception as error:  # a broken installation or driver is what a bug report is about
-            reason = next(iter(str(error).splitlines()), "")
-            problems.append(f"{what}: {type(error).__name__}: {reason}")
+            problems.append(f"{what}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
             return None
 
     def versions(packages: Iterable[str]) -> dict[str, str | None]:

@@ -196,22 +196,14 @@ class Result:
         """
         return self.configuration(device=device, **choice).push(repository, private=private)
 
-    def _config(
-        self,
-        *,
-        trial: int | None = None,
-        sparsity: float | None = None,
-        bpw: float | None = None,
-        max_increase: float | str | None = None,
-        max_kl: float | None = None,
-        max_drop: float | str | None = None,
-    ) -> Config:
+    def _config(self, **choice: Any) -> Config:
         """The configuration of a trial; UserError for two choices, and for one that is not there."""
-        limits = {"max_increase": max_increase, "max_kl": max_kl, "max_drop": max_drop}
-        options = {"trial": trial, "sparsity": sparsity, "bpw": bpw, **limits}
+        known = {"trial", "sparsity", "bpw", "max_increase", "max_perplexity", "max_kl", "max_drop"}
+        if unknown := choice.keys() - known:
+            raise TypeError(f"{min(unknown)}: names no trial; one is named by {', '.join(sorted(known))}")
         with as_arguments():
-            choice = chosen(self.study, options)
-            number = choice.trial.number if isinstance(choice, Choice) else choice
+            found = chosen(self.study, choice)
+            number = found.trial.number if isinstance(found, Choice) else found
             return best_config(file_as_run(self.study, self._file), self.study, HERE, number)
 
     def __repr__(self) -> str:

@@ -240,8 +240,7 @@ class ChannelPruner:
                 number = int(mask.sum())
                 pruned.channels[each.reader] = mask
                 for name, rows in each.writers:
-                    matrix = pruned.copied(by_name[name])
-                    matrix[mask.repeat_interleave(rows)] = 0
+                    pruned.copied(by_name[name])[mask.repeat_interleave(rows)] = 0
                     pruned.gone[name] = number * rows * by_name[name].in_features
                 reader, columns = by_name[each.reader], mask.repeat_interleave(each.columns)
                 matrix = pruned.copied(reader)

@@ -118,7 +118,6 @@ def save_all(folder: Path, measured: Iterable[BlockStatistics]) -> None:
     with folder_atomically(folder, shared=True) as temporary:
         for index, statistics in enumerate(measured):
             # Writes statistics; linears that share an object share its tensors.
-            file = block_file(temporary, index)
             distinct = {id(each): each for each in statistics.values()}
             numbers = {identity: number for number, identity in enumerate(distinct)}
             tensors = {
@@ -128,7 +127,7 @@ def save_all(folder: Path, measured: Iterable[BlockStatistics]) -> None:
             }
             linears = {name: numbers[id(each)] for name, each in statistics.items()}
             try:
-                save_file(tensors, file, {"linears": json.dumps(linears)})
+                save_file(tensors, block_file(temporary, index), {"linears": json.dumps(linears)})
             except SafetensorError as error:  # such as a full disk
                 raise OSError(str(error)) from error
 
@@ -145,9 +144,8 @@ def block_file(folder: Path, index: int) -> Path:
 
 def can_rank(pruner: Pruner, checkpoint: Checkpoint) -> bool:
     """Whether ranks are sufficient for a pruner, and fit in memory beside the weights."""
-    is_by_row = isinstance(pruner, Wanda) and pruner.goes_by_row
-    needed = RANK_BYTES * sum(checkpoint.sizes)
-    return is_by_row and checkpoint.offload == "none" and needed < RANK_SHARE * free_memory(checkpoint.device)
+    is_possible = isinstance(pruner, Wanda) and pruner.goes_by_row and checkpoint.offload == "none"
+    return is_possible and RANK_BYTES * sum(checkpoint.sizes) < RANK_SHARE * free_memory(checkpoint.device)
 
 
 BINS = 100  # in the histogram of ln λ
@@ -230,15 +228,14 @@ class DenseMetrics:
     ) -> tuple[T, ...]:
         """`measure` of the linears of each block: pairs of a copy of the weight [out, in] and its statistics."""
 
-        def measured() -> tuple[T, ...]:
-            statistics, results = None if kind is None else self.statistics(kind), []
+        def measured() -> Iterator[T]:
+            statistics = None if kind is None else self.statistics(kind)
             for index, linears in enumerate(self.checkpoint.linears):
                 weights, by_name = self.checkpoint.weights(index), statistics[index] if statistics else {}
                 self.step(index + 1)
-                results.append(measure([(x.matrix(weights[x.key]).clone(), by_name.get(x.name)) for x in linears]))
-            return tuple(results)
+                yield measure([(x.matrix(weights[x.key]).clone(), by_name.get(x.name)) for x in linears])
 
-        return self._once(("blocks", key, kind), measured)
+        return self._once(("blocks", key, kind), lambda: tuple(measured()))
 
     @torch.inference_mode()
     def _once(self, key: tuple[object, ...], measure: Callable[[], T]) -> T:

@@ -326,8 +326,7 @@ class ByPruner:
 
     def number(self, columns: int) -> int:
         """The level of sparsity 1: as many as a group has weights, or `GRID`."""
-        group: int | None = getattr(self.pruner, "group", None)
-        return group or GRID
+        return int(getattr(self.pruner, "group", None) or GRID)
 
     def around(self, columns: int, sparsity: float) -> tuple[int, int, int]:
         """The nearest level, and those `BAND` away from it."""
@@ -341,7 +340,7 @@ class ByPruner:
         sparse = self._kept.pop(key, None)
         if sparse is None:
             statistics = self.statistics(index).get(linear.name) if self.pruner.measures else None
-            lacks = self.pruner.measures is not None and statistics is None
+            lacks = self.pruner.measures and statistics is None
             pruner = unmeasured(self.pruner) if lacks else self.pruner
             sparse = pruner.prune(weight, level / self.number(weight.shape[1]), statistics).contiguous()
             self.room -= sparse.nbytes
@@ -422,8 +421,8 @@ class RowPricing(Pricing):
     def __init__(self, gradients: BlockGradients, places: Places) -> None:
         super().__init__(gradients, ByPlaces(places))
         self._places = places
-        linears = gradients.checkpoint.linears
-        zeros = {(index, x.name): torch.zeros(x.out_features) for index, block in enumerate(linears) for x in block}
+        blocks = enumerate(gradients.checkpoint.linears)
+        zeros = {(index, x.name): torch.zeros(x.out_features) for index, block in blocks for x in block}
         self._offsets, self._smooth = zeros, {**zeros}  # shares of the inputs, moving means of prices: never in place
         self._rows = dict[Key, Tensor]()  # their prices by the last sample
 
@@ -456,10 +455,8 @@ class RowPricing(Pricing):
 
     def offsets(self) -> RowOffsets:
         """The offsets that the rows have reached."""
-        linears = self.gradients.checkpoint.linears
-        return RowOffsets.of(
-            [[self._offsets[index, x.name].numpy() for x in block] for index, block in enumerate(linears)]
-        )
+        blocks = enumerate(self.gradients.checkpoint.linears)
+        return RowOffsets.of([[self._offsets[index, x.name].numpy() for x in block] for index, block in blocks])
 
     def state(self) -> Tensors:
         """Offsets of all rows and moving means of their prices, each [rows], one linear after the other."""

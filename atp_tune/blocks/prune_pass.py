@@ -499,8 +499,7 @@ def of_rows(pruner: Pruner, zeros: Tensor) -> Pruner:
 
 def unmeasured(pruner: Pruner) -> Pruner:
     """The pruner for a linear without inputs: magnitude, with the same group; RTN, where weights are rounded."""
-    group = getattr(pruner, "group", None)
-    plain = make_pruner("magnitude", None if group is None else {"group": group})
+    plain = make_pruner("magnitude", {"group": getattr(pruner, "group", None)})
     if isinstance(pruner, Treatment) and isinstance(rtn := pruner.quantizer, RTN):
         return Treatment(pruner.pruner and plain, quantizer=RTN(rtn.group_size, rtn.symmetric))
     return plain

@@ -12,9 +12,8 @@ and there are steps between blocks, such as downsampling: those are run by a byp
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +30,7 @@ HIDDEN = "hidden_states"
 SHAPES = 4  # batch shapes whose calls are kept: full and last batches of two texts that alternate
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """The arguments of one block besides the hidden states."""
 
     args: tuple[Any, ...]
@@ -289,13 +287,10 @@ def _same(one: Any, other: Any) -> bool:
     """Whether two recordings, or parts of recordings, are equal."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
-    if isinstance(one, Call):
-        return isinstance(other, Call) and _same((one.args, one.kwargs), (other.args, other.kwargs))
     if isinstance(one, Mapping):
         return isinstance(other, Mapping) and _same([*one.items()], [*other.items()])
     if isinstance(one, list | tuple):
-        is_as_long = isinstance(other, list | tuple) and len(one) == len(other)
-        return is_as_long and all(map(_same, one, other))
+        return isinstance(other, list | tuple) and len(one) == len(other) and all(map(_same, one, other))
     return one is other or bool(one == other)
 
 

@@ -88,9 +88,9 @@ def verified(checkpoint: Checkpoint, inputs: InputKind, head: Head) -> Replay:
         rows = walk.hidden[0].shape[:2].numel()
         with _recorded(checkpoint, rows) as calls, bypassed(checkpoint.blocks, walk.step):
             logits = replay.forward(probes[0]).logits
-        if missing := calls.missing:
+        if calls.missing:
             raise Difference(
-                f"does not call {min(missing)} on {inputs.called}, so the inputs of its weights are not known"
+                f"does not call {min(calls.missing)} on {inputs.called}, so the inputs of its weights are not known"
             )
         head.check_head(replay, list(map(ProbeRun, probes, walk.hidden)), logits, calls.is_routed)
     return replay
@@ -293,8 +293,8 @@ def verified_with_tower(checkpoint: Checkpoint, inputs: InputKind, head: Head, i
         # The modules with prunable weights that the model does not call on a batch.
         with _recorded(tower.checkpoint, 1) as calls:
             tower.forward(pairs[:2])
-        if missing := calls.missing:
-            raise Difference(f"does not call {min(missing)} of its vision tower")
+        if calls.missing:
+            raise Difference(f"does not call {min(calls.missing)} of its vision tower")
         replay = TowerReplay(checkpoint, tower, language)
         dense = checkpoint.tower_weights()
     for role, batch in items.items():
@@ -313,7 +313,7 @@ def _check_tower(tower: Replay, batch: Batch) -> None:
     They are replayed after the model has run: while it runs, transformers collects what its blocks return.
     """
     ran, weights = list[tuple[int, Tensor, Tensor]](), tower.checkpoint.weights
-    run, indices = tower.with_weights(weights), range(len(tower.checkpoint.blocks))
+    run = tower.with_weights(weights)
 
     def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
         output = run(index, *args, **kwargs)
@@ -324,7 +324,7 @@ def _check_tower(tower: Replay, batch: Batch) -> None:
         raise Difference("passes the blocks of its tower values that depend on the image")
     with bypassed(tower.checkpoint.blocks, stand_in):
         tower.forward(batch[:2])
-    if [index for index, *_ in ran] != list(indices):
+    if [index for index, *_ in ran] != list(range(len(tower.checkpoint.blocks))):
         raise Difference("does not run each block of its vision tower once, in their order")
     hidden = tower.embed(batch[:2])
     for index, given, output in ran:

@@ -57,15 +57,14 @@ def model_config(folder: Path, trusted: bool) -> Any:
 def hidden_width(config: Any, of_images: bool) -> int:
     """Width of the hidden states of the part that is pruned; of a model with stages the largest."""
     part = getattr(config, "vision_config", config) if of_images else config.get_text_config()
-    names = ("hidden_sizes", "hidden_size", "embed_dim")
-    of_stages = next((value for name in names if (value := getattr(part, name, None))), 0)
+    values = (getattr(part, name, 0) for name in ("hidden_sizes", "hidden_size", "embed_dim"))
+    of_stages = next(filter(None, values), 0)
     return max(of_stages) if isinstance(of_stages, list | tuple) else int(of_stages)
 
 
-def check_known(model: nn.Module, highest: int, what: str) -> None:
+def check_known(model: Any, highest: int, what: str) -> None:
     """UserError if the highest token of a text has no embedding, so the tokenizer is of another model."""
-    embeddings: Any = model
-    count = len(embeddings.get_input_embeddings().weight)
+    count = len(model.get_input_embeddings().weight)
     if highest >= count:
         raise UserError(
             f"{what}: the tokenizer makes token {highest} of it, the model knows {count}; take the model's own"
@@ -306,7 +305,7 @@ def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
     if with_tower:
         # The blocks of a model's vision tower; UserError if it has none.
         find = getattr(model, "get_encoder", None)
-        tower: nn.Module | None = None if find is None else find(modality="image")
+        tower: nn.Module | None = find and find(modality="image")
         if tower is None or language_model(model) in tower.modules():
             raise UserError(
                 f'model.prune: {type(model).__name__} has no vision tower that transformers knows of; take ["language"]'
@@ -327,9 +326,9 @@ def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
         )
     # The name of the lists: the names of their blocks without the index, with `*` for parts that differ.
     rows = {tuple(name.split(".")[:-1]) for name in names}
-    if len({len(row) for row in rows}) > 1:
-        return Blocks(min(rows)[0], names, nn.ModuleList(blocks))
-    common = ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*rows, strict=True))
+    common = min(rows)[0]
+    if len({len(row) for row in rows}) == 1:
+        common = ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*rows, strict=True))
     return Blocks(common, names, nn.ModuleList(blocks))
 
 

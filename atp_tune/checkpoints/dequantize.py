@@ -69,8 +69,9 @@ class Stored:
             module, within, _ = name.partition(".weight.")
             if within:
                 inner.setdefault(f"{module}.weight", []).append(name)
-        codes = (name for name, (_, kind) in self.entries.items() if kind not in FULL)
-        scales = {name: inner.get(name) or self._scales(name) for name in codes}
+        scales = {
+            name: inner.get(name) or self._scales(name) for name, (_, kind) in self.entries.items() if kind not in FULL
+        }
         return {name: others for name, others in scales.items() if others}
 
     def _scales(self, name: str) -> list[str]:
@@ -122,10 +123,8 @@ def _full(stored: Stored, file: Path, config: Table) -> Iterator[tuple[str, Tens
     """Names and values of the dequantized tensors of a file."""
     # The dtype in a config or in its parts; bf16 if there is none.
     names = [str(part.get(key)) for part in nested_configs(config) for key in ("dtype", "torch_dtype")]
-    table, dtype = (
-        find_quantization(config) or {},
-        next((DTYPES[name] for name in names if name in DTYPES), torch.bfloat16),
-    )
+    table = find_quantization(config) or {}
+    dtype = next((DTYPES[name] for name in names if name in DTYPES), torch.bfloat16)
     for name in read_header(file):
         if name in stored.used or name.rpartition(".")[2] in _OF_ACTIVATIONS:
             continue
@@ -150,8 +149,8 @@ def _dequantized(stored: Stored, name: str, table: Table, dtype: torch.dtype) ->
         state = json.loads(bytes(states[0].tolist()))
         scales = parts["absmax"]
         if scales.dtype == torch.uint8:
-            bytes_ = parts["nested_quant_map"][scales.int()]
-            scales = _by_blocks(bytes_, parts["nested_absmax"], state["nested_blocksize"]) + state["nested_offset"]
+            values = parts["nested_quant_map"][scales.int()]
+            scales = _by_blocks(values, parts["nested_absmax"], state["nested_blocksize"]) + state["nested_offset"]
         packed = codes.flatten()
         values = parts["quant_map"][torch.stack([packed >> 4, packed & 15], -1).int().flatten()]
         shape = torch.Size(state["shape"])

@@ -512,7 +512,7 @@ class Copier:
                 self._marks.pop().synchronize()
             with nullcontext() if self._side is None else torch.cuda.stream(self._side):
                 tensors = {name: copy_to(self.device, tensor) for name, tensor in self.blocks[index].items()}
-            return Copied(index, tensors, None if self._side is None else self._side.record_event())
+            return Copied(index, tensors, self._side and self._side.record_event())
         except BaseException as error:  # raised in the consumer; this thread goes on
             return Copied(index, {}, error=error)
 
@@ -523,4 +523,4 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 def _freed(requests: Requests, copy: int, size: int, stream: Any) -> None:
-    requests.put(Freed(copy, size, None if stream is None else stream.record_event()))
+    requests.put(Freed(copy, size, stream and stream.record_event()))

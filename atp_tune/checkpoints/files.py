@@ -97,11 +97,11 @@ def small_files(folder: Path) -> list[Path]:
 
     UserError for a link to a file outside it, but for the folder `blobs` two levels up, as in the Hugging Face cache.
     """
-    home, blobs = folder.resolve(), folder.resolve().parents[1:2]
+    home = folder.resolve()
+    inside = (home, *(root / "blobs" for root in home.parents[1:2]))
     files = sorted([*folder.iterdir(), *folder.glob("LICEN[CS]E*/*")])
     small = [file for file in files if file.is_file() and file.suffix not in WEIGHTS]
     for file in small:
-        inside = (home, *(root / "blobs" for root in blobs))
         if not any(file.resolve().is_relative_to(root) for root in inside):
             raise UserError(f"model.source: {file} is a link to {file.resolve()}, outside its folder; copy the file")
     return small
@@ -165,18 +165,16 @@ def read_sizes(folder: Path) -> ModelSizes:
     tensors = read_headers(folder)
     counts = {name: prod(entry["shape"]) for name, entry in tensors.items()}
     stored = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in tensors.items()}
-    lists = dict[str, Counter[int]]()
+    lists, formats = dict[str, Counter[int]](), Counter[int]()
     for name, count in counts.items():
         if match := NUMBERED.match(name):
             lists.setdefault(match["list"], Counter())[int(match["index"])] += count
+            formats[stored[name] // max(1, count)] += count
     if not lists:
         raise UserError(f"model {folder}: its files name no blocks; only transformer models can be pruned")
     spoken = {name: sizes for name, sizes in lists.items() if not any(tower in name for tower in TOWERS)} or lists
     blocks = max(spoken.values(), key=lambda sizes: sizes.total())
-    formats = Counter[int]()
-    for name, count in counts.items():
-        formats[stored[name] // max(1, count)] += count * bool(NUMBERED.match(name))
-    (itemsize, _), *_ = formats.most_common()
+    itemsize = max(formats, key=formats.__getitem__)
     return ModelSizes(
         sum(counts.values()), tuple(blocks[index] for index in sorted(blocks)), sum(stored.values()), itemsize
     )
@@ -196,18 +194,17 @@ def check_claims(folder: Path) -> None:
     of one name, of which it would load one.
     """
     config = read_table(folder / "config.json")
-    tensors, files = list[Any](), dict[str, Path]()
+    values, files = 0, dict[str, Path]()
     for file in sorted(folder.glob("*.safetensors")):
         for name, entry in read_header(file).items():
-            tensors.append(entry)
+            values += prod(entry["shape"])
             if (other := files.setdefault(name, file)) != file:
                 raise UserError(
                     f"model {folder}: {name} is in {other.name} and in {file.name}, of which one is loaded; give a "
                     "folder without the other"
                 )
-    values = sum(prod(entry["shape"]) for entry in tensors)
     for table in nested_configs(config, depth=1):
-        for keys, most, what in ((_COUNTS, len(tensors), "tensors"), (_SIDES, values, "values")):
+        for keys, most, what in ((_COUNTS, len(files), "tensors"), (_SIDES, values, "values")):
             if key := next((key for key in keys if type(table.get(key)) is int and table[key] > most), None):
                 raise UserError(
                     f"model {folder}: {key} is {table[key]:.3g}, but its files hold {most} {what}; download it again"
@@ -222,8 +219,7 @@ def offsets(file: Path) -> dict[str, int]:
 
 def read_headers(folder: Path) -> Table:
     """Dtype, shape and offsets of each tensor of all files of a folder; UserError if one has no header."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: entry for file in files for name, entry in read_header(file).items()}
+    return {name: entry for file in sorted(folder.glob("*.safetensors")) for name, entry in read_header(file).items()}
 
 
 def read_header(file: Path) -> Table:
@@ -311,9 +307,11 @@ def find_quantization(config: Table) -> Table | None:
 def without_quantization(config: Table, depth: int = _DEPTH) -> Table:
     """A copy of a `config.json` without quantization."""
     gone = {"quantization_config", *(_ELSEWHERE if depth == _DEPTH else ())}
-    kept = {key: value for key, value in config.items() if key not in gone}
-    inner = {key: value for key, value in kept.items() if isinstance(value, dict) and depth}
-    return {**kept, **{key: without_quantization(value, depth - 1) for key, value in inner.items()}}
+    return {
+        key: without_quantization(value, depth - 1) if isinstance(value, dict) and depth else value
+        for key, value in config.items()
+        if key not in gone
+    }
 
 
 def nested_configs(config: Table, depth: int = _DEPTH) -> Iterator[Table]:
@@ -368,16 +366,16 @@ def check_plain(block: "nn.Module", keys: Iterable[str]) -> None:
 
 def _method(table: Table) -> str:
     """The name of the method in transformers, which has two for bitsandbytes."""
-    if table.get("load_in_4bit") or table.get("load_in_8bit"):
-        return "bitsandbytes_4bit" if table.get("load_in_4bit") else "bitsandbytes_8bit"
+    for size in ("4bit", "8bit"):
+        if table.get(f"load_in_{size}"):
+            return f"bitsandbytes_{size}"
     return " ".join(str(table.get("quant_method", "an unnamed method")).split())[:40]  # untrusted text, in one line
 
 
 def _unread(method: str, table: Table) -> str | None:
     """The reason why transformers cannot dequantize, with the start of the remedy; None if it can."""
     if method not in BY_MODEL:
-        names = ", ".join([*BY_TENSOR, *BY_MODEL])
-        return f"which cannot be dequantized (supported are {names});"
+        return f"which cannot be dequantized (supported are {', '.join([*BY_TENSOR, *BY_MODEL])});"
     extra = BY_MODEL[method]
     if extra and missing(extra):
         return f"and {missing(extra)} is needed to read it: {install(extra)}, or"

@@ -74,10 +74,14 @@ class ModelFolder:
         from atp_tune.checkpoints.checkpoint import Checkpoint
         from atp_tune.checkpoints.devices import find_dtype
 
-        offload = None if config.offload == "auto" else config.offload
-        dtype = find_dtype(config.dtype, device)
         return Checkpoint.load(
-            self.path, dtype, device, self.trusted, offload=offload, with_tower=config.has_tower, positions=positions
+            self.path,
+            find_dtype(config.dtype, device),
+            device,
+            self.trusted,
+            offload=None if config.offload == "auto" else config.offload,
+            with_tower=config.has_tower,
+            positions=positions,
         )
 
     def stored_bytes(self) -> tuple[int, int]:
@@ -223,13 +227,14 @@ def _snapshot(model: study.ModelConfig, patterns: list[str]) -> Path:
                 model.source, revision=model.revision, allow_patterns=patterns, ignore_patterns=UNUSED
             )
     except Exception as error:  # the network stack raises many types
-        url, reason = f"https://huggingface.co/{model.source}", f"cannot be downloaded: {convert.one_line(error)}"
+        url = f"https://huggingface.co/{model.source}"
         reasons = {  # subclasses before their base class
             errors.GatedRepoError: f"is gated; ask for access at {url}, then run `hf auth login`",
             errors.RepositoryNotFoundError: "is neither a folder nor a model that the hub shows you; check the name",
             errors.RevisionNotFoundError: f'has no revision "{model.revision}"; see {url}/commits',
             errors.LocalEntryNotFoundError: "is not in the cache, and the hub is out of reach; connect once",
+            Exception: f"cannot be downloaded: {convert.one_line(error)}",
         }
-        message = next((text for kind, text in reasons.items() if isinstance(error, kind)), reason)
+        message = next(text for kind, text in reasons.items() if isinstance(error, kind))
         raise UserError(f"model.source: {model.source} {message}") from error
     return Path(path)

@@ -187,8 +187,7 @@ def _lines(machine: "MachineReport") -> Iterator[tuple[str, str]]:
         built = gpus.built_with or "no CUDA"
         yield "", f"driver {gpus.driver or 'none'}; torch built with {built}; Triton {gpus.triton}"
     for name, folder in machine.caches.items():
-        size = "missing" if folder.bytes is None else gib(folder.bytes)
-        yield "cache", f"{name}: {folder.path} ({size})"
+        yield "cache", f"{name}: {folder.path} ({'missing' if folder.bytes is None else gib(folder.bytes)})"
     yield "variables", ", ".join(f"{name}={value}" for name, value in machine.variables.items()) or "none"
     for problem in machine.problems:
         yield "problem", problem

@@ -192,7 +192,7 @@ def write_applied(config: Config, out: Path, place: Place, way: Way) -> Setup:
     `way`: how the folder is written. UserError if `out` exists, or if the model is not the configuration's.
     """
     check_free(out)
-    setup = Setup.of_config(config, {"calibration": config.calibration, "test": config.texts.test}, place)
+    setup = Setup.of_config(config, place, test=config.texts.test)
     with Session.open(replace(setup, ask=way.asked(out))) as context:
         way.write(context, fit_plan(config, context), out, config.seen_from(place.base, out))
     return setup
@@ -213,8 +213,8 @@ def measured_folder(setup: Setup, out: Path) -> Perplexity:
     if read_config(out / ABOUT) != config:
         raise UserError(f"--out {out}: was replaced while it was measured, and is left as it is")
     best = config.scores.get("best", {})
-    own = {**best, "perplexity": {**best.get("perplexity", {}), "test": measured}}
-    describe(out, config.model_copy(update={"scores": {**config.scores, "best": own}}))
+    best = {**best, "perplexity": {**best.get("perplexity", {}), "test": measured}}
+    describe(out, config.model_copy(update={"scores": {**config.scores, "best": best}}))
     return measured
 
 
@@ -325,8 +325,8 @@ def say_size(folder: Path) -> None:
     """Says in the index of a folder, if it has one, how large its weights are."""
     for index in folder.glob("*.safetensors.index.json"):
         table = read_table(index)
-        headers = [read_header(folder / file) for file in {*table["weight_map"].values()}]
-        size = sum(max(entry["data_offsets"][1] for entry in header.values()) for header in headers)
+        files = {*table["weight_map"].values()}
+        size = sum(max(entry["data_offsets"][1] for entry in read_header(folder / file).values()) for file in files)
         write_table(index, {**table, "metadata": {**table.get("metadata", {}), "total_size": size}})
 
 

@@ -64,8 +64,9 @@ def origin(folder: Path) -> PrunedWith | None:
         return None
     config = read_config(file)
     base, texts = folder / config.folder, config.texts
-    used = (config.calibration, texts.validation, texts.test)
-    return PrunedWith(config, base, *(rooted(text, base) for text in used))
+    return PrunedWith(
+        config, base, *(rooted(text, base) for text in (config.calibration, texts.validation, texts.test))
+    )
 
 
 def new_manifest(folder: Path, device: str) -> Manifest:
@@ -82,8 +83,7 @@ def rooted(text: T, base: Path) -> T:
         return text
     kind, _, file = text.source.partition(":")
     path = os.path.realpath(written(file, base, "source"))  # no error for a loop of links
-    moved: T = text.model_copy(update={"source": f"{kind}:{path}"})  # type: ignore[assignment]
-    return moved
+    return text.model_copy(update={"source": f"{kind}:{path}"})  # type: ignore[return-value]
 
 
 def read_text(option: str, value: str, seqlen: int | None) -> Data:
@@ -93,8 +93,7 @@ def read_text(option: str, value: str, seqlen: int | None) -> Data:
     """
     try:
         given = tomllib.loads(f"text = {value}")["text"] if value.startswith("{") else {"source": value}
-        read = ImageSet(**given) if seqlen is None else Text(**{"seqlen": seqlen, **given})
-        return rooted(read, Path())
+        return rooted(ImageSet(**given) if seqlen is None else Text(**{"seqlen": seqlen, **given}), Path())
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{option}: {value} is not a TOML table: {error}") from None
     except ValidationError as error:
@@ -385,9 +384,12 @@ def result(score: Estimate | None, text: Data, bos: bool) -> list[EvalResult]:
                 "dataset_config": arguments.get("name"), "dataset_split": arguments["split"],
                 "dataset_revision": arguments["revision"],
             }  # fmt: skip
-    value = round(score.value, 4)
-    task = text.words.task
-    return [EvalResult(task_type=task, metric_type="perplexity", metric_name=metric, metric_value=value, **dataset)]
+    return [
+        EvalResult(
+            task_type=text.words.task, metric_type="perplexity", metric_name=metric,
+            metric_value=round(score.value, 4), **dataset,
+        )
+    ]  # fmt: skip
 
 
 def _listed(settings: Table) -> str:

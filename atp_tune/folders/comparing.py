@@ -68,7 +68,7 @@ class TaskOptions:
 
 def open_config(config: Config, place: Place, **more: Data) -> Session:
     """The session that prunes to a configuration, to be closed; `more`: texts beside the one for calibration."""
-    return Session.open(Setup.of_config(config, {"calibration": config.calibration, **more}, place))
+    return Session.open(Setup.of_config(config, place, **more))
 
 
 def uniform_plan(config: Config, session: Session) -> Plan:
@@ -157,8 +157,8 @@ def _work(of_images: bool, options: TaskOptions, place: Place) -> TaskResults | 
     from atp_tune.scores.tasks import find_tasks
 
     place.note("reading the tasks")
-    tasks = find_tasks(options.tasks, place.watch, multimodal=True)
-    return TaskResults({"": tasks}, options.most, options.num_fewshot, options.batch)
+    tasks = {"": find_tasks(options.tasks, place.watch, multimodal=True)}
+    return TaskResults(tasks, options.most, options.num_fewshot, options.batch)
 
 
 def compared(name: str, results: Mapping[Any, Any]) -> TaskScores:
@@ -186,7 +186,7 @@ def _scores(
 ) -> ZeroShot:
     """The scores of models on tasks, with their differences; top-1 and top-5 accuracies on images in the same form."""
     if isinstance(work, RoleScores):
-        session = session if options.most is None else session.limited("test", options.most)
+        session = session if options.most is None else session.limited(options.most)
         seconds: Any = session.compare(plans, [work])
         ranks = {model: scores["ranks"] for model, scores in work.found.items()}
         tasks, more = tuple(_top(name, top, ranks) for name, top in TOPS.items()), dict[str, Any](mean={})
@@ -221,7 +221,6 @@ def _scores(
 
 def _top(name: str, top: int, by_model: Mapping[Any, list[float]]) -> TaskScores:
     """An accuracy on the test images by the ranks of the right classes, as a score on a task."""
-    accuracies = {model: accuracy(own, top) for model, own in by_model.items()}
     paired = gain(by_model["uniform"], by_model["best"], top) if "best" in by_model else None
     return TaskScores(
         task=f"test images, {name}",
@@ -229,7 +228,7 @@ def _top(name: str, top: int, by_model: Mapping[Any, list[float]]) -> TaskScores
         num_fewshot=0,
         version="",
         metric=METRIC,
-        scores={model: {METRIC: TaskScore(**dict(one))} for model, one in accuracies.items()},
+        scores={model: {METRIC: TaskScore(**dict(accuracy(own, top)))} for model, own in by_model.items()},
         best_minus_uniform=paired and TaskScore(**dict(paired)),
     )
 
@@ -268,8 +267,7 @@ def packed_copy(
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for block in blocks:
         for linear in checkpoint.linears[block.index]:
-            weight = nn.Parameter(block.weights[linear.key], requires_grad=False)
-            owner = checkpoint.blocks[block.index]
+            weight, owner = nn.Parameter(block.weights[linear.key], False), checkpoint.blocks[block.index]
             module: Any = None if linear.expert is not None else owner.get_submodule(linear.name)
             if is_packable(module) and zero_share(weight.detach()) >= LEAST:
                 pruned = copy.copy(module)
@@ -411,8 +409,8 @@ class BothModels(Released):
         # A model's own code may raise anything, as for images of its processor's size.
         with as_user_error(f"model {folder.id}: ", f"cannot be run on {inputs.called}: {{}}"):
             replay = Replay(checkpoint, inputs)
-        bos = bool(self._about and self._about.bos)
-        return WholeModel(partial(replay.whole, checkpoint.weights), folder, device, bos)
+        whole = partial(replay.whole, checkpoint.weights)
+        return WholeModel(whole, folder, device, bool(self._about and self._about.bos))
 
     def _packs(self, checkpoint: Checkpoint) -> bool:
         return not self._use.of_images and is_fast(checkpoint.device) and checkpoint.offload == "none"

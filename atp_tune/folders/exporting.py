@@ -135,9 +135,9 @@ def _groups(config: Config) -> list[Table]:
         raise _cannot(RECIPE, "linears", expert, "has no name for a single expert in a tensor of many")
     group = parse(config.prune.pattern).group
     if not group:
-        blocks = [rf"re:{re.escape(names(config, 'blocks'))}\.\d+$"]
-        targets = list(sparsities) if config.plan.by_linear else blocks
-        return [{"sparsity": list(sparsities.values()), "mask_structure": "0:0", "targets": targets}]
+        blocks = rf"re:{re.escape(names(config, 'blocks'))}\.\d+$"
+        targets = [*sparsities] if config.plan.by_linear else [blocks]
+        return [{"sparsity": [*sparsities.values()], "mask_structure": "0:0", "targets": targets}]
     modules = dict[int, list[str]]()
     for name, sparsity in sparsities.items():
         modules.setdefault(round(sparsity * group), []).append(name)

@@ -362,8 +362,8 @@ def apply_trained(
         if codes is None and config.quantize is not None:
             codes = Codes(parts, config.quantize)
         place = replace(place, watch=calling(place.watch, str(pruned), "the pruned model"))
-        save = None if codes is None else codes.save
-        write_applied(config, pruned, place, replace(way, write=partial(write_sparse, save=save), copies=2))
+        write = partial(write_sparse, save=None if codes is None else codes.save)
+        write_applied(config, pruned, place, replace(way, write=write, copies=2))
         return finetune(pruned, out, None, None, recover, place, stays=True, codes=codes)
 
 

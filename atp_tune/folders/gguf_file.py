@@ -59,7 +59,7 @@ def save(config: Config, out: Path, place: Place, dtype: str | None) -> Perplexi
     files = [out, *(out.with_suffix(ending) for ending in RECIPE)]
     for file in files:
         check_free(file)
-    setup = Setup.of_config(config, {"calibration": config.calibration, "test": config.texts.test}, place)
+    setup = Setup.of_config(config, place, test=config.texts.test)
     setup = replace(setup, ask=Way(copies=COPIES).asked(out))
     with Session.open(setup) as context, writing(out), temporary_folder(out) as folder:
         plan = fit_plan(config, context)

@@ -183,8 +183,8 @@ def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Cod
     columns = weight.shape[-1]
     size = quantize.columns_of_group(columns)
     groups = [part[..., ::size].contiguous() for part in (scales, zeros)]
-    again = [spread(part, size, columns) for part in groups]
-    if not all(torch.equal(*pair) for pair in zip(again, (scales, zeros), strict=True)):
+    pairs = zip(groups, (scales, zeros), strict=True)
+    if not all(torch.equal(spread(group, size, columns), part) for group, part in pairs):
         raise ValueError("its columns lie in another order there")
     least, width = map(int, bits.aminmax())
     if least != width:

@@ -328,8 +328,10 @@ def _listed(names: list[str]) -> str:
 
 def differences(there: Environment, here: Environment) -> Iterator[EnvironmentDifference]:
     """The differences, the most important first: packages and instructions that compute, then all else."""
-    packages = sorted({*there.versions, *here.versions})
-    rows = [(name, there.versions.get(name, "–"), here.versions.get(name, "–"), name in EXACT) for name in packages]
+    rows = [
+        (name, there.versions.get(name, "–"), here.versions.get(name, "–"), name in EXACT)
+        for name in sorted({*there.versions, *here.versions})
+    ]
     rows += [
         ("CPU instructions", " ".join(there.instructions) or "–", " ".join(here.instructions) or "–", True),
         ("system", there.system, here.system, there.system.partition(" ")[2] != here.system.partition(" ")[2]),

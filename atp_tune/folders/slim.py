@@ -71,10 +71,8 @@ def check_equal(context: Session, masked: Path, slim: Path) -> None:
         if size <= FITS * min(free_memory(checkpoint.device), host_memory()):
             dtype = torch.float32
         else:
-            name = str(dtype).removeprefix("torch.")
-            note = f"float32 does not fit into memory: compared in {name}, where {LOOSE:.0%} of difference passes"
-            context.watch(Message(f"--slim: {note}"))
-    tolerance = TOLERANCES.get(dtype, LOOSE)
+            closeness = f"compared in {context.dtype}, where {LOOSE:.0%} of difference passes"
+            context.watch(Message(f"--slim: float32 does not fit into memory: {closeness}"))
     expected = _logits(context, masked, dtype)[0]
     logits, cached, reason = _logits(context, slim, dtype, has_cache)
     if cached is None and has_cache:
@@ -83,7 +81,7 @@ def check_equal(context: Session, masked: Path, slim: Path) -> None:
         if output is None:
             continue
         difference = float((output.double() - expected.double()).norm() / expected.double().norm())
-        if not difference <= tolerance:
+        if not difference <= TOLERANCES.get(dtype, LOOSE):
             raise UserError(
                 f"--slim: {type(checkpoint.model).__name__} computes other logits once its channels are cut "
                 f"({what} cached keys: {difference:.2g} apart); `apply` without --slim writes it"
@@ -94,9 +92,8 @@ def _logits(
     context: Session, folder: Path, dtype: torch.dtype, cached: bool = False
 ) -> tuple[Tensor, Tensor | None, str]:
     """Logits of a folder's model for a small batch, and if `cached` also with cached keys, or the reason for none."""
-    what = "--slim: this model cannot run with fewer channels"
-    device = context.checkpoint.device
-    with as_user_error(what), quiet("transformers"), Checkpoint.load(folder, dtype, device) as checkpoint:
+    wrong, device = as_user_error("--slim: this model cannot run with fewer channels"), context.checkpoint.device
+    with wrong, quiet("transformers"), Checkpoint.load(folder, dtype, device) as checkpoint:
         replay = Replay(checkpoint, context.inputs)
         _, batch, _ = context.inputs.examples(checkpoint, 1, POSITIONS)
         if checkpoint.offload != "none":
@@ -178,9 +175,8 @@ def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: s
             if is_slim(folder):
                 bring_own_code(folder)
             check_equal(context, masked, folder)
-            about = read_config(masked / ABOUT)
             manifest = new_manifest(folder, device_name(context.checkpoint.device))
-            describe(folder, about.model_copy(update={"manifest": manifest, "slim": True}))
+            describe(folder, read_config(masked / ABOUT).model_copy(update={"manifest": manifest, "slim": True}))
 
 
 SLIM = Way(write_slim, check_slim, copies=2)  # with the channels first, to be compared with
@@ -198,7 +194,6 @@ class _Cuts:
     def add(self, index: int, masks: Mapping[str, Tensor]) -> None:
         """Takes the channels that are gone, by the linear that reads them."""
         by_name = {linear.name: linear for linear in self.checkpoint.linears[index]}
-        prefix = f"{self.checkpoint.block_names[index]}."
         self.counts.append([])
         for each in self.blocks[index].sets:
             mask = masks.get(each.reader)
@@ -210,7 +205,8 @@ class _Cuts:
                 linear, indices = by_name[name], kept.repeat_interleave(size).nonzero()[:, 0]
                 is_reader, shape = name == each.reader, [linear.out_features, linear.in_features]
                 shape[is_reader] = len(indices)
-                self.linears[prefix + name] = Cut(int(is_reader), indices, linear.transposed, shape)
+                path = f"{self.checkpoint.block_names[index]}.{name}"
+                self.linears[path] = Cut(int(is_reader), indices, linear.transposed, shape)
 
     def tensors(self, folder: Path) -> dict[str, Cut]:
         """Cuts by the names of tensors in a folder's files; of biases only rows are cut."""
@@ -258,8 +254,12 @@ def _plain_config(folder: Path, config: Table, cuts: _Cuts) -> Table | None:
         if each.columns == 1:
             choices.append([{key: kept} for key, value in config.items() if type(value) is int and value == each.count])
         else:
-            keys = [key for key, value in config.items() if "head" in key and "dim" not in key and type(value) is int]
-            scaled = {key: config[key] * kept // each.count for key in keys if config[key] % each.count == 0}
+            numbers = ((key, value) for key, value in config.items() if "head" in key and type(value) is int)
+            scaled = {
+                key: value * kept // each.count
+                for key, value in numbers
+                if "dim" not in key and value % each.count == 0
+            }
             size = getattr(model_config(folder, trusted=False), "head_dim", None)
             choices.append([scaled | ({} if size is None else {"head_dim": size})])
     for changes in product(*choices):

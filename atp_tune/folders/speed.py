@@ -123,17 +123,16 @@ def passing_pair(config: Config, place: Place) -> Iterator[Pair]:
 
 def _cached(config: Config, dense: ModelFolder, place: Place) -> Path:
     """The folder in the cache of a configuration's sparse model."""
-    setup = Setup.of_config(config, {"calibration": config.calibration}, place)
+    setup = Setup.of_config(config, place)
     items = KINDS[setup.inputs].read(setup.texts, dense, place.base, bool(setup.bos))
     device = find_device(place.device)
-    own = key(
+    return cache_dir("sparse") / key(
         "sparse",
         config=config.weights_id,
         batches=dict(config.batches),
         text=items["calibration"].content,
         arithmetic=arithmetic(device, find_dtype(config.model.dtype, device)),
     )
-    return cache_dir("sparse") / own
 
 
 # --- Tokens, or images, per second of two models that take turns, in any engine.
@@ -340,7 +339,7 @@ def _inputs(pair: Pair, dense: Checkpoint, task: Workload) -> tuple[Tensor, dict
         one = Pictures([""], lambda _: "a grey picture", lambda _: grey)
         shape = ImageProcessor.of(pair.dense, pair.trusted).pixels(one).shape[1:]
     noise = torch.randn(task.batch, *shape, generator=torch.Generator().manual_seed(0))
-    batch = noise.to(dense.dtype).to(dense.device)
+    batch = noise.to(dense.device, dense.dtype)
     return batch, {"pixel_values": batch[:1]}
 
 
@@ -541,15 +540,14 @@ def sizes(dense: Path, sparse: Path, watch: EventHandler) -> Sizes:
 
     files = [(folder, file) for folder in (dense, sparse) for file in sorted(folder.glob("*.safetensors"))]
     total = sum(file.stat().st_size for _, file in files)
-    done, plain, packed, unpadded = 0, Counter[Path](), Counter[Path](), 0
+    plain, packed, unpadded = Counter[Path](), Counter[Path](), 0
     for folder, file in files:
         compressor = ZstdCompressor(level=LEVEL).compressobj()
         with file.open("rb") as stream:
             while chunk := stream.read(CHUNK):
                 packed[folder] += len(compressor.compress(chunk))
                 plain[folder] += len(chunk)
-                done += len(chunk)
-                watch(Step("compress", done, total))
+                watch(Step("compress", plain.total(), total))
         packed[folder] += len(compressor.flush())
         if folder == sparse:  # what a packed folder's files would have, but for their headers
             with safe_open(file, framework="pt") as tensors:

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from atp_tune.checkpoints.blocks import Linear, classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import GIB, find_dtype, free_memory
-from atp_tune.checkpoints.files import read_header, read_sizes
+from atp_tune.checkpoints.files import read_headers, read_sizes
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.prune import FEWEST, MOST, NLL_SHARES, SHARE, Training
 from atp_tune.config.study import ModelConfig
@@ -374,8 +374,7 @@ def order(windows: int, settings: Training) -> Tensor:
     """Indices of windows [steps × batch]: all windows in a random order, then in another, and so on."""
     generator = torch.Generator().manual_seed(settings.seed)
     needed = settings.steps * settings.batch
-    rounds = [torch.randperm(windows, generator=generator) for _ in range(-(-needed // windows))]
-    return torch.cat(rounds)[:needed]
+    return torch.cat([torch.randperm(windows, generator=generator) for _ in range(-(-needed // windows))])[:needed]
 
 
 def rate(done: int, settings: Training) -> float:
@@ -393,7 +392,7 @@ def _check_finite(loss: float, text: str) -> None:
 
 def stored_format(folder: Path) -> torch.dtype:
     """The number format that rounds no weight of a folder: bfloat16 if all are stored as such, else float32."""
-    kinds = {entry["dtype"] for file in folder.glob("*.safetensors") for entry in read_header(file).values()}
+    kinds = {entry["dtype"] for entry in read_headers(folder).values()}
     return torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
 

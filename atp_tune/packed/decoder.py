@@ -83,16 +83,18 @@ class Blocks:
                 setattr(row, name, self._norm(each.get(name)))
         shapes = [(weight.rows, weight.columns) for weight in self._weights]
         (heads, width), (shared, _), *_, (_, inner) = shapes[: len(PRODUCTS)]
-        attention = [(heads, width), (shared, width), (shared, width), (width, heads)]
-        size, whole = layers[0].self_attn.head_dim, [*attention, (inner, width), (inner, width), (width, inner)]
+        size = layers[0].self_attn.head_dim
+        whole = [(heads, width), (shared, width), (shared, width), (width, heads)]
+        whole += [(inner, width), (inner, width), (width, inner)]
         if shapes != whole * len(layers) or shared % size or heads % shared:
             raise ValueError(f"its blocks of width {width} with heads of {size} do not fit")
         self.places = self.now()
         (epsilon,), (scaling,) = ({*each} for each in self.places[-2:])  # ValueError if blocks differ
-        functions = kernel.parallel(), kernel.parallel("omp_get_num_threads")
-        sides = len(layers), width, heads // size, shared // size, size, inner
-        kinds = kernel.FLOATS[dtype], kernel.VARIANTS[variant]
-        self.fields = _Decoder(None, self._norm(norm), *functions, *sides, epsilon, scaling, *kinds)
+        self.fields = _Decoder(
+            None, self._norm(norm), kernel.parallel(), kernel.parallel("omp_get_num_threads"),
+            len(layers), width, heads // size, shared // size, size, inner,
+            epsilon, scaling, kernel.FLOATS[dtype], kernel.VARIANTS[variant],
+        )  # fmt: skip
 
     def _product(self, linear: Any) -> int:
         """The address of a weight for the kernel."""
@@ -106,14 +108,14 @@ class Blocks:
         return ctypes.addressof(weight)
 
     def _norm(self, norm: Any) -> int | None:
-        weight = None if norm is None else norm.weight
+        weight = norm and norm.weight
         if weight is not None and not (weight.is_cpu and weight.dtype == self.dtype and weight.is_contiguous()):
             raise ValueError(f"a norm is not of {self.dtype}")
         return kernel.address(weight)
 
     def now(self) -> tuple[list[Any], ...]:
         """State that the addresses hold for: modules and their code, the kernel's matrices, tensors and versions."""
-        parts = [part for own in self.own for part in own["_parameters"].values()]
+        parts = (part for own in self.own for part in own["_parameters"].values())
         changing = [part for module in self._packed for part in module._parameters.values()]
         return (
             [child for own in self.own for child in own["_modules"].values()],
@@ -149,8 +151,8 @@ class Blocks:
         y, places = x.new_empty(x.shape), (x.contiguous(), cosines, sines, seen)
         fields, loaded = _Decoder.from_buffer_copy(self.fields), self._loaded
         fields.layers = ctypes.addressof(table)
-        numbers = length, texts, y.data_ptr(), torch.get_num_threads()
-        if not kernel.succeed(loaded.atp_decode(ctypes.addressof(fields), *map(kernel.address, places), *numbers)):
+        addresses = ctypes.addressof(fields), *map(kernel.address, places)
+        if not kernel.succeed(loaded.atp_decode(*addresses, length, texts, y.data_ptr(), torch.get_num_threads())):
             return None
         for layer in past.layers:
             buffers = layer.atp_room[3:]
@@ -204,7 +206,6 @@ class Decoder:
     def may_take(self, words: dict[str, Any]) -> bool:
         """Whether a call is for one more token of a few texts, and nothing else is asked for, nor sees it."""
         ids, mask, config = words.get("input_ids"), words.get("attention_mask"), self.model.config
-        others = (value for name, value in words.items() if name not in KNOWN)
         if not isinstance(ids, Tensor) or not (mask is None or isinstance(mask, Tensor)):
             return False
         return (
@@ -215,7 +216,7 @@ class Decoder:
             and type(words.get(CACHE)) is DynamicCache
             and False not in (words.get("use_cache"), words.get("return_dict"))
             and not (config.output_attentions or config.output_hidden_states)
-            and all(value is None or value is False for value in others)
+            and all(value is None or value is False for name, value in words.items() if name not in KNOWN)
             and not kernel.watched(ids)
             and not nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         )
@@ -310,8 +311,8 @@ def round_head(model: Any, kind: Any, model_type: str) -> None:
     groups = head.weight.detach().float().view(head.out_features, -1, kernel.BLOCK)
     largest = groups.abs().amax(-1)
     scales, exponent = in_16_bits(largest / 127, largest > 0)
-    steps = (scales.float() * 2.0**exponent).unsqueeze(-1)
-    codes = (groups / steps).nan_to_num_(0).round_().clamp_(-127, 127).to(torch.int8)
+    steps = scales.float() * 2.0**exponent
+    codes = (groups / steps.unsqueeze(-1)).nan_to_num_(0).round_().clamp_(-127, 127).to(torch.int8)
     form = {"bits": 8, "group_size": kernel.BLOCK, "symmetric": True, "mask": False, "exponent": exponent}
     about = {"shape": [*head.weight.shape], "nonzeros": int(codes.count_nonzero()), "codes": form}
     linear = kind(head, about)

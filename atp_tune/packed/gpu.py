@@ -50,9 +50,8 @@ class GpuMatrix(kernel.PackedParts):
         if not 0 <= first <= last <= self.shape[0]:
             raise ValueError(f"packed weight: has {self.shape[0]} rows, not {first} to {last}")
         dtype = dtype or (torch.float32 if self.scales is not None else self.values.dtype)
-        scales = None if self.scales is None else self.scales[first:last]
-        parts = (self.values, self.bitmask[first:last], self.offsets[first : last + 1], scales)
-        return kernel_triton.unpacked(*parts, self.shape[1], dtype)
+        scales, offsets = None if self.scales is None else self.scales[first:last], self.offsets[first : last + 1]
+        return kernel_triton.unpacked(self.values, self.bitmask[first:last], offsets, scales, self.shape[1], dtype)
 
 
 @cache

@@ -198,8 +198,10 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # values, b
 def check_interface(version: int) -> None:
     """ImportError unless the file of a packed folder, perhaps of another version of atp_tune, fits this one."""
     if version not in (6, 7, INTERFACE):  # 7 adds codes, 8 decoders
-        difference = f"the file of the packed folder wants interface {version} of the kernel, this is {INTERFACE}"
-        raise ImportError(f"{difference}; pack the folder again")
+        raise ImportError(
+            f"the file of the packed folder wants interface {version} of the kernel, this is {INTERFACE}; "
+            "pack the folder again"
+        )
 
 
 class PackedParts:
@@ -344,8 +346,8 @@ def followed(x: Tensor, *parts: *Parts) -> Tensor:
     learns = torch.is_grad_enabled() and any(part.requires_grad for part in floats)
     duals = (forward_ad.unpack_dual(part, level=0) for part in floats)  # type: ignore[no-untyped-call]
     if learns or any(dual.tangent is not None for dual in duals):
-        weight = _unpacked(values, bitmask, x.shape[-1], scales)
-        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        weight = _unpacked(values, bitmask, x.shape[-1], scales).to(x.dtype)
+        return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return cast("Tensor", torch.ops.atp_sparse.product(x, *parts))
 
 
@@ -453,10 +455,11 @@ class CheckedCodes:
     def __init__(self, columns: int, unit: Tensor, bits: int, *parts: *CodedParts) -> None:
         codes, bitmask, self.offsets, scales, zeros, bias = self.parts = parts
         self.shape, self.unit = (len(scales), columns), unit
-        places = map(address, (codes, bitmask, self.offsets, scales, bias))
-        kind = 0 if bias is None else FLOATS[bias.dtype]
-        sizes = (*self.shape, len(codes), scales.shape[1], 0, kind, _of_codes(kernel_name()) or 0, ALONE)
-        self.weight = Weight(*places, parallel(), *sizes, zeros.data_ptr(), float(unit), bits)
+        self.weight = Weight(
+            *map(address, (codes, bitmask, self.offsets, scales, bias)), parallel(), *self.shape, len(codes),
+            scales.shape[1], 0, 0 if bias is None else FLOATS[bias.dtype], _of_codes(kernel_name()) or 0, ALONE,
+            zeros.data_ptr(), float(unit), bits,
+        )  # fmt: skip
         self._at = ctypes.addressof(self.weight)
 
     def product(self, x: Tensor) -> Tensor | None:
@@ -488,9 +491,9 @@ class CheckedCodes:
         return torch.frombuffer(out, dtype=torch.float32).view(self.shape)
 
     def _unpack(self, first: int, last: int, place: int, dtype: torch.dtype) -> None:
-        loaded, threads = library(), torch.get_num_threads()
+        loaded = library()
         assert loaded is not None
-        succeed(loaded.atp_codes_unpack(self._at, first, last, place, FLOATS[dtype], threads))
+        succeed(loaded.atp_codes_unpack(self._at, first, last, place, FLOATS[dtype], torch.get_num_threads()))
 
     def nonzeros(self) -> int:
         """The number of weights that are not 0."""
@@ -597,5 +600,7 @@ def dense_weight(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Wei
     fits = all(part.is_cpu and part.dtype == dtype and part.is_contiguous() for part in parts) and dtype in DENSE
     if not fits or weight.shape[1] % BLOCK or name not in FASTER:
         return None
-    places = (weight.data_ptr(), None, None, None, address(bias), parallel())
-    return Weight(*places, *weight.shape, weight.numel(), 1, DENSE[dtype], FLOATS[dtype], VARIANTS[name], ALONE)
+    return Weight(
+        weight.data_ptr(), None, None, None, address(bias), parallel(), *weight.shape, weight.numel(), 1,
+        DENSE[dtype], FLOATS[dtype], VARIANTS[name], ALONE,
+    )  # fmt: skip

@@ -176,9 +176,9 @@ def in_16_bits(scale: Tensor, used: Tensor) -> tuple[Tensor, int]:
 
 def pack_codes(codes: Tensor, code_bits: int) -> Tensor:
     """Integers from 0 to 2^code_bits - 1 one after the other, uint8 [⌈count·code_bits/8⌉], the lowest bit first."""
-    count, eights = codes.numel(), -(-codes.numel() // 8)
-    words = nn.functional.pad(codes.flatten().to(torch.int16), (0, eights * 8 - count)).view(eights, 8)
-    octets = torch.zeros(eights, code_bits, dtype=torch.int16)
+    count = codes.numel()
+    words = nn.functional.pad(codes.flatten().to(torch.int16), (0, -count % 8)).view(-1, 8)
+    octets = torch.zeros(len(words), code_bits, dtype=torch.int16)
     for index in range(8):
         first, shift = divmod(index * code_bits, 8)
         word = words[:, index] << shift

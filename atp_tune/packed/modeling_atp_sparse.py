@@ -759,14 +759,14 @@ def tensors_in(files: Iterable[str | Path]) -> Iterator[tuple[set[str], Get]]:
 
 def _unpacked(path: Any, hub: Table, table: Table, linears: Table) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a folder; all are unpacked but those of `linears`, which stay packed, perhaps otherwise."""
-    single = cached_file(path, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
-    if single is None:
+    files: Any = [cached_file(path, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)]
+    if files == [None]:
         index = cached_file(path, INDEX, **hub)
-        files = list(get_checkpoint_shard_files(path, index, **hub)[0])  # type: ignore[no-untyped-call]
+        files, _ = get_checkpoint_shard_files(path, index, **hub)  # type: ignore[no-untyped-call]
     every = {**table["stored"], **table["linears"]}
     packed = {name: about for name, about in every.items() if name not in linears}
     coded = {name: every[name] for name in linears if "codes" in every[name] and "codes" not in linears[name]}
-    with tensors_in(files if single is None else [single]) as (names, get):
+    with tensors_in(files) as (names, get):
         for name in names - {f"{name}{end}" for name in (*packed, *coded) for end in PARTS}:
             yield name, _part(get, name)
         for name, about in coded.items():

@@ -67,12 +67,12 @@ class DSnoT(DSnoTSettings, Unprepared):
         sides = [self._swaps(sign * effects, worth, order, gone) for sign in (-1, 1)]
         # Applies the swaps that reduce the error [out] to the mask `gone`.
         error = (effects * gone).sum(1)
-        rows, steps = torch.arange(len(gone), device=gone.device), sides[0].grow.shape[1]
+        rows = torch.arange(len(gone), device=gone.device)
         grow, prune, change, possible = (torch.stack(part) for part in zip(*sides, strict=True))
         change[0] = -change[0]
         used, first = torch.zeros(2, len(gone), dtype=torch.long, device=gone.device), error.sign()
         swaps, alive = torch.zeros_like(possible), torch.ones_like(first, dtype=torch.bool)
-        for _ in range(steps):
+        for _ in range(grow.shape[2]):
             alive = alive & (error.abs() > self.threshold)
             side = (error > 0).long()
             here = (side, rows, used[side, rows])

@@ -74,8 +74,8 @@ class RTN(Unprepared):
     def grid(self, weight: Tensor, bits: int) -> Grid:
         """The scale and zero point [out, groups] of each group of weight [out, in]; GPTQ's are the same."""
         grids = [Grid.of(part.float(), bits, self.symmetric) for part in grouped(weight, self.group_size)]
-        scales, zeros = [one.scale for one in grids], [one.zero for one in grids]
-        return Grid(ungrouped(scales, len(weight)), ungrouped(zeros, len(weight)), grids[0].top)
+        scales = ungrouped([one.scale for one in grids], len(weight))
+        return Grid(scales, ungrouped([one.zero for one in grids], len(weight)), grids[0].top)
 
 
 # --- GPTQ: rounds column by column and updates the columns to the right to compensate for the error.

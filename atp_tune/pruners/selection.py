@@ -63,7 +63,7 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return mask if _number(mask) == count * len(scores) else _leftmost(thresholds, scores, count)
 
 
-def lowest_in_rows(scores: Tensor, sparsity: float, group: int | None = None) -> Tensor:
+def lowest_in_rows(scores: Tensor, sparsity: float, group: int | None) -> Tensor:
     """Mask [rows, columns] of the ⌊columns·s⌋ lowest scores of each row, or the ⌊M·s⌋ lowest of each group."""
     if group is None:
         return lowest(scores, int(scores.shape[1] * sparsity))

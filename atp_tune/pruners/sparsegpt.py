@@ -153,13 +153,13 @@ def change_by_blocks(W: Tensor, R: Tensor, width: int, change: Callable[[Tensor,
 
 def _prune_block(W: Tensor, U: Tensor, sparsity: float, group: int | None) -> Tensor:
     """Prunes the columns W [B, out] of a block with its part U [B, B]; overwrites W."""
+    pivots = U.diagonal()[:, None]
     if group is not None:
-        pivots, gone = U.diagonal()[:, None], torch.empty_like(W, dtype=torch.bool)
+        gone = torch.empty_like(W, dtype=torch.bool)
         for start in range(0, len(W), group):
             here = slice(start, start + group)
             gone[here] = lowest_in_rows((W[here] / pivots[here]).square_().T, sparsity, group).T
             plain(W[start:], U[start:, start:], gone[here] / pivots[here])
         return zeroed(W, gone)
-    pivots = U.diagonal()[:, None]
     gone = lowest_in_matrix((W / pivots).square_().T, sparsity).T
     return zeroed(sweep(W, U, gone / pivots), gone)

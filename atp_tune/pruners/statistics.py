@@ -86,8 +86,8 @@ class InputMoments:
 
     def tensors(self) -> Tensors:
         """Sums of squares, means and sums of squared deviations [in], and the number of tokens."""
-        tokens = torch.tensor(self.tokens)
-        return {**self._norms.tensors(), "means": self._means, "deviations": self._deviations, "tokens": tokens}
+        own = {"means": self._means, "deviations": self._deviations, "tokens": torch.tensor(self.tokens)}
+        return self._norms.tensors() | own
 
     @staticmethod
     def bytes_for(inputs: int) -> int:
@@ -304,6 +304,5 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
 
     With ROCm, whose devices are called cuda too, it has the overload and raises.
     """
-    half = dtype in {torch.bfloat16, torch.float16}
     is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return half and is_nvidia and hasattr(torch.ops.aten.mm, "dtype")
+    return is_nvidia and dtype in {torch.bfloat16, torch.float16} and hasattr(torch.ops.aten.mm, "dtype")

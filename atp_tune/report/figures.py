@@ -7,10 +7,10 @@ name them instead.
 
 import statistics
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import accumulate, groupby
+from itertools import accumulate
 from math import inf, isfinite, log10
 from typing import Any
 
@@ -276,7 +276,7 @@ def draw_perplexity(points: Points) -> go.Figure | None:
     # A trace for each pruner (and allocation, if several have β) in each panel; trials above the axis are arrows.
     several, pruners = len({_allocation(trial) for trial in over if not is_uniform(trial)}) > 1, set()
     for panel in panels:
-        for (pruner, allocation), group in _grouped(panel.trials, several and panel.axis == "x"):
+        for (pruner, allocation), group in _grouped(panel.trials, several and panel.axis == "x").items():
             shown = [trial for trial in group if points.value(trial) <= seen.top]
             title, colour = f"{pruner}, {allocation}" if allocation else pruner, pruner_colour(pruner)
             points.add(
@@ -343,12 +343,11 @@ def _set_axes(figure: go.Figure, summary: Summary, over: Panel, others: Panel) -
     figure.update_layout(xaxis_title_text=title, xaxis_range=[low - pad, high + pad])
 
 
-def _grouped(trials: list[FrozenTrial], apart: bool) -> Iterator[tuple[tuple[str, str], list[FrozenTrial]]]:
-    def key(trial: FrozenTrial) -> tuple[str, str]:
-        return method_in(trial.params), _allocation(trial) if apart else ""
-
-    for name, group in groupby(sorted(trials, key=key), key=key):
-        yield name, sorted(group, key=_beta)
+def _grouped(trials: list[FrozenTrial], apart: bool) -> dict[tuple[str, str], list[FrozenTrial]]:
+    groups = dict[tuple[str, str], list[FrozenTrial]]()
+    for trial in sorted(trials, key=_beta):
+        groups.setdefault((method_in(trial.params), _allocation(trial) if apart else ""), []).append(trial)
+    return dict(sorted(groups.items()))
 
 
 def _beta(trial: FrozenTrial) -> float:

@@ -115,8 +115,12 @@ class Setup:
         )
 
     @classmethod
-    def of_config(cls, config: Config, texts: dict[str, Data], place: Place) -> "Setup":
-        """The setup for a configuration's plan, with its plug-ins, for which UserError unless they are allowed."""
+    def of_config(cls, config: Config, place: Place, **more: Data) -> "Setup":
+        """The setup for a configuration's plan, with its plug-ins, for which UserError unless they are allowed.
+
+        `more`: texts beside the one for calibration.
+        """
+        texts = {"calibration": config.calibration, **more}
         plug_in_config(config, texts, place.base, place.allowed.get("trust_plugins", False))
         return cls(
             config.model.model(place.allowed),
@@ -280,9 +284,9 @@ class Session(Released):
         """Whether draws are fitted to less than the study's own plans, since the calibration text has no room."""
         return len(self._draws) > 1 and len(set(self.fitted_to)) > 1
 
-    def limited(self, role: str, most: int) -> "Session":
-        """The session with the first items of one role, at most so many."""
-        return self._with(role, self.windows[role][:most])
+    def limited(self, most: int) -> "Session":
+        """The session with the first items of the test, at most so many."""
+        return self._with("test", self.windows["test"][:most])
 
     def _with(self, role: str, items: Items, **changed: Any) -> "Session":
         """A copy with other items of one role and these attributes, without dense measurements and error curve."""

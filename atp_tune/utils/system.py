@@ -94,8 +94,7 @@ def launches(launch: Callable[[], object], without: str) -> bool:
     except Exception as error:  # from Triton, its import, a compiler, ptxas or the driver
         if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
             raise
-        reason = next(iter(str(error).splitlines()), "")
-        log.warning(f"{without}: {type(error).__name__}: {reason}")
+        log.warning(f"{without}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
         return False
     return True
 
