@@ -313,7 +313,7 @@ def _check_tower(tower: Replay, batch: Batch) -> None:
     They are replayed after the model has run: while it runs, transformers collects what its blocks return.
     """
     ran, weights = list[tuple[int, Tensor, Tensor]](), tower.checkpoint.weights
-    run = tower.with_weights(weights)
+    run, indices = tower.with_weights(weights), range(len(tower.checkpoint.blocks))
 
     def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
         output = run(index, *args, **kwargs)
@@ -324,7 +324,7 @@ def _check_tower(tower: Replay, batch: Batch) -> None:
         raise Difference("passes the blocks of its tower values that depend on the image")
     with bypassed(tower.checkpoint.blocks, stand_in):
         tower.forward(batch[:2])
-    if [index for index, *_ in ran] != list(range(len(tower.checkpoint.blocks))):
+    if [index for index, *_ in ran] != list(indices):
         raise Difference("does not run each block of its vision tower once, in their order")
     hidden = tower.embed(batch[:2])
     for index, given, output in ran:

@@ -191,9 +191,7 @@ class PruneConfig(SettingsTable):
             return inner(data)
         names = data.get("pruners", ())
         short = {short_name(name) for name in names if isinstance(name, str)} if isinstance(names, list | tuple) else ()
-        # A plug-in may have a table.
-        tables = {key for key in data if not PRUNERS.is_built_in(str(key)) and (key in short or key in PRUNERS)}
-        unknown = [key for key in data if key not in cls.model_fields and key not in tables]
+        unknown = [key for key in data if key not in cls.model_fields and not _has_table(key, short)]
         wrong = [InitErrorDetails(type="extra_forbidden", loc=(key,), input=data[key]) for key in unknown]
         try:
             config = inner({key: value for key, value in data.items() if key not in unknown})
@@ -279,6 +277,11 @@ class PruneConfig(SettingsTable):
     def tables(self) -> dict[str, dict[str, JsonValue]]:
         """The tables of plug-ins, as they are written, by short name."""
         return self.__pydantic_extra__ or {}
+
+
+def _has_table(name: Any, short_names: Any) -> bool:
+    """Whether a name is that of a plug-in, which may have a table."""
+    return isinstance(name, str) and not PRUNERS.is_built_in(name) and (name in short_names or name in PRUNERS)
 
 
 def check_names(names: tuple[str, ...], key: str, registry: Registry[Any]) -> None:
