@@ -78,8 +78,7 @@ class Estimate(FrozenModel):
 
     def beside(self, what: str) -> str:
         """A change in a sentence, without a sign: `16.2% ± 2.2% below uniform’s`, `1.2 ± 0.5 points above dense`."""
-        size = self.written(self.style).lstrip("+-")
-        return f"{size} {'above' if self.value > 0 else 'below'} {what}".rstrip()
+        return f"{self.written(self.style).lstrip('+-')} {'above' if self.value > 0 else 'below'} {what}".rstrip()
 
     def may_be_chance(self, items: int) -> bool:
         """Whether 0 lies in the 95 % interval of a change over so many items; False if its error is not known."""
