@@ -186,7 +186,7 @@ def _scores(
 ) -> ZeroShot:
     """The scores of models on tasks, with their differences; top-1 and top-5 accuracies on images in the same form."""
     if isinstance(work, RoleScores):
-        session = session if options.most is None else session.limited("test", options.most)
+        session = session if options.most is None else session.limited(options.most)
         seconds: Any = session.compare(plans, [work])
         ranks = {model: scores["ranks"] for model, scores in work.found.items()}
         tasks, more = tuple(_top(name, top, ranks) for name, top in TOPS.items()), dict[str, Any](mean={})
