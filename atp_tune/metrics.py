@@ -346,5 +346,4 @@ class Speed(FrozenModel, allow_inf_nan=False):
 
 def spread(values: tuple[float, ...], digits: str) -> str:
     """Formats runs as `median (lowest to highest)`."""
-    low, middle, high = (format(value, digits) for value in (min(values), median(values), max(values)))
-    return f"{middle} ({low} to {high})"
+    return f"{median(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"

@@ -112,12 +112,10 @@ def _new_origin(kind: str, name: str, plugin: Any) -> Origin:
     """The origin of an object that a decorator registers; a notebook has no file, so there the object is hashed."""
     code = plugin if inspect.isclass(plugin) or inspect.isroutine(plugin) else type(plugin)
     address = f"{code.__module__}:{code.__qualname__}"
-    try:
+    with suppress(OSError, TypeError):  # a class of a notebook
         file = Path(str(inspect.getsourcefile(code)))
         if file.is_file():
             return Origin(kind, name, "decorator", address, file.absolute(), digest(file.read_bytes()))
-    except (OSError, TypeError):  # a class of a notebook
-        pass
     return Origin(kind, name, "decorator", address, None, content_of_object(plugin))
 
 

@@ -1,5 +1,4 @@
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import naive
@@ -19,18 +18,13 @@ from atp_tune.run.session import Session
 from atp_tune.scores import next_token
 from atp_tune.scores.next_token import (
     NEXT_TOKEN,
-    Block,
-    final_states,
+    Passing,
     head_scores,
     loss_gradient,
     mean_loss,
     token_kls,
     token_nlls,
 )
-
-
-def dense_blocks(replay: Replay) -> Iterator[Block]:
-    return ((index, replay.checkpoint.weights(index)) for index in range(len(replay.checkpoint.blocks)))
 
 
 def batch_of(windows: int) -> AutoBatch:
@@ -41,10 +35,12 @@ def batch_of(windows: int) -> AutoBatch:
 
 @torch.inference_mode()
 def nlls_in(replay: Replay, groups: list[Tensor], batch: AutoBatch, heads: AutoBatch) -> list[list[float]]:
-    states = final_states(replay, batch, dense_blocks(replay), groups)
+    passing = Passing(replay, batch, groups)
+    for index in range(len(replay.checkpoint.blocks)):
+        passing.block(index, replay.checkpoint.weights(index))
     return [
         head_scores(replay, NEXT_TOKEN, heads, group, hidden)["nlls"]
-        for group, hidden in zip(groups, states, strict=True)
+        for group, hidden in zip(groups, passing.states, strict=True)
     ]
 
 

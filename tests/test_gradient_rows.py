@@ -28,15 +28,15 @@ from atp_tune.blocks.prune_pass import of_rows
 from atp_tune.blocks.replay import AutoBatch
 from atp_tune.config.best import read_config
 from atp_tune.config.prune import NLL_SHARES
+from atp_tune.events import ignore_events
 from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.refinement import Treatment
 from atp_tune.pruners.rounding import RTN
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks, Wanda
-from atp_tune.run.dense_model import dense_blocks
+from atp_tune.run.dense_model import dense_final_states
 from atp_tune.run.session import Session
-from atp_tune.scores.next_token import final_states
 
 rows_of_bytes = st.lists(st.integers(-127, 127), min_size=1, max_size=12)
 
@@ -159,7 +159,7 @@ def row_pricing_of(context: Session) -> RowPricing:
 def dense_states(context: Session, ids: Tensor) -> Tensor:
     """Final hidden states of the dense model."""
     batch = AutoBatch(CPU, 1, 1, lambda text: None)
-    return final_states(context.replay, batch, dense_blocks(context.checkpoint), [ids])[0]
+    return dense_final_states(context.replay, batch, [ids], ignore_events)[0]
 
 
 def naive_step(

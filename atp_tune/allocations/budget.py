@@ -127,8 +127,9 @@ class Budget:
         for name, value in values.items():
             low, high = bounds[name]
             if not low - ROUNDING <= value <= high + ROUNDING:
-                symbol = SYMBOLS.get(name, name)
-                raise ValueError(f"{symbol} = {value:g} is outside the admissible interval [{low:.6g}, {high:.6g}]")
+                raise ValueError(
+                    f"{SYMBOLS.get(name, name)} = {value:g} is outside the admissible interval [{low:.6g}, {high:.6g}]"
+                )
 
     def require_dense_metrics(self, allocation: str) -> DenseMetricsProtocol:
         """The measurements of the dense model; ValueError for a budget without a model."""
@@ -188,11 +189,10 @@ def proportional(weights: Sequence[float], sizes: Sequence[int], mean: float) ->
 
     Shares above 1 are set to 1 and the others are scaled up, until no share exceeds 1. Weights must be positive.
     """
-    wanted = mean * sum(sizes)
     scale, full = 0.0, frozenset[int]()
     while len(full) < len(sizes):
         free = [i for i in range(len(sizes)) if i not in full]
-        scale = (wanted - sum(sizes[i] for i in full)) / sum(weights[i] * sizes[i] for i in free)
+        scale = (mean * sum(sizes) - sum(sizes[i] for i in full)) / sum(weights[i] * sizes[i] for i in free)
         exceeding = {i for i in free if scale * weights[i] > 1}
         if not exceeding:
             break

@@ -117,8 +117,9 @@ def rounded(sparsities: Sequence[float], blocks: Sequence[BlockChannels], target
         jumps.append(0 if last else (block.kept[step] - block.kept[step + 1]) * block.mlp.weights)
         rests.append(max(0.0, left - (block.mlp.count - block.kept[step]) * block.mlp.weights))
         steps.append(step)
-    shares = [rest / jump if jump else 0.0 for rest, jump in zip(rests, jumps, strict=True)]
-    raise_largest(steps, sum(rests), shares, jumps)
+    raise_largest(
+        steps, sum(rests), [rest / jump if jump else 0.0 for rest, jump in zip(rests, jumps, strict=True)], jumps
+    )
     return tuple(
         block.shares(number, block.mlp.count - block.kept[step])
         for block, number, step in zip(blocks, heads, steps, strict=True)

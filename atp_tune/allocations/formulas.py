@@ -64,8 +64,7 @@ class ATP(Formula):
     def sparsities(self, budget: Budget, beta: float) -> tuple[float, ...]:
         """One sparsity per block; ValueError if one is outside [0, 1]."""
         budget.check(self.bounds(budget), beta=beta)
-        line = (budget.target + beta * (i - budget.centre) for i in range(len(budget.sizes)))
-        return tuple(min(1.0, max(0.0, s)) for s in line)
+        return tuple(min(1.0, max(0.0, budget.target + beta * (i - budget.centre))) for i in range(len(budget.sizes)))
 
 
 class Curve(Formula):
@@ -97,13 +96,12 @@ class Curve(Formula):
         ends = wall if len(budget.sizes) > 2 else 0.0
         splits = wall / 2 if len({shape.attention for shape in shapes}) == 2 else 0.0
         values = wall if any(shape.value for shape in shapes) else 0.0
-        own = {
+        return atp.bounds(budget) | {
             "gamma": (-ends / 2, ends / 2),
             "ends": (-ends, 0.0),
             "split": (-splits, splits),
             "value": (-values, 0.0),
         }
-        return atp.bounds(budget) | own
 
     def initial_points(self, budget: Budget) -> Points:
         """The initial point of ATP; then half its `beta`, with half the bound of `ends` and the bound of `value`."""

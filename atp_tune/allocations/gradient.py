@@ -199,8 +199,7 @@ def between(targets: Sequence[float], ends: Sequence[RowSparsities], target: flo
     if after == 0 or target >= targets[after]:
         return ends[after]
     before = after - 1
-    share = max(0.0, (target - targets[before]) / (targets[after] - targets[before]))
-    return ends[before].towards(ends[after], share)
+    return ends[before].towards(ends[after], max(0.0, (target - targets[before]) / (targets[after] - targets[before])))
 
 
 def _levelled(values: Sequence[float], sizes: Sequence[int], target: float, low: float, high: float) -> list[float]:

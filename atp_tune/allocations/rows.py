@@ -112,8 +112,7 @@ def zeros_of_rows(columns: int, sparsity: float, offsets: bytes) -> "Zeros":
         middle = (low + high) // 2
         low, high = (middle, high) if int(rows_at(middle).sum()) <= total else (low, middle)
     zeros = rows_at(low)
-    more = np.flatnonzero(rows_at(low + 1) - zeros)[: total - int(zeros.sum())]
-    zeros[more] += 1
+    zeros[np.flatnonzero(rows_at(low + 1) - zeros)[: total - int(zeros.sum())]] += 1
     return zeros
 
 

@@ -67,20 +67,20 @@ class Lender:
         """Lends model and texts; they are found by the sources that it yields until the end."""
         with ExitStack() as stack:
             model, device, texts = None, None, self.texts
-            sources: str | Mapping[str, str] | None = None
+            sources: str | Mapping[str, str] | None
             if self.model is not None:
                 from atp_tune.checkpoints.checkpoint import lent
 
                 model = stack.enter_context(lent(self.model, self.tokenizer)).id
                 where = next(self.model.parameters()).device
                 device = str(where if where.type == "cuda" else where.type)  # as in a study file
-            if texts is not None:
-                roles = texts if isinstance(texts, Mapping) else {"": texts}
-                by_role = {
+            if isinstance(texts, Mapping):
+                sources = {
                     role: each if isinstance(each, str) else stack.enter_context(lent_texts(each))
-                    for role, each in roles.items()
+                    for role, each in texts.items()
                 }
-                sources = by_role if isinstance(texts, Mapping) else by_role[""]
+            else:
+                sources = stack.enter_context(lent_texts(texts)) if isinstance(texts, list) else texts
             yield Sources(model, device, sources)
 
 
@@ -158,8 +158,7 @@ def changed(file: StudyFile, settings: Settings, plugins: bool) -> StudyFile:
     try:
         return overridden(replace(file, trusts_model=True), overrides(settings), plugins)
     except UserError as error:
-        text = re.sub(r"^\S+\.toml(?: with --set .+?)?: (?=[\w.\[\]]+: )", "", str(error))
-        raise UserError(text) from None
+        raise UserError(re.sub(r"^\S+\.toml(?: with --set .+?)?: (?=[\w.\[\]]+: )", "", str(error))) from None
 
 
 def is_study(value: Any) -> bool:
@@ -260,5 +259,5 @@ class Lines:
         if left is not None:  # of the whole call
             self.bar.n, self.bar.total = took, took + ceil(left)
         eta = "" if left is None else f"ETA {timedelta(seconds=ceil(left))}"
-        self.bar.set_postfix_str(", ".join(part for part in (self._results, eta) if part), refresh=False)
+        self.bar.set_postfix_str(", ".join(filter(None, (self._results, eta))), refresh=False)
         self.bar.set_description_str(text, refresh=True)

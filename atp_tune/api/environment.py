@@ -164,8 +164,12 @@ def _processor() -> Processor:
 def _memory() -> HostMemory:
     from atp_tune.checkpoints.devices import cgroup_limit, host_memory
 
-    total, swap = psutil.virtual_memory().total, psutil.swap_memory().total
-    return HostMemory(total=total, available=host_memory(), cgroup_limit=cgroup_limit(), swap=swap)
+    return HostMemory(
+        total=psutil.virtual_memory().total,
+        available=host_memory(),
+        cgroup_limit=cgroup_limit(),
+        swap=psutil.swap_memory().total,
+    )
 
 
 def _accelerators() -> Accelerators:

@@ -243,14 +243,15 @@ def only_plan(file: StudyFile, session: Session, parameters: Mapping[str, float]
     fitting = [name for name in names if parameters.keys() <= space.intervals[name].keys()]
     if not fitting:
         unknown = next(name for name in parameters if name not in space.intervals[names[0]])
-        choices = ", ".join(space.intervals[names[0]]) or "none"
-        raise UserError(f"{_option(unknown)}: the allocation {names[0]} has no {unknown}; its parameters: {choices}")
+        raise UserError(
+            f"{_option(unknown)}: the allocation {names[0]} has no {unknown}; its parameters: "
+            f"{', '.join(space.intervals[names[0]]) or 'none'}"
+        )
     point = {**space.defaults(fitting[0]), **parameters}
     try:
         return space.plan({"pruner": file.study.methods.short_names[0], "allocation": fitting[0], **point})
     except ValueError as error:
-        wrong = next(iter(parameters), "beta")
-        raise UserError(f"{_option(wrong)}: {error}") from None
+        raise UserError(f"{_option(next(iter(parameters), 'beta'))}: {error}") from None
 
 
 def _option(parameter: str) -> str:

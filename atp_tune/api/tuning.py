@@ -51,8 +51,8 @@ def is_due(run: StudyRun, study: optuna.Study, key: str) -> bool:
         return False
     summary = summarise(study)
     finding = getattr(summary, key)
-    is_done = finding is not None and getattr(finding, "settings", options) == options
-    return summary.complete and summary.best_trial is not None and not is_done
+    is_open = finding is None or getattr(finding, "settings", options) != options
+    return summary.complete and summary.best_trial is not None and is_open
 
 
 def finish(run: StudyRun, study: optuna.Study, lender: Lender) -> None:
@@ -209,7 +209,7 @@ def tune(
     more: dict[str, Any] = dict(settings or {}) | ({} if trials is None else {"search.trials": trials})
     is_study = arguments.is_study(model)
     if is_study:
-        own: dict[str, Any] = {
+        own = {
             "sparsity": sparsity, **limits, "size": size, "preset": preset, "pruner": pruner, "tokenizer": tokenizer,
             "allocation": allocation, "texts": texts, "recover": recover,
         }  # fmt: skip
@@ -230,8 +230,10 @@ def tune(
             more_tables = tables(arguments.overrides(more))
             size = more_tables.get("size") if size is None else size
             target, limit = goal(sparsity, limits, more_tables, size)
-            wishes = (preset, names(pruner), names(allocation), sources.texts, limit, recover, more_tables, size)
-            request = StudyRequest(source, target, *wishes)
+            request = StudyRequest(
+                source, target, preset, names(pruner), names(allocation), sources.texts, limit, recover, more_tables,
+                size,
+            )  # fmt: skip
             named = StudyRequest(type(model).__name__, target, size=size) if sources.model else request
             label = study_name or named.name
             permitted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}

@@ -114,9 +114,10 @@ def write(best: Best, out: Path, **form: Any) -> None:
         change = measured.value / promised.value - 1
         echo(f"perplexity on the test text: {measured}, the configuration says {promised} ({change:+.3%})")
         if abs(change) > TOLERANCE:
-            why = "codes have scales of 16 bits, " * (config.quantize is not None)
             echo(
-                f"warning: they differ by more than 0.1 %; {why}another device, number format or number of threads?",
+                "warning: they differ by more than 0.1 %; "
+                f"{'codes have scales of 16 bits, ' * (config.quantize is not None)}another device, number format or "
+                "number of threads?",
                 style="yellow",
             )
     if form.get("packed") or is_slim(out):
@@ -198,15 +199,14 @@ def pack(
     echo(f"packed: {' and '.join(kinds)}, {share:.3f} of their bytes")
     echo(f"weights on disk: {done.before / 1e6:,.1f} MB before, {done.after / 1e6:,.1f} MB now")
     if done.rounding is not None:
-        before, after = done.rounding
-        echo(f"perplexity on the test {done.data}: {before} before rounding, {after} after")
+        echo(f"perplexity on the test {done.data}: {done.rounding[0]} before rounding, {done.rounding[1]} after")
     echo(f'load it: import atp_tune, then {done.auto}.from_pretrained("{out}"); or trust_remote_code=True')
     source = origin(folder)
     if source is not None and source.config.bits is not None:
-        floats = (
-            f"its weights are rounded to {source.config.bits.nominal:.3g} bits, and floats here; to store the bits:"
+        echo(
+            f"its weights are rounded to {source.config.bits.nominal:.3g} bits, and floats here; to store the bits: "
+            f"python tune.py apply --config {folder / ABOUT} --out DIR --packed"
         )
-        echo(f"{floats} python tune.py apply --config {folder / ABOUT} --out DIR --packed")
 
 
 def unpack(folder: Path, *, out: Path) -> None:
@@ -406,10 +406,14 @@ def _show_tuned(done: "Finetuned", out: Path) -> None:
     head, dense, *rows = zip(*columns, strict=True)
     echo(markdown(head, [dense, *rows] if done.dense else rows))
     items = done.text.words.unit
-    trained = f"{len(done.losses)} steps on {done.windows} {items} of {printable(done.text.source)}"
-    echo(f"\n{trained}: {duration(done.seconds)}, {gib(done.memory)} at most on {done.device}")
+    echo(
+        f"\n{len(done.losses)} steps on {done.windows} {items} of {printable(done.text.source)}: "
+        f"{duration(done.seconds)}, {gib(done.memory)} at most on {done.device}"
+    )
     if held := done.held_out:
         losses = dict(held.losses)
-        fell = f"{losses[0]:.4f} → {losses[held.best]:.4f}"
-        echo(f"loss on {held.windows} held-out {items}: {fell} after step {held.best}, which was written")
+        echo(
+            f"loss on {held.windows} held-out {items}: {losses[0]:.4f} → {losses[held.best]:.4f} after step "
+            f"{held.best}, which was written"
+        )
     echo(f"sparse checkpoint: {out}")

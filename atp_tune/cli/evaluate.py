@@ -276,8 +276,9 @@ def speedup(
             trials = summary.goal.timed(summary)
             for count, trial in enumerate(trials, 1):
                 read = best_config(file, stored, path, trial.number)
-                share = percent(read.sparsity.target)
-                watch(Message(f"{count} of {len(trials)}: trial {trial.number}, {share} sparsity"))
+                watch(
+                    Message(f"{count} of {len(trials)}: trial {trial.number}, {percent(read.sparsity.target)} sparsity")
+                )
                 dense = trial.user_attrs.get("packed_bytes") == summary.dense_bytes is not None  # nothing is packed
                 with passing_pair(read, Place(path.parent / read.folder, device, options.allowed, watch)) as pair:
                     speed = measure(pair, "torch" if dense and backend == "packed" else backend, task, device, watch)
@@ -286,8 +287,11 @@ def speedup(
         show_summary(summarise(stored), file)
         return
     _show(speed)
-    one = read.calibration.words.one
-    echo(f"stored in {', '.join(stores)}" if stores else f"not stored: only rates of one {one} at a time are")
+    echo(
+        f"stored in {', '.join(stores)}"
+        if stores
+        else f"not stored: only rates of one {read.calibration.words.one} at a time are"
+    )
 
 
 def _show(speed: "Speed") -> None:
@@ -406,8 +410,9 @@ class ChatSession:
 
     def answer(self, side: "Which", text: str, is_stopped: Callable[[], bool]) -> "Answer":
         """Prints the answer to a message as it comes, and nothing else."""
-        messages: list[ChatMessage] = [*self._messages, {"role": "user", "content": text}]
-        answer = self._speaker(side).answer(messages, self._options, partial(echo, end=""), is_stopped)
+        answer = self._speaker(side).answer(
+            [*self._messages, {"role": "user", "content": text}], self._options, partial(echo, end=""), is_stopped
+        )
         echo()
         return answer
 

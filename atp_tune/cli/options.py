@@ -81,9 +81,11 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
                 metavar, least, most, meaning = rows[name]
                 is_flag, word = one.default is False, "--" + name.strip("_").replace("_", "-")
                 words = [] if kind in (bool, bool | None) and not is_flag else [word]  # typer's own has --no-WORD
-                more: dict[str, Any] = {"help": meaning, "metavar": "" if is_flag else metavar or None}
-                more |= {key: json.loads(value) for key, value in (("min", least), ("max", most)) if value}
-                more["autocompletion"] = COMPLETED.get(name)
+                more: dict[str, Any] = {
+                    "help": meaning, "metavar": "" if is_flag else metavar or None,
+                    "autocompletion": COMPLETED.get(name),
+                    **{key: json.loads(value) for key, value in (("min", least), ("max", most)) if value},
+                }  # fmt: skip
                 is_option = own.kind is Parameter.KEYWORD_ONLY
                 kind = Annotated[kind, typer.Option(*words, **more) if is_option else typer.Argument(**more)]
             parameters.append(one.replace(kind=Parameter.KEYWORD_ONLY, annotation=kind))
@@ -195,8 +197,8 @@ class BestOptions(Permissions):
         from atp_tune.results.status import file_as_run, stored_study
 
         file = load_study(str(self.study), self.storage, set_)
-        study, path = stored_study(file, self.study_name), file.best_path(self.study_name or file.name)
-        return study, file_as_run(study, file, bool(set_)), path
+        study = stored_study(file, self.study_name)
+        return study, file_as_run(study, file, bool(set_)), file.best_path(self.study_name or file.name)
 
     def best(self, config: Path | None = None, set_: list[str] | None = None) -> Best:
         """The configuration in a file, or else of the best trial of the study."""

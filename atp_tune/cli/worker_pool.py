@@ -85,8 +85,10 @@ class StudyWorker(ABC):
         self.ended()
         self._deaths += counts
         if self._deaths > RESTARTS:
-            times = f"worker {self.index} died ({how}) {self._deaths} times in a row"
-            raise TrialError(f"{times}; its trial is queued again by the next run")
+            raise TrialError(
+                f"worker {self.index} died ({how}) {self._deaths} times in a row; its trial is queued again by the "
+                "next run"
+            )
         self._line(Message(f"worker {self.index} died ({how}): it is started again"))
         self.start()
 
@@ -123,11 +125,12 @@ def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | N
     with quiet(lambda text: tell(Message(text))), interruptible(signal.SIGINT), suppress(KeyboardInterrupt):
         try:
             plug_in(file.study, file.folder, file.trusts_plugins)
-            run = StudyRun(
-                file, job.name, timeout, foretold(tell), reports=index == 0, writes=False, mix=job.mix,
-                publisher=publish,
+            tune(
+                StudyRun(
+                    file, job.name, timeout, foretold(tell), reports=index == 0, writes=False, mix=job.mix,
+                    publisher=publish,
+                )
             )  # fmt: skip
-            tune(run)
         except (UserError, TrialError) as error:
             return str(error)
     return None

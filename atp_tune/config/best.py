@@ -115,8 +115,7 @@ class ModelRef(FrozenModel, use_attribute_docstrings=True):
     @model_serializer(mode="wrap")
     def _without_default(self, inner: SerializerFunctionWrapHandler) -> Table:
         """Leaves `prune` out where the language model alone is pruned, so that files stay as they were."""
-        fields = inner(self)
-        return {key: value for key, value in fields.items() if key != "prune" or self.prune != ("language",)}
+        return {key: value for key, value in inner(self).items() if key != "prune" or self.prune != ("language",)}
 
 
 class Sparsity(FrozenModel):
@@ -261,9 +260,9 @@ class Config(FrozenModel, use_attribute_docstrings=True):
         bits = None
         if study.rounds:
             bits = Bits(target=study.bits, size=study.size, nominal=plan.mean_bits(sizes), effective=effective)
-        identity = {"id": study.model.source, **study.model.model_dump(include={"revision", "sha256", "prune"})}
+        keys = study.model.model_dump(include={"revision", "sha256", "prune"})
         return cls(
-            model=ModelRef.model_validate({**identity, **model}),
+            model=ModelRef.model_validate({"id": study.model.source, **keys, **model}),
             plan=plan,
             prune=study.prune,
             quantize=study.methods.quantize,

@@ -165,8 +165,7 @@ class Text(Source):
     @model_serializer(mode="wrap")
     def _without_none(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves out what a text alone may have and has not, so that files and keys of the cache stay as they were."""
-        fields = inner(self)
-        return {key: value for key, value in fields.items() if value is not None or key in Source.model_fields}
+        return {key: value for key, value in inner(self).items() if value is not None or key in Source.model_fields}
 
     def _has_same_source(self, other: Any) -> bool:
         """Whether both are of one source, or of the same kind of `mixed`."""

@@ -128,8 +128,10 @@ def is_task_path(name: str) -> bool:
 
 
 def _ask(key: str, name: str) -> UserError:
-    verb = "is" if is_place(name) else "names"
-    return UserError(f"{key}: {name} {verb} Python code, which is not run; read it, then allow it with {ASK}")
+    return UserError(
+        f"{key}: {name} {'is' if is_place(name) else 'names'} Python code, which is not run; read it, then allow it "
+        f"with {ASK}"
+    )
 
 
 def permission(study: Study) -> list[str]:
@@ -342,7 +344,7 @@ class Entry(FrozenModel):
     parameters: Bounds = Field({})
 
 
-def entries(others: Sequence[tuple[str, str]] = ()) -> list[Entry]:
+def entries(others: Sequence[tuple[str, str]]) -> list[Entry]:
     """All entries, kind by kind; `others`: kind and name of those that a study or a file names too.
 
     Imports all that is known. UserError for a plug-in that cannot be imported, and for a name that is given twice.
@@ -404,5 +406,5 @@ def _type(schema: Table) -> str:
     if "anyOf" in schema:
         return " or ".join(_type(each) for each in schema["anyOf"])
     words = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = [f"{sign} {schema[key]:g}" for key, sign in words.items() if key in schema]
-    return " ".join([str(schema.get("type", "any")), " and ".join(bounds)]).strip()
+    bounds = " and ".join(f"{sign} {schema[key]:g}" for key, sign in words.items() if key in schema)
+    return f"{schema.get('type', 'any')} {bounds}".strip()

@@ -540,5 +540,7 @@ def _values(schema: Table, table: Table, prefix: str = "") -> Iterator[tuple[str
 
 def _resolved(schema: Table, value: Table) -> list[Table]:
     """The forms of a value, where they are defined."""
-    forms = value.get("anyOf", [value])
-    return [schema["$defs"][form["$ref"].rpartition("/")[2]] if "$ref" in form else form for form in forms]
+    return [
+        schema["$defs"][form["$ref"].rpartition("/")[2]] if "$ref" in form else form
+        for form in value.get("anyOf", [value])
+    ]

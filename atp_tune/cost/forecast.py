@@ -110,8 +110,10 @@ def problems(held: Bytes, needed: Memory, offload: Offload, windows: int) -> tup
         each = (2 * held.calibration + held.sequential) / windows
         fitting = windows - math.ceil((size - free) / each) if each else 0
         fewer = f"set texts.calibration.nsamples = {fitting}" if fitting > 0 else otherwise
-        sizes = f"{size / GIB:.1f} GiB are needed, {free / GIB:.1f} GiB are free"
-        lines.append(f"{where} memory: {sizes}; {way if spared >= size - free else fewer}")
+        lines.append(
+            f"{where} memory: {size / GIB:.1f} GiB are needed, {free / GIB:.1f} GiB are free; "
+            f"{way if spared >= size - free else fewer}"
+        )
 
     spared = held.blocks - 2 * held.largest if offload == "none" else 0
     otherwise = "take shorter windows or a larger device"
@@ -340,8 +342,10 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
 
     def plan(evaluated: int, role: str) -> float:
         """Seconds to prune by one plan and evaluate it on so many tokens of a text, the mean over pruners."""
-        update = {"evaluate": evaluated}
-        return fmean(rates.trial(name, cost.model_copy(update=update), role).total for name, cost in costs.items())
+        return fmean(
+            rates.trial(name, cost.model_copy(update={"evaluate": evaluated}), role).total
+            for name, cost in costs.items()
+        )
 
     # The model, and the statistics of the dense model that several trials share.
     shared = statistics_kinds(study) * tokens.calibration / 2  # one pass, where `rates.statistics` are of two

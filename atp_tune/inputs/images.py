@@ -93,8 +93,7 @@ LABELLED_IMAGES = LabelledImages()
 
 def _pool_size(text: ImageSet, positions: int, folder: ModelFolder, base: Path) -> int:
     """How many images hold `positions` hidden states."""
-    one = read_images("calibration", text.of_length(1), folder, base)
-    return max(1, positions // one.positions)
+    return max(1, positions // read_images("calibration", text.of_length(1), folder, base).positions)
 
 
 def duplicate_images(items: ByRole) -> dict[str, dict[int, str]]:

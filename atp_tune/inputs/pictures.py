@@ -190,8 +190,8 @@ def _parquet(path: Path, wanted: ImageSet) -> Pictures:
     with as_user_error(f"source: {path} is no parquet file"):
         table = pyarrow.parquet.read_table(path)
     _check_columns(wanted, table.column_names, str(path))
-    column, labels = table.column(wanted.column), table.column(wanted.label).to_pylist()
-    return _rows(labels, f"{path}", lambda index: column[index].as_py(), wanted)
+    column = table.column(wanted.column)
+    return _rows(table.column(wanted.label).to_pylist(), f"{path}", lambda index: column[index].as_py(), wanted)
 
 
 def _hub(wanted: ImageSet) -> Pictures:
@@ -202,7 +202,6 @@ def _hub(wanted: ImageSet) -> Pictures:
 
     rows = from_hub(wanted.place, name=wanted.config, split=wanted.split, revision=wanted.revision)
     _check_columns(wanted, rows.column_names, wanted.source)
-    feature, labels = rows.features[wanted.label], list(rows[wanted.label])
     encoded = rows.cast_column(wanted.column, datasets.Image(decode=False))
 
     def cell(index: int) -> Any:
@@ -211,7 +210,8 @@ def _hub(wanted: ImageSet) -> Pictures:
             return _bytes(Path(own["path"]))  # of an archive that datasets unpacked
         return own
 
-    return replace(_rows(labels, wanted.source, cell, wanted), names=tuple(getattr(feature, "names", None) or ()))
+    pictures = _rows(list(rows[wanted.label]), wanted.source, cell, wanted)
+    return replace(pictures, names=tuple(getattr(rows.features[wanted.label], "names", None) or ()))
 
 
 def _rows(labels: list[Any], where: str, cell: Callable[[int], Any], wanted: ImageSet) -> Pictures:

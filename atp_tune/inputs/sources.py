@@ -139,9 +139,12 @@ def _c4_arguments(text: Text) -> Arguments:
     split = text.split or "train"
     if split not in C4_FILES:
         raise UserError(f'split: c4 has train and validation, not "{split}"')
-    files = {split: C4_FILES[split]}
-    # no_checks: the expected sizes are those of all files
-    return {"path": "allenai/c4", "split": split, "data_files": files, "verification_mode": "no_checks"}
+    return {
+        "path": "allenai/c4",
+        "split": split,
+        "data_files": {split: C4_FILES[split]},
+        "verification_mode": "no_checks",  # the expected sizes are those of all files
+    }
 
 
 def _wikitext2_arguments(text: Text) -> Arguments:
@@ -194,8 +197,9 @@ class LocalFile:
         except UnicodeDecodeError as error:
             raise UserError(f"source: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
         except OSError as error:
-            why = error.strerror or one_line(error)
-            raise UserError(f"source: {path} cannot be read: {why}; give another file") from None
+            raise UserError(
+                f"source: {path} cannot be read: {error.strerror or one_line(error)}; give another file"
+            ) from None
 
 
 class PackageText(TextSource):
@@ -396,8 +400,9 @@ class MixedTexts:
         kind = text.source.partition(":")[2]
         if kind in PACKAGED:
             return PACKAGED[kind].content
-        parts = [self.identify(part, base) for part in text.kinds] if text.mixed else self.read(text, base)
-        return sha256_of_json(parts)
+        return sha256_of_json(
+            [self.identify(part, base) for part in text.kinds] if text.mixed else self.read(text, base)
+        )
 
 
 MIXED_TEXTS = MixedTexts()
@@ -488,8 +493,10 @@ def as_documents(texts: Any, what: str) -> list[str]:
         texts = texts[COLUMN]
     documents = texts if isinstance(texts, str | bytes) or not isinstance(texts, Sequence) else list(texts)
     if not isinstance(documents, list) or not all(isinstance(one, str) for one in documents):
-        ids = "no token ids, " if isinstance(documents, list) else ""
-        raise UserError(f"{what}: is a {type(texts).__name__}; give {ids}a list of str, or a datasets.Dataset of them")
+        raise UserError(
+            f"{what}: is a {type(texts).__name__}; give {'no token ids, ' * isinstance(documents, list)}a list of str, "
+            "or a datasets.Dataset of them"
+        )
     if not any(documents):
         raise UserError(f"{what}: hold no text")
     if not all(is_text(one.replace("\0", "")) for one in documents):
@@ -578,9 +585,9 @@ def _cut(documents: Sequence[str], text: Text) -> Sequence[str]:
     shares = (np.cumsum(lengths) - lengths) / max(total, 1)
     first, last = np.searchsorted(shares, text.part)
     if first == last and total:
-        start, end = text.part
         raise UserError(
-            f"part: none of the {len(documents)} documents of {short_source(text.source)} starts in [{start}, {end})"
+            f"part: none of the {len(documents)} documents of {short_source(text.source)} starts in "
+            f"[{text.part[0]}, {text.part[1]})"
         )
     part = documents[int(first) : int(last)]
     if not text.shuffle:

@@ -274,10 +274,8 @@ class CalibrationGradients:
         """
         file = cache_dir("gradient") / f"{self._key(**own)}.json"
 
-        def wait(lock: Path) -> None:
-            self.watch(Message(f"waiting for the descent of another process; if none is running, remove {lock}"))
-
-        with made_once(file, wait):
+        said = "waiting for the descent of another process; if none is running, remove"
+        with made_once(file, lambda lock: self.watch(Message(f"{said} {lock}"))):
             if file.is_file():
                 return json.loads(file.read_text(encoding="utf-8"))
             numbers = measure(begun := file.with_suffix(".part"))
@@ -289,9 +287,13 @@ class CalibrationGradients:
         return numbers
 
     def _key(self, **own: Any) -> str:
-        score = getattr(self.score, "content", type(self.score).__name__)
-        batches = [self._batch.windows, self.heads.windows]
-        return key("gradient", pool=self.pool.content, score=score, batches=batches, **own)
+        return key(
+            "gradient",
+            pool=self.pool.content,
+            score=getattr(self.score, "content", type(self.score).__name__),
+            batches=[self._batch.windows, self.heads.windows],
+            **own,
+        )
 
 
 class DescentSteps:
@@ -313,9 +315,8 @@ class DescentSteps:
     def add(self, prices: Prices, state: Tensors) -> None:
         """Keeps one more step; without room on the disk it is not kept."""
         self.prices.append(prices)
-        steps = json.dumps({"prices": self.prices, "ends": self.ends})
         with suppress(OSError, SafetensorError), file_atomically(self._file) as temporary:
-            save_file(state, temporary, {"steps": steps})
+            save_file(state, temporary, {"steps": json.dumps({"prices": self.prices, "ends": self.ends})})
 
 
 @dataclass(eq=False)
@@ -335,9 +336,14 @@ class Descent:
 
         `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
         """
-        own = {"targets": list(targets), "levels": self.levels, "constants": list(CONSTANTS)}
-        ends = self.gradients.cached(lambda file: self._descend(targets, file), dense=measured, **own)
-        return tuple(self._read(end) for end in ends)
+        ends = self.gradients.cached(
+            lambda file: self._descend(targets, file),
+            dense=measured,
+            targets=list(targets),
+            levels=self.levels,
+            constants=list(CONSTANTS),
+        )
+        return tuple(map(self._read, ends))
 
     def _read(self, end: Any) -> RowSparsities:
         """An end as `_descend` returns it, read from JSON."""
@@ -375,8 +381,12 @@ class RowDescent(Descent):
     """The descent whose rows move too, by masks `places` of the lowest scores of each row."""
 
     def __init__(self, gradients: CalibrationGradients, places: Places, score: Score, loss: Loss) -> None:
-        own = [score, "rows", DISTANCE, loss]
-        super().__init__(gradients, lambda: RowPricing(gradients.of_blocks, places), own, NLL_SHARES[loss])
+        super().__init__(
+            gradients,
+            lambda: RowPricing(gradients.of_blocks, places),
+            [score, "rows", DISTANCE, loss],
+            NLL_SHARES[loss],
+        )
 
     def _read(self, end: Any) -> RowSparsities:
         linears, offsets = end
@@ -442,7 +452,6 @@ def bit_costs(
     `measured`: SHA-256 of all that determines the dense model and the calibration windows, `levels`: what determines
     `rounded`. `of_outer`: one row more, of the matrices outside of the blocks.
     """
-    own = {"dense": measured, "targets": [], "levels": levels, "constants": [COST_TOKENS, COST_ITEMS]}
 
     def measure(_: Path) -> Costs:
         sample, watch = next(gradients.samples(items_of_costs(gradients.pool.positions), 1)), gradients.watch
@@ -451,7 +460,9 @@ def bit_costs(
         costs = pricing.costs(sample.items, lambda done: watch(Step("block", done, blocks)))
         return costs if of_outer is None else (*costs, of_outer())
 
-    costs: Costs = gradients.cached(measure, **own)
+    costs: Costs = gradients.cached(
+        measure, dense=measured, targets=[], levels=levels, constants=[COST_TOKENS, COST_ITEMS]
+    )
     return costs
 
 

@@ -238,10 +238,12 @@ class Prompts(Whole[tuple[str, ...]]):
 
     def result(self) -> Continuations:
         """The continuations by dense, uniform and best, and by others."""
-        own = {name: self.found[name] for name in NAMES}
-        others = {name: texts for name, texts in self.found.items() if name not in NAMES}
         return Continuations(
-            prompts=tuple(self.prompts), tokens=self.tokens, dtype=self.session.dtype, **own, others=others
+            prompts=tuple(self.prompts),
+            tokens=self.tokens,
+            dtype=self.session.dtype,
+            **{name: self.found[name] for name in NAMES},
+            others={name: texts for name, texts in self.found.items() if name not in NAMES},
         )
 
 
@@ -279,9 +281,12 @@ class ImageAnswers(Observer[tuple[ImageAnswer, ...]]):
         """The images, their classes, and the answers of dense, uniform and best."""
         folder, indices = self.session.folder, tuple(self._images.tensors[LABELS].tolist())
         processor = ImageProcessor.of(folder.path, folder.trusted)
-        pictures = tuple(_png(processor.colours(pixels)) for pixels in self._images.tensors[PIXELS].cpu())
-        labels = tuple(class_name(self.names, index) for index in indices)
-        return Answers(pictures=pictures, labels=labels, indices=indices, **self.found)
+        return Answers(
+            pictures=tuple(_png(processor.colours(pixels)) for pixels in self._images.tensors[PIXELS].cpu()),
+            labels=tuple(class_name(self.names, index) for index in indices),
+            indices=indices,
+            **self.found,
+        )
 
 
 def _png(colours: Any) -> str:

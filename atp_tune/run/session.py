@@ -213,8 +213,10 @@ class Session(Released):
     ) -> "Session":
         base = setup.place.base
         if checkpoint.offload != "none":
-            where = "in host memory" if checkpoint.offload == "cpu" else "on disk"
-            setup.place.note(f"blocks are kept {where} and copied to the device one by one")
+            setup.place.note(
+                f"blocks are kept {'in host memory' if checkpoint.offload == 'cpu' else 'on disk'} and copied to the "
+                "device one by one"
+            )
         # The model can be replayed, and takes the items.
         kind, text = KINDS[setup.inputs], setup.texts.get("calibration")
         session = cls(folder, checkpoint, windows, setup)
@@ -227,7 +229,7 @@ class Session(Released):
         if setup.bos is None:
             assert isinstance(text, Text)
             batch = session.batch("calibration")
-            effect = compare_bos(replay, batch, session.heads, dense_blocks(checkpoint), folder, text, base)
+            effect = compare_bos(replay, batch, session.heads, folder, text, base)
             if effect is not None:
                 setup.place.note(f"texts.bos: {effect}")
                 if effect.taken:
@@ -285,7 +287,7 @@ class Session(Released):
         return len(self._draws) > 1 and len(set(self.fitted_to)) > 1
 
     def limited(self, most: int) -> "Session":
-        """The session with the first items of the test, at most so many."""
+        """The session with the first test items, at most so many."""
         return self._with("test", self.windows["test"][:most])
 
     def _with(self, role: str, items: Items, **changed: Any) -> "Session":
@@ -363,9 +365,12 @@ class Session(Released):
             ends = f"{math.ceil(100 * least / weights) / 100}bpw or {math.ceil((others + least / 8) / 1e4) / 100}MB"
             raise UserError(f"size: {self.size} is less than {fewest} bits everywhere take, {ends}; give a larger one")
         if most >= BITS_ALONE * weights:
-            better = f"from {BITS_ALONE} on bits alone were better than zeros with bits (docs/bits.md#trained)"
-            text = f"size: {most / weights:.2f} bits a weight; {better}: give `bits` in the place of `size`"
-            self.watch(Message(text))
+            self.watch(
+                Message(
+                    f"size: {most / weights:.2f} bits a weight; from {BITS_ALONE} on bits alone were better than zeros "
+                    "with bits (docs/bits.md#trained): give `bits` in the place of `size`"
+                )
+            )
         return Size(most, stored)
 
     def budget(self, target: float) -> Budget:
@@ -447,9 +452,13 @@ class Session(Released):
         gradients, own = self._gradients(), self.quantize
         measured = self.measured.statistics_key(Wanda())
         if not self.by_types:
-            nearest, levels = RTN(own.group_size, own.symmetric), [own.group_size, own.symmetric, list(own.widths)]
-            by = lambda index, linear, weight: [nearest.quantize(weight, bits, None) for bits in own.widths]  # noqa: E731
-            return bit_costs(gradients, by, measured, levels)
+            nearest = RTN(own.group_size, own.symmetric)
+            return bit_costs(
+                gradients,
+                lambda index, linear, weight: [nearest.quantize(weight, bits, None) for bits in own.widths],
+                measured,
+                [own.group_size, own.symmetric, list(own.widths)],
+            )
         quantizer, statistics = GGML(), self.measured.statistics(self.methods.pruner("ggml"))
 
         def at_types(index: int, linear: Linear, weight: Tensor) -> list[Tensor]:
@@ -468,10 +477,14 @@ class Session(Released):
         """The facts of a value that are not in the study file: SHA-256 of model and windows, number formats, BOS."""
         table = "texts" if self.inputs.called == "a text" else "images"
         texts = {f"{table}.{role}.content": items.content for role, items in self.windows.items()}
-        facts = self.inputs.facts(self.windows)
         products = " ".join(other_products(self.checkpoint.device))
-        model = {"model.content": self.folder.content, "model.dtype": self.dtype}
-        return {**model, **({"model.products": products} if products else {}), **facts, **texts}
+        return {
+            "model.content": self.folder.content,
+            "model.dtype": self.dtype,
+            **({"model.products": products} if products else {}),
+            **self.inputs.facts(self.windows),
+            **texts,
+        }
 
     @torch.inference_mode()
     def prune(self, plan: Plan, grids: bool = False) -> Iterator[PrunedBlock]:

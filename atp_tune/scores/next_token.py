@@ -6,7 +6,7 @@ ids token ids [windows, tokens]; NLL in nats per token, mean over the tokens - 1
 KL(p ‖ q) likewise, p next-token distribution of the dense model and q of this model.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -236,14 +236,6 @@ class Passing:
             self.states[group] = advance(self.replay, self.batch, index, weights, entered)
 
 
-def final_states(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], groups: Sequence[Batch]) -> list[Tensor]:
-    """Hidden states [items, positions, width] after the last block, of each group."""
-    passing = Passing(replay, batch, groups)
-    for index, weights in blocks:
-        passing.block(index, weights)
-    return passing.states
-
-
 def head_scores(
     replay: Replay, score: Score, heads: AutoBatch, items: Batch, hidden: Tensor, dense: Tensor | None = None
 ) -> Scores:
@@ -260,7 +252,6 @@ def compare_bos(
     replay: Replay,
     batch: AutoBatch,
     heads: AutoBatch,
-    blocks: Iterable[Block],
     folder: ModelFolder,
     text: Text,
     base: Path,
@@ -281,9 +272,12 @@ def compare_bos(
         windows = first_windows(few, folder, base, BOS_WINDOWS, bos=True)
     ids = windows.tensors[IDS].to(replay.checkpoint.device)
     plain = ids[:, 1:].contiguous()
-    states = final_states(replay, batch, blocks, [ids, plain])
+    passing = Passing(replay, batch, [ids, plain])
+    for index in range(len(replay.checkpoint.blocks)):
+        passing.block(index, replay.checkpoint.weights(index))
     with_bos, without = (
-        head_scores(replay, NEXT_TOKEN, heads, plain, hidden)["nlls"] for hidden in (states[0][:, 1:], states[1])
+        head_scores(replay, NEXT_TOKEN, heads, plain, hidden)["nlls"]
+        for hidden in (passing.states[0][:, 1:], passing.states[1])
     )
     return BosEffect.of(str(tokenizer.bos_token), with_bos, without, ids.shape[1])
 
@@ -346,9 +340,10 @@ class CheckedScore(Checked):
             if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
                 takes = {name: value for name, value in takes.items() if name in parameters}
             if len(takes) < 2 and dense is not None and share != NLL_SHARES["both"]:
-                lacks = "share" if "dense" in takes else "dense"
                 raise self.wrong(
-                    "gradient", f"takes no {lacks}, which prune.loss needs; add it, or leave prune.loss out"
+                    "gradient",
+                    f"takes no {'share' if 'dense' in takes else 'dense'}, which prune.loss needs; add it, or leave "
+                    "prune.loss out",
                 )
             gradient: Tensor = self._plugin.gradient(replay, batch, hidden, **takes)
         if not isinstance(gradient, Tensor) or gradient.shape != hidden.shape:

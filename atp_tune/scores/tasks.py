@@ -144,8 +144,9 @@ def _load(manager: TaskManager, names: Sequence[str], multimodal: bool) -> tuple
                     if not multimodal or task.config.doc_to_audio:
                         raise ValueError("it needs inputs other than text" + " and images" * multimodal)
                     if task.OUTPUT_TYPE != "generate_until":
-                        what = f"it is of type {task.OUTPUT_TYPE}"
-                        raise ValueError(f"{what}, and lm-eval asks about images by generate_until alone")
+                        raise ValueError(
+                            f"it is of type {task.OUTPUT_TYPE}, and lm-eval asks about images by generate_until alone"
+                        )
             except Exception as error:  # whatever readers, network and a task's own code raise
                 missing[name] = OUT_OF_REACH if isinstance(error, ConnectionError) else one_line(error)
                 continue

@@ -362,8 +362,9 @@ class FinalScores:
             try:
                 nlls = self._redrawn(row, draw, anew)
             except TrialError as error:  # of a descent: NaN, which ends the study, and has no spread over draws
-                note = f"draw {draw + 1} of trial {row} gives no number: {error}; its spread over draws is left out"
-                self.run.note(note)
+                self.run.note(
+                    f"draw {draw + 1} of trial {row} gives no number: {error}; its spread over draws is left out"
+                )
                 nlls = [math.nan] * len(study.user_attrs["test_nlls"][row])
             study.set_user_attr(f"refits:{row}:{draws}:{draw}" if anew else f"draws:{row}:{draw}", nlls)
             if anew:
@@ -462,8 +463,7 @@ class FinalScores:
         trial = None if row == "dense" else self.study.trials[int(row)]
         plan = self.space.stored_plan(trial) if trial else None
         self.run.watch(TrialStarted(title, plan))
-        own = stored_batches(trial) if trial else {}
-        self.session.begin({**stored_batches(self.study), **own})
+        self.session.begin({**stored_batches(self.study), **(stored_batches(trial) if trial else {})})
         session = drawn or self.session
         with oom_as_user_error(title):
             if is_refitted and trial:

@@ -426,8 +426,11 @@ def run_trials(run: StudyRun, study: optuna.Study, session: "Session", goal: AtS
             _optimise(study, objective, remaining, ended)
         elif elsewhere:
             # Waits until a trial of another process ends or is recovered as lost.
-            number, where = elsewhere[0].number, elsewhere[0].user_attrs.get("host", "another process")
-            run.note(f"waiting for trial {number}, which {where} runs (or was running when it stopped)")
+            number = elsewhere[0].number
+            run.note(
+                f"waiting for trial {number}, which {elsewhere[0].user_attrs.get('host', 'another process')} runs (or "
+                "was running when it stopped)"
+            )
             while any(other.number == number for other in progress.running(study)):
                 sleep(POLL)
                 recover_lost(run, study)

@@ -241,8 +241,9 @@ class Proposer(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """A new sampler's draw."""
-        inner = self.make(trial_seed(self.seed, study, trial, param_name))
-        return inner.sample_independent(study, trial, param_name, param_distribution)
+        return self.make(trial_seed(self.seed, study, trial, param_name)).sample_independent(
+            study, trial, param_name, param_distribution
+        )
 
 
 def at_random(seed: int) -> Proposer:
@@ -296,8 +297,8 @@ class BranchSampler(Proposer):
             if name not in params:
                 params[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
         params = {name: params[name] if name in params else _only(own[name]) for name in own}
-        lost = trials_in(study, TrialState.FAIL)  # else the inner sampler proposes them again
-        lost = [trial for trial in lost if counts(trial) and "allocation" in trial.params]
+        # Without those that are lost the inner sampler proposes them again.
+        lost = [trial for trial in trials_in(study, TrialState.FAIL) if counts(trial) and "allocation" in trial.params]
         failed = branch_study(lost, space, branch, own, count).trials
         seed = trial_seed(self.seed, study, trial, "apart")
         point = {"allocation": branch, **nudge_from_known(params, [*shadow.trials[:-1], *failed], open_ones, seed)}

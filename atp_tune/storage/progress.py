@@ -332,9 +332,11 @@ def requeue_lost(study: optuna.Study, trials: Sequence[FrozenTrial] | None = Non
     ]
     for trial in dead:
         is_silent = trial._trial_id in silent and not is_dead(trial.user_attrs)
-        cut_off = _cut_off(study.study_name, trial, dead).stored()
-        reason = "sent no heartbeat" if is_silent else "its process died"
-        if _end(study, trial, {"cut_off": cut_off, "lost": reason}):  # unless another process has done so
+        why = {
+            "cut_off": _cut_off(study.study_name, trial, dead).stored(),
+            "lost": "sent no heartbeat" if is_silent else "its process died",
+        }
+        if _end(study, trial, why):  # unless another process has done so
             forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
     trials = trials_in(study) if dead else trials
     queued = {number for trial in trials for number in retry_history(trial)}

@@ -93,8 +93,7 @@ class Registry(UserDict[str, T]):
         plugin = self._plugin(name)
         if plugin is None:
             names = list(self)
-            known = ", ".join(names)
-            raise UnknownNameError(f'no {self.kind} "{name}"; known are {known}{did_you_mean(name, names)}')
+            raise UnknownNameError(f'no {self.kind} "{name}"; known are {", ".join(names)}{did_you_mean(name, names)}')
         return cast(T, plugin[0])
 
     def get(self, name: str, default: Any = None) -> Any:

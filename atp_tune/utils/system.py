@@ -198,7 +198,7 @@ def interruptible(*stops: signal.Signals, once: Callable[[], None] = lambda: Non
 class Interruption(KeyboardInterrupt):
     """The exception of a signal, with the signal's number."""
 
-    def __init__(self, signum: int = signal.SIGINT) -> None:
+    def __init__(self, signum: int) -> None:
         super().__init__()
         self.signum = signum
 
@@ -218,8 +218,9 @@ def in_call(frame: FrameType | None) -> bool:
         if frame.f_code is pause.__code__:
             return False
         module = frame.f_globals.get("__name__", "")
-        within = module.startswith(("sqlalchemy.", "optuna.storages.", "optuna.study._tell", "weakref"))
-        if within or frame.f_code.co_name == "__del__":
+        if frame.f_code.co_name == "__del__" or module.startswith(
+            ("sqlalchemy.", "optuna.storages.", "optuna.study._tell", "weakref")
+        ):
             return True
         frame = frame.f_back
     return False
@@ -299,8 +300,10 @@ def check_writable(path: Path, size: float = 0, named: str = "", instead: str = 
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{named}{path}: cannot be written: {there} does not let you write; {instead}")
     if size > (free := shutil.disk_usage(there).free):
-        needs = f"needs {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free there"
-        raise UserError(f"{named}{path}: {needs}; make room, or {instead}")
+        raise UserError(
+            f"{named}{path}: needs {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free there; make room, or "
+            f"{instead}"
+        )
 
 
 def chosen_format(given: str | None, out: Path | None, formats: Mapping[str, tuple[str, object]]) -> str:
@@ -314,8 +317,9 @@ def chosen_format(given: str | None, out: Path | None, formats: Mapping[str, tup
         return given or next(iter(formats))
     fitting = [(len(ending), kind) for kind, (ending, _) in formats.items() if out.name.lower().endswith(ending)]
     if not fitting:
-        endings = ", ".join(ending for ending, _ in formats.values())
-        raise UserError(f"--out {out}: must end in one of {endings}, or give --format")
+        raise UserError(
+            f"--out {out}: must end in one of {', '.join(ending for ending, _ in formats.values())}, or give --format"
+        )
     return max(fitting)[1]
 
 
