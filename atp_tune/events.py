@@ -39,8 +39,8 @@ class Step:
 class TrialEnded:
     """A trial ended with its scores on the validation text by measure, or none and the reason.
 
-    `best`: that of the study's best by the measure that is minimised; `best_target`: its target, where the study
-    searches for it. `what`: `trial`, or `screening` for a trial of a screening.
+    `best`: that of the study's best by the measure that is minimised; `best_params`: those of its
+    trial. `what`: `trial`, or `screening` for a trial of a screening.
     """
 
     number: int
@@ -50,7 +50,7 @@ class TrialEnded:
     done: int
     total: int
     what: str = "trial"
-    best_target: float | None = None
+    best_params: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

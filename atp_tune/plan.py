@@ -14,7 +14,6 @@ its sparsity, or a table of what it has; a block whose linears do not differ has
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import log
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer, model_validator
@@ -29,6 +28,7 @@ from atp_tune.utils.registry import FrozenModel
 METHODS = ("pruner", "quantizer")  # a trial's parameters that say what is done to weights; it has one of them
 SAID = 1e-6  # difference between the level of a block and the mean of its linears that rounding may make
 Share = Annotated[float, Field(ge=0, le=1)]
+Bits = Annotated[float, Field(ge=2, le=8)]
 TypeName = Literal[*BLOCKS]  # type: ignore[valid-type]
 
 
@@ -232,14 +232,14 @@ class Searched:
 
 
 # SmolLM2's increase grows by 9 from 27 to 48 % zeros, by 7 from there to 63 %; a bit more halves errors, of which
-# squares count.
+# squares count: ln 4.
 SEARCHED = (
     Searched(
         "sparsity", 1, 0.005, 8.0, "density", "packed_bytes", "sparsest", "--sparsity", "sparsity (%)", (100, "%"),
         "a share of zeros, such as 0.6 or 60%, or an interval, such as 0.3..0.8", (0, 1),
     ),
     Searched(
-        "bits", -1, 0.05, 2 * log(2), "bits", "quantized_bytes", "smallest", "--bpw", "bits per weight", (1, " bits"),
+        "bits", -1, 0.05, 1.386, "bits", "quantized_bytes", "smallest", "--bpw", "bits per weight", (1, " bits"),
         "bits a weight, such as 4.8, or an interval, such as 4.5..8", (1, 16),
     ),
 )  # fmt: skip
@@ -248,6 +248,11 @@ SEARCHED = (
 def searched_by(target: float) -> Searched:
     """The amount of a target."""
     return SEARCHED[target < 0]
+
+
+def are_steps(*targets: float) -> bool:
+    """Whether targets are multiples of their step."""
+    return all(abs(part - round(part)) <= 1e-6 for part in (end / searched_by(end).step for end in targets))
 
 
 def target_in(params: Mapping[str, Any]) -> float | None:

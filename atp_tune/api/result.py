@@ -13,7 +13,6 @@ from atp_tune.config.best import Config
 from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.measures import PERPLEXITY, TEXTS
-from atp_tune.plan import amount_of
 from atp_tune.results.formatting import method_words, plan_words, spent, texts_note, trial_remark
 from atp_tune.results.goals import Choice, chosen
 from atp_tune.results.results import DENSE, TRAINED, allocation_name
@@ -124,7 +123,7 @@ class Result:
             rows.append(
                 {
                     "trial": point.trial.number,
-                    **amount_of(point.target),
+                    **point.amount,
                     "method": method_words(point.trial),
                     **dict(results.record(point.trial)),
                     **{name: score and score.value for name, score in beside.items()},

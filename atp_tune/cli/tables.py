@@ -24,7 +24,6 @@ from atp_tune.config.plugged import permission
 from atp_tune.config.studyfile import StudyFile, read
 from atp_tune.errors import UserError, printable
 from atp_tune.metrics import Continuations
-from atp_tune.plan import searched_by, target_in
 from atp_tune.results import summary as tables
 from atp_tune.results.formatting import (
     best_words,
@@ -73,8 +72,7 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     if summary.best_trial is not None:
         echo(summary.goal.outcome(summary))
     if summary.choices:
-        option = searched_by(summary.choices[0].target).option
-        echo(f"`export` writes another point: {option}, --max-increase or --trial names it")
+        echo("`export` writes another point: --sparsity or --bpw, --max-increase or --trial names it")
     if front := tables.front(summary):
         echo(f"\nPareto front\n\n{drawn(front)}\n")
     _show_rest(summary)
@@ -163,8 +161,7 @@ def progress_line(status: Status) -> str:
     done = f"[{status.done}/{status.total}]" if status.total else f"[{status.done}]"
     best, measure = "no best yet", status.objective[0]
     if status.best and (score := status.best.scores[measure]["validation"]):
-        target = target_in({key: value for key, value in status.best if value is not None})
-        best = f"{best_words(measure, score.value, target)} (trial {status.best.trial})"
+        best = f"{best_words(measure, score.value, dict(status.best))} (trial {status.best.trial})"
     running = [
         f"trial {one.trial} " + ("was lost with its process" if one.lost else f"runs for {duration(one.seconds)}")
         for one in status.running
@@ -208,8 +205,8 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     if (url := file.study.storage) and url != read(file.path).get("storage"):
         study += ["--storage", without_password(url)]
     if points := summary.choices:
-        middle = points[len(points) // 2].target
-        second = ("another point", ["export", *study, searched_by(middle).option, f"{abs(middle):.4g}"])
+        middle = points[len(points) // 2].trial.number
+        second = ("another point", ["export", *study, "--trial", str(middle)])
     else:
         second = ("page with figures", ["report", *study])
     trusts = permission(file.study)

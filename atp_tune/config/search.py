@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from atp_tune.config.prune import check_names
 from atp_tune.measures import Limit
-from atp_tune.plan import Share, searched_by
+from atp_tune.plan import Share
 from atp_tune.plugins import IN_SCHEMA
 from atp_tune.utils.registry import OneOf, Registry, SettingsTable
 
@@ -35,11 +35,6 @@ SCORES = Registry[Any](  # objects of type `scores.Score`
     "atp_tune.scores",
     "atp_tune.scores.next_token:finished",
 )
-
-
-def are_steps(*ends: float) -> bool:
-    """Whether targets are multiples of their step."""
-    return all(abs(end / searched_by(end).step - round(end / searched_by(end).step)) <= 1e-6 for end in ends)
 
 
 def or_none(table: Any) -> BeforeValidator:

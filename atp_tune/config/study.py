@@ -27,8 +27,8 @@ from atp_tune.config.prune import (
     bits_of_size,
     check_names,
 )
-from atp_tune.config.search import ACCURACY, NEXT_TOKEN, LimitConfig, SearchConfig, are_steps, or_none
-from atp_tune.plan import searched_by, targets_in
+from atp_tune.config.search import ACCURACY, NEXT_TOKEN, LimitConfig, SearchConfig, or_none
+from atp_tune.plan import Bits, are_steps, searched_by, targets_in
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.utils.registry import OneOf, SettingsTable
 
@@ -38,7 +38,6 @@ AllocationName = Annotated[str, OneOf(ALLOCATIONS, IN_SCHEMA)]
 AllocationNames = Annotated[tuple[AllocationName, ...], Field(min_length=1)]
 Place = Literal["auto", "none", "cpu", "disk"]
 Target = Annotated[float, Field(gt=0, lt=1)]
-Bits = Annotated[float, Field(ge=2, le=8)]
 
 
 class ModelConfig(SettingsTable):

@@ -8,10 +8,9 @@ from typing import Any
 
 from atp_tune.config.plugged import is_task_path
 from atp_tune.config.prune import bits_of_size
-from atp_tune.config.search import are_steps
 from atp_tune.errors import UserError
 from atp_tune.measures import Limit
-from atp_tune.plan import SEARCHED, Searched
+from atp_tune.plan import SEARCHED, Searched, are_steps
 
 Interval = tuple[float, float]
 ZEROS, BITS = SEARCHED
@@ -29,15 +28,20 @@ LOWEST = {"max_increase": 0.0, "max_perplexity": 1.0, "max_kl": 0.0, "max_drop":
 
 def parse_target(text: str, by: Searched = ZEROS) -> float | Interval:
     """A target, or an interval of targets with ends that are multiples of a step; UserError for anything else."""
+    lowest, highest = by.bounds
     try:
-        amounts = [_between(end, text, by) for end in text.split("..")]
-        if amounts != sorted({*amounts}) or len(amounts) > 2:
-            raise ValueError(f"{text} must run from the lower {by.name} to the higher")
-        low, *high = (by.sign * amount for amount in amounts[:: by.sign])
-        if high and not are_steps(low, *high):
-            raise ValueError(f"the ends of {text} must be multiples of {by.step}")
-    except ValueError as error:
-        raise UserError(f"{by.option}: {error}") from None
+        amounts = [share(end) for end in text.split("..")]
+    except ValueError:
+        raise UserError(f"{by.option}: must be {by.typed}, got {text}") from None
+    for value, end in zip(amounts, text.split(".."), strict=True):
+        if not lowest < value < highest:
+            way = f"; {value:g} % is {value / 100:g}" if highest == 1 < value < 100 and "%" not in end else ""
+            raise UserError(f"{by.option}: must be between {lowest} and {highest}, got {end}{way}")
+    if amounts != sorted({*amounts}) or len(amounts) > 2:
+        raise UserError(f"{by.option}: {text} must run from the lower {by.name} to the higher")
+    low, *high = (by.sign * amount for amount in amounts[:: by.sign])
+    if high and not are_steps(low, *high):
+        raise UserError(f"{by.option}: the ends of {text} must be multiples of {by.step}")
     return (low, *high) if high else low  # type: ignore[return-value]
 
 
@@ -170,19 +174,6 @@ def size_of(kind: str | None, bpw: str | None, size: str | None) -> str | None:
 def option(key: str) -> str:
     """The option that sets a key of `LimitConfig`."""
     return f"--{key.replace('_', '-')}"
-
-
-def _between(text: str, whole: str, by: Searched) -> float:
-    """An amount within its bounds; `whole`: all that was typed."""
-    low, high = by.bounds
-    try:
-        value = share(text)
-    except ValueError:
-        raise ValueError(f"must be {by.typed}, got {whole}") from None
-    if not low < value < high:
-        way = f"; {value:g} % is {value / 100:g}" if high < value < 100 and "%" not in text else ""
-        raise ValueError(f"must be between {low} and {high}, got {text}{way * (high == 1)}")
-    return value
 
 
 # --- The name of the blocks of a model, by which files and studies tell them.

@@ -362,8 +362,9 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
     # Descents by prices, then the trials.
     descended, number = descent_tokens(amounts), len(study.descents)
     # Each step copies streamed blocks upwards and on the way back; weights are made where prices are of them.
-    copied = rates.blocks * 2 * number * _steps(amounts)[0] * rates.fetch
-    made = sum(many * rates.pruners[name].prune for name, many in _made_at(amounts).items())
+    copied, levels = rates.blocks * 2 * number * _steps(amounts)[0] * rates.fetch, LEVELS * len(_path(amounts))
+    made_at = {"ggml": len(BLOCKS)} if study.quantize.by_types else dict.fromkeys(study.own_prices, levels)
+    made = sum(many * rates.pruners[name].prune for name, many in made_at.items())
     by_prices = max(copied, rates.statistics(descended)) + rates.blocks * made
     if descended:
         each, seconds = 2 * descended / number, by_prices / number
@@ -424,13 +425,6 @@ def step_tokens(amounts: Amounts) -> int:
 def _path(amounts: Amounts) -> tuple[float, ...]:
     """The targets of a descent by prices."""
     return amounts.study.path or (amounts.study.highest,)
-
-
-def _made_at(amounts: Amounts) -> dict[str, int]:
-    """At how many levels prices need the weights that a pruner makes, or the types of ggml."""
-    if amounts.study.quantize.by_types:
-        return {"ggml": len(BLOCKS)}
-    return dict.fromkeys(amounts.study.own_prices, LEVELS * len(_path(amounts)))
 
 
 def descent_tokens(amounts: Amounts) -> int:

@@ -7,7 +7,6 @@ squares of its inputs, as llama.cpp's importance matrix has it. The package `ggu
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +22,7 @@ from atp_tune.utils.system import require
 LEAST = 1e-8  # importance of a column without inputs, as a share of the mean
 LARGEST = 65504  # of 16 bits
 KEPT = 2**30  # bytes that are kept of what was rounded: a search asks for a few types of each matrix again and again
-_KEPT = dict[bytes, Any]()  # by type, weights and importance
+_KEPT = dict[Any, Any]()  # by type, shape, weights and importance, of which 64 bits each
 
 
 class GGML(Unprepared):
@@ -72,7 +71,7 @@ def encoded(weight: Tensor, name: str, importance: Tensor | None) -> Any:
             f"quantize.quantizers: ggml rounds finite weights up to {LARGEST:g}, not one of {[*weight.shape]}"
         )
     given = np.ones(values.shape[1], np.float32) if importance is None else np.ascontiguousarray(importance.numpy())
-    key = sha256(name.encode() + values.tobytes() + given.tobytes()).digest()
+    key = name, values.shape, hash(values.tobytes()), hash(given.tobytes())
     if key in _KEPT:
         return _KEPT[key]
     stored, threads = np.empty((len(values), values.shape[1] // block * size), np.uint8), torch.get_num_threads()

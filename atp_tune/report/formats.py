@@ -31,7 +31,6 @@ from atp_tune.config.studyfile import settings
 from atp_tune.errors import printable
 from atp_tune.measures import MEASURES, TEXTS, Gain, Role, TaskScore
 from atp_tune.metrics import NAMES, Continuations, ImageAnswer, Speed, spread
-from atp_tune.plan import target_in, target_words, targets_in
 from atp_tune.report import figures
 from atp_tune.results.formatting import (
     continuations_note,
@@ -66,8 +65,6 @@ class Contents:
 
     facts         that its values depend on
     importance    of each parameter: shares of 1
-    target        sparsity or bits, of the best trial where the study searches for them, or a size; "" if not known
-    sparsity      the same with the interval in which it searches
     description   in the study file
     seconds       of all trials; `devices` that they ran on
     versions      of the libraries, of all trials
@@ -81,8 +78,6 @@ class Contents:
     facts: dict[str, Any]
     importance: dict[str, float]
     made: datetime
-    target: str
-    sparsity: str
     description: str
     seconds: float
     devices: str
@@ -97,11 +92,7 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
     """The contents of a report on the present state of a study."""
     study = StudySnapshot(study)
     summary = summarise(study)
-    trials, best, file = summary.trials, summary.best_trial, summary.made_from
-    # The target, of the best trial where it is searched for.
-    targets = target_words(targets_in(facts_in(study))) or facts_in(study).get("size", "")
-    found = best and target_in(best.params)
-    target = target_words(found) if found else targets
+    trials, file = summary.trials, summary.made_from
     # Numbers of trials by state.
     counts = (
         (sum(t.state == TrialState.RUNNING for t in trials), "running"),
@@ -118,8 +109,6 @@ def gather(study: optuna.Study, now: datetime) -> Contents:
         facts=facts_in(study),
         importance=_importance(study, trials) if summary.goal.compares else {},  # the sparsity would have nearly all
         made=now,
-        target=target,
-        sparsity=f"{target} of {targets}" if found else target,
         description=file.study.description if file else "",
         seconds=sum(sum(spent(trial).values()) for trial in trials),
         devices=_several(trial.user_attrs.get("device") for trial in trials),
@@ -255,7 +244,7 @@ def comparison(studies: Sequence[Contents]) -> Table | None:
         rows.append(
             (
                 summary.name,
-                contents.sparsity or NOTHING,
+                contents.summary.told or NOTHING,
                 *(str(score or NOTHING) for score in scores),
                 f"{paired.change} ({paired.on})" if paired else NOTHING,
                 f"{summary.done}" + (f"/{summary.total}" if summary.total else ""),

@@ -61,12 +61,13 @@ def trial_line(event: TrialEnded, plan: str, seconds: float, left: str) -> str:
 
 def best_so_far(event: TrialEnded) -> str:
     """The best value when a trial ended: `best 60.33`, with its target where that is searched."""
-    return next((best_words(name, value, event.best_target) for name, value in event.best.items()), "no best yet")
+    return next((best_words(name, value, event.best_params) for name, value in event.best.items()), "no best yet")
 
 
-def best_words(measure: str, value: float, target: float | None) -> str:
+def best_words(measure: str, value: float, params: Mapping[str, object]) -> str:
     """The best value of a measure, which is named unless it is the perplexity."""
-    by, at = MEASURES[measure], "" if target is None else f" at {target_words(target)}"
+    by, target = MEASURES[measure], target_in(params)
+    at = "" if target is None else f" at {target_words(target)}"
     return f"best {'' if by is PERPLEXITY else f'{by.column} '}{by.written(value)}{at}"
 
 

@@ -18,7 +18,7 @@ from atp_tune.config.typed import INCREASE, LIMIT, Interval, one_target, only_li
 from atp_tune.errors import UserError
 from atp_tune.measures import ACCURACY, PERPLEXITY, TEXTS, Limit, Role, excess, knee
 from atp_tune.metrics import Speed
-from atp_tune.plan import Searched, searched_by, target_in, target_words, targets_in
+from atp_tune.plan import Searched, amount_of, searched_by, target_in, target_words, targets_in
 from atp_tune.results.formatting import against_uniform, drawn, limit_words, method_words
 from atp_tune.results.results import (
     DENSE,
@@ -43,7 +43,7 @@ Column = tuple[str, Callable[[Model], object]]  # head, and cell of a model; Non
 
 @dataclass(frozen=True)
 class Point:
-    """A trial at its target, see `plan.target_in`.
+    """A trial at its target, see `plan.target_in`; `amount`: its sparsity or bits.
 
     excess       over the study's limit, see `measures.excess`; None without a limit
     is_best      it is the study's best trial
@@ -54,6 +54,7 @@ class Point:
 
     trial: FrozenTrial
     target: float
+    amount: dict[str, float]
     excess: float | None
     is_best: bool
     on_front: bool
@@ -246,7 +247,8 @@ class OverInterval(AtSparsity):
         return [
             Point(
                 trial=trial,
-                target=target_in(trial.params) or 0.0,
+                target=(target := target_in(trial.params) or 0.0),
+                amount=amount_of(target),
                 excess=limit_excess(self.study, trial) if self.study.user_attrs.get("limit") else None,
                 is_best=best is not None and trial.number == best.number,
                 on_front=trial.number in numbers,

@@ -397,7 +397,7 @@ def _point(summary: Summary, point: Point) -> PointStatus:
     uniform = results.uniform(trial)
     return PointStatus(
         trial=trial.number,
-        **amount_of(point.target),
+        **point.amount,
         method=method_words(trial),
         scores=results.scores(trial),
         against_dense=Against.of(results.change(DENSE, trial)),

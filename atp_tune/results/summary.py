@@ -15,7 +15,7 @@ from atp_tune.config.studyfile import StudyFile, from_settings
 from atp_tune.config.typed import in_tower
 from atp_tune.measures import PERPLEXITY, TEXTS, Limit, Perplexity, Role, by_kind
 from atp_tune.metrics import Answers, BosEffect, Continuations, OverDraws, Speed, over_draws
-from atp_tune.plan import target_in, target_words
+from atp_tune.plan import target_in, target_words, targets_in
 from atp_tune.results.formatting import (
     BITS,
     BOTH,
@@ -66,6 +66,7 @@ class Summary:
 
     made_from     its study file with all overrides; None from an early version
     requested     trials that were asked for, if the study ended after fewer
+    target        in words, of the best trial where it is searched for, or a size; `told`: with the interval
     sizes         weights per block; `in_tower`: so many, the first, are of a vision tower
     ranks         the best trial of each allocation
     gp_posterior  the GP's posterior of perplexity over β; None without a GP
@@ -93,6 +94,8 @@ class Summary:
 
     name: str
     sparsity: float | tuple[float, float] | None
+    target: str
+    told: str
     trials: list[FrozenTrial]
     total: int | None
     done: int
@@ -145,11 +148,15 @@ def summarise(study: optuna.Study) -> Summary:
     results = Results(attrs, trials, fingerprint.stored_objectives(facts), measurements.get("recovered"))
     uniform, points, shared = results.uniform(best), goal.points(), None if "sparsity" in facts else facts.get("bits")
     tested = [bool(results.items(model, "test")) for model in (DENSE, uniform, best) if model]
+    # The target in words, of the best trial where it is searched for.
+    targets, found = target_words(targets_in(facts)) or facts.get("size", ""), best and target_in(best.params)
     total, done = attrs.get("total"), progress.counted(study)
     is_done = total is not None and done >= total and not progress.running(study)
     return Summary(
         name=study.study_name,
         sparsity=tuple(target) if isinstance(target, list) else target,
+        target=target_words(found) if found else targets,
+        told=f"{target_words(found)} of {targets}" if found else targets,
         trials=trials,
         total=total,
         done=done,

@@ -26,7 +26,6 @@ from atp_tune.checkpoints.devices import free_memory, host_memory, oom_as_user_e
 from atp_tune.config.best import SHARES
 from atp_tune.errors import UserError, named
 from atp_tune.events import EventHandler, Message, Step
-from atp_tune.inputs import Batch
 from atp_tune.inputs.items import LABELS, PIXELS
 from atp_tune.inputs.pictures import ImageProcessor, class_name
 from atp_tune.inputs.windows import load_processor, load_tokenizer
@@ -91,9 +90,11 @@ class RoleScores(Observer[Scores]):
 
     @torch.inference_mode()
     def start(self) -> None:
-        """Embeds the items."""
-        session = self.session
-        self._parts = equal_parts(session.items(self.role), session.batch(self.role).windows)
+        """Embeds the items, in at most `GROUPS` parts of nearly equal lengths, none smaller than a batch."""
+        session, items = self.session, self.session.items(self.role)
+        size, more = divmod(len(items), count := min(GROUPS, -(-len(items) // session.batch(self.role).windows)))
+        ends = [part * size + min(part, more) for part in range(count + 1)]
+        self._parts = [items[first:last] for first, last in pairwise(ends)]
         self._dense = session.dense_states(self.role, self._parts) if self.beside_dense else []
         self._kept: list[PrunedBlock] | None = [] if self.one_by_one and can_keep(session.checkpoint) else None
         self._embedded = partial(Passing, session.replay, session.batch(self.role))
@@ -130,12 +131,6 @@ class RoleScores(Observer[Scores]):
             self.heard(scores[-1])
         del self._passing, self._kept, self._dense
         return joined(scores)
-
-
-def equal_parts(items: Batch, least: int) -> list[Batch]:
-    """Items in at most `GROUPS` parts whose lengths differ by at most one, none smaller than a batch of `least`."""
-    size, more = divmod(len(items), count := min(GROUPS, -(-len(items) // least)))
-    return [items[start:end] for start, end in pairwise([part * size + min(part, more) for part in range(count + 1)])]
 
 
 class Whole(Observer[T]):

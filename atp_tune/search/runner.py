@@ -22,7 +22,7 @@ from atp_tune.config.search import ScreenConfig
 from atp_tune.config.studyfile import TRIALS, StudyFile, overridden, settings
 from atp_tune.errors import TrialError, UserError, printable
 from atp_tune.events import EventHandler, Message, Opened, TrialEnded
-from atp_tune.plan import method_in, target_in
+from atp_tune.plan import method_in
 from atp_tune.results.formatting import why_lost
 from atp_tune.results.goals import best_trial, goal_in
 from atp_tune.results.results import Results
@@ -509,7 +509,7 @@ class Ended:
                     {results.main.name: lowest.value} if lowest else {},
                     done,
                     total,
-                    best_target=target_in(best.params) if best else None,
+                    best_params=best.params if best else {},
                 )
             )
         if best is not None and best.number != self._best and run.reports and monotonic() - self._time >= PUBLISH:

@@ -23,11 +23,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from atp_tune.config.best import Batch, Found
 from atp_tune.config.plugged import PluginRef
-from atp_tune.config.study import Bits
 from atp_tune.errors import UserError
 from atp_tune.measures import MEASURES
 from atp_tune.metrics import BosEffect
-from atp_tune.plan import METHODS, Plan, Share
+from atp_tune.plan import METHODS, Bits, Plan, Share
 from atp_tune.utils.compat import (
     FrozenStudy,
     StudySystemAttributeModel,
