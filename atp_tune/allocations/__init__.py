@@ -43,7 +43,6 @@ __all__ = [
     "LinearSparsities",
     "Points",
     "Shape",
-    "Sparsities",
 ]
 
 

@@ -154,8 +154,7 @@ def copied(model: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     memo = dict[int, Any]()
     for name, weight in weights.items():
         parameter = model.get_parameter(name)
-        own = torch.empty_like(parameter).copy_(weight)
-        memo[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter).copy_(weight), parameter.requires_grad)
     copy: PreTrainedModel = deepcopy(model, memo)
     return copy
 

@@ -178,9 +178,14 @@ def _accelerators() -> Accelerators:
     devices = []
     for index in range(torch.cuda.device_count()):
         free, memory = torch.cuda.mem_get_info(index)
-        capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
-        name = torch.cuda.get_device_name(index)
-        devices.append(Accelerator(name=name, memory=memory, free=free, capability=capability))
+        devices.append(
+            Accelerator(
+                name=torch.cuda.get_device_name(index),
+                memory=memory,
+                free=free,
+                capability="{}.{}".format(*torch.cuda.get_device_capability(index)),
+            )
+        )
     try:  # of NVIDIA's kernel module, on Linux
         driver = Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:

@@ -238,8 +238,7 @@ def tune(
             label = study_name or named.name
             permitted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
             study = request.study(where, permitted, lambda text: watch(Message(text)))
-            file = StudyFile(label, Path(f"{label}.toml"), study)
-            file = arguments.changed(file, more, trust_plugins)
+            file = arguments.changed(StudyFile(label, Path(f"{label}.toml"), study), more, trust_plugins)
         # Without a storage of its own it is kept beside its file, if it has one, else in memory.
         held = None
         if file.study.storage is None and (not is_study or isinstance(model, Study)):

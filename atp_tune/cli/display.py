@@ -71,8 +71,10 @@ class Display:
         self.remaining.hear(event, now, line)
         left = self.remaining.left(now)
         if left is not None:
-            took, text = now - self._began, f"ETA {timedelta(seconds=ceil(left))}"
-            self.bars.update(self.whole, completed=took, total=took + left, left=text, visible=True)
+            took = now - self._began
+            self.bars.update(
+                self.whole, completed=took, total=took + left, left=f"ETA {timedelta(seconds=ceil(left))}", visible=True
+            )
         return left
 
 

@@ -287,8 +287,9 @@ def trials(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 
     options = ctx.params
     file = load_study(options["study"], options.get("storage"), list(options.get("set_") or []))
-    name = options.get("study_name") or file.name
-    return [str(number) for number in finished_trials(file.database, name)] if file.database else []
+    if not file.database:
+        return []
+    return map(str, finished_trials(file.database, options.get("study_name") or file.name))
 
 
 COMPLETED: dict[str, Complete] = {  # what completes an option, by its name

@@ -59,8 +59,12 @@ def table(*columns: str) -> "Table":
 
     grid = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for column in columns:
-        least = LEAST if column == "plan" else None
-        grid.add_column(column, overflow="fold", no_wrap=column not in WRAPPED, min_width=least)
+        grid.add_column(
+            column,
+            overflow="fold",
+            no_wrap=column not in WRAPPED,
+            min_width=LEAST if column == "plan" else None,
+        )
     return grid
 
 

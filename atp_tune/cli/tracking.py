@@ -108,8 +108,10 @@ class WandbRun:
         folder.mkdir(parents=True, exist_ok=True)
         self._list, project = folder / "trials.json", os.environ.get("WANDB_PROJECT") or PROJECT
         self.place = f"project {project}, files in {folder}"
-        quiet = wandb.Settings(silent=True, console="off")
-        self._run: Any = wandb.init(project=project, name=name, id=key, resume="allow", dir=str(folder), settings=quiet)
+        self._run: Any = wandb.init(
+            project=project, name=name, id=key, resume="allow", dir=str(folder),
+            settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
         self._run.define_metric("*", step_metric="trial")
 
     def steps(self, name: str) -> set[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, Field, JsonValue, ValidationError
 from pydantic_core import InitErrorDetails
 
 from atp_tune.allocations import ALLOCATIONS, Bounds, Budget, Shape
@@ -164,8 +164,9 @@ def contents(study: Study, folder: Path) -> dict[str, str]:
         path = written(name, folder, "limit.min_accuracy")
         home, all_of = (path, "**/*") if path.is_dir() else (path.parent, "*")
         files = sorted(file for file in home.glob(all_of) if file.suffix in (".yaml", ".yml", ".py") and file.is_file())
-        own = {str(file.relative_to(home)): digest(file.read_bytes()) for file in files}
-        digests[Path(name).stem] = sha256_of_json(own)
+        digests[Path(name).stem] = sha256_of_json(
+            {str(file.relative_to(home)): digest(file.read_bytes()) for file in files}
+        )
     return digests
 
 
@@ -232,12 +233,11 @@ def _with_settings(prune: PruneConfig) -> PruneConfig:
     wrong = list[InitErrorDetails]()
     tables = dict[str, dict[str, JsonValue]]()
     for name, table in prune.tables.items():
-        kind: type[BaseModel] = PRUNERS[name]  # type: ignore[assignment]
         if "group" in table:  # the pattern sets it
             wrong.append(InitErrorDetails(type="extra_forbidden", loc=("prune", name, "group"), input=table["group"]))
             continue
         try:
-            settings = kind.model_validate(table)
+            settings = PRUNERS[name].model_validate(table)  # type: ignore[attr-defined]
         except ValidationError as error:
             wrong += relocated(error, "prune", name)
         else:

@@ -97,11 +97,10 @@ class Training(SettingsTable):
     def filled(self, seqlen: int | None) -> "Training":
         """The settings with a value for each; `seqlen`: tokens per window, if they have none."""
         rank = (self.rank or RANK) if self.train == "lora" else None
-        own = {
-            "rank": rank, "alpha": rank and (self.alpha or 2 * rank), "learning_rate": self.rate,
-            "seqlen": self.seqlen or seqlen,
-        }  # fmt: skip
-        return Training(**{**self.model_dump(include={*Training.model_fields}), **own})
+        return Training(**{
+            **self.model_dump(include={*Training.model_fields}), "rank": rank,
+            "alpha": rank and (self.alpha or 2 * rank), "learning_rate": self.rate, "seqlen": self.seqlen or seqlen,
+        })  # fmt: skip
 
 
 class RecoverConfig(Training):
@@ -573,8 +572,13 @@ def _of_types(method: str, allocation: str, budget: Budget, parameters: dict[str
     for index, sizes in enumerate(budget.linear_sizes):
         own = tuple(Level(bits=type_bits(name), type=name) for name in linears[index])
         levels.append(Level(bits=weighted_mean([x.bits or 0 for x in own], sizes), linears=own))
-    outer_types = dict(zip(budget.outer, chosen, strict=True))
-    return Plan(method=method, allocation=allocation, parameters=parameters, levels=tuple(levels), outer=outer_types)
+    return Plan(
+        method=method,
+        allocation=allocation,
+        parameters=parameters,
+        levels=tuple(levels),
+        outer=dict(zip(budget.outer, chosen, strict=True)),
+    )
 
 
 def _within_size(method: str, allocation: str, budget: Budget, parameters: dict[str, float]) -> Plan:

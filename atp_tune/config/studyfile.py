@@ -102,8 +102,7 @@ def _key_path(loc: KeyPath) -> KeyPath:
 def table_model(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
     """The model of the table under `key`; None if the key is unknown or holds a plain value."""
     if issubclass(parent, PruneConfig) and plugin_settings(key):
-        plugged: type[BaseModel] = PRUNERS[key]  # type: ignore[assignment]
-        return plugged
+        return PRUNERS[key]  # type: ignore[return-value]
     annotation = parent.model_fields[key].annotation if key in parent.model_fields else None
     kinds = (annotation, *get_args(annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

@@ -69,11 +69,16 @@ def probe(session: Session, study: Study, load: float) -> ProbeRates:
 
     def time_block(index: int) -> None:
         weights = clock.time("fetch", partial(session.checkpoint.weights, index))
-        in_one_pass, batch = session.prune_settings.statistics == "sequential", session.batch("calibration")
         for name in pruners:  # seconds by phase of the block in a trial; statistics "dense" are timed as "block"
             plan = make_plan(name, "uniform", session.budget(study.highest), {}, session.pattern)
-            pruner, channels = session.methods.pruner(name), session.channel_pruner(name)
-            work = Pass(session.replay, batch, pruner, None, None, in_one_pass, channels)
+            work = Pass(
+                session.replay,
+                session.batch("calibration"),
+                session.methods.pruner(name),
+                dense_states=None,
+                in_one_pass=session.prune_settings.statistics == "sequential",
+                channels=session.channel_pruner(name),
+            )
             clock.add(work.step(plan, index, batches["calibration"][index].clone()).seconds, name)
         for role, states in batches.items():
             moved = states[index].clone()

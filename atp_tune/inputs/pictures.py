@@ -57,10 +57,10 @@ class Pictures:
 
     def select(self, rows: Sequence[int]) -> "Pictures":
         """Some of the pictures, in this order."""
-        labels, name, read = self.labels, self.name, self.read
+        name, read = self.name, self.read
         return replace(
             self,
-            labels=[labels[row] for row in rows],
+            labels=[self.labels[row] for row in rows],
             name=lambda index: name(rows[index]),
             read=lambda index: read(rows[index]),
         )

@@ -294,8 +294,7 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
 
 def _order(count: int, text: Text) -> list[int]:
     """The pairs of the part, in order or, with random sampling, shuffled by the seed."""
-    start, end = (int(share * count) for share in text.part)
-    rows = torch.arange(start, end)
+    rows = torch.arange(*(int(share * count) for share in text.part))
     if text.sampling == "random":
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(text.seed))]
     return rows.tolist()
@@ -320,9 +319,9 @@ def load_processor(folder: Path, trusted: bool, asks: str, whose: str) -> Any:
 
 def _pair(processor: Any, pictures: Pictures, index: int, tokens: int) -> Tensors | None:
     """Makes the arguments with which the model is called for one pair, cut to `tokens`; None if the pair is shorter."""
-    picture, words, name = pictures.picture(index), str(pictures.labels[index]), pictures.name(index)
+    picture, name = pictures.picture(index), pictures.name(index)
     with as_user_error(f"images: the processor does not take {name}"), quiet("transformers"):
-        text = _written(processor, words)
+        text = _written(processor, str(pictures.labels[index]))
         bos = getattr(processor.tokenizer, "bos_token", None)
         once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # the template has written BOS
         arguments = dict(processor(text=text, images=[picture], return_tensors="pt", **once))

@@ -239,8 +239,9 @@ class CalibrationGradients:
     watch: EventHandler
 
     def __post_init__(self) -> None:
-        needed = ACTIVATIONS * block_bytes(self.checkpoint)
-        self._batch = AutoBatch(self.checkpoint.device, self.pool.positions, needed, self.watch)
+        self._batch = AutoBatch(
+            self.checkpoint.device, self.pool.positions, ACTIVATIONS * block_bytes(self.checkpoint), self.watch
+        )
 
     @cached_property
     def of_blocks(self) -> BlockGradients:
@@ -357,8 +358,8 @@ class Descent:
         """The ends, by way of the steps that an interrupted run has left in `file`."""
         gradients, watch = self.gradients, self.gradients.watch
         pricing, steps = self.pricing(), DescentSteps(file)
-        windows, total = windows_of_step(gradients.pool.positions, targets), steps_along(targets)
-        samples = gradients.samples(windows, total, self.share)
+        total = steps_along(targets)
+        samples = gradients.samples(windows_of_step(gradients.pool.positions, targets), total, self.share)
         watch(TrialStarted("gradient", None))
         if before := len(steps.prices):
             watch(Message(f"gradient: goes on after step {before} of {total}"))
@@ -400,17 +401,17 @@ class RowDescent(Descent):
 def by_score(
     gradients: CalibrationGradients,
     score: Score,
-    statistics: Callable[[int], BlockStatistics],
+    statistics: Sequence[BlockStatistics],
     group: int | None,
     rows: Loss | None,
 ) -> Descent:
     """The descent by masks of the lowest scores of each row, or group.
 
-    `statistics`: of a block's inputs in the dense model, as norms or ranks; `rows`: rows move too, by this loss.
+    `statistics`: of the blocks' inputs in the dense model, as norms or ranks; `rows`: rows move too, by this loss.
     """
 
     def places(index: int, linear: Linear, weight: Tensor) -> Tensor:
-        own = statistics(index).get(linear.name) if score == "wanda" else None
+        own = statistics[index].get(linear.name) if score == "wanda" else None
         if isinstance(own, Ranks):
             return own.places
         if own is None:
@@ -423,9 +424,9 @@ def by_score(
     return Descent(gradients, lambda: Pricing(gradients.of_blocks, ByPlaces(places)), own)
 
 
-def by_pruner(gradients: CalibrationGradients, pruner: Pruner, statistics: Callable[[int], BlockStatistics]) -> Descent:
+def by_pruner(gradients: CalibrationGradients, pruner: Pruner, statistics: Sequence[BlockStatistics]) -> Descent:
     """The descent by what a pruner makes of the weights; `statistics`: as it has prepared them."""
-    levels = ByPruner(pruner, statistics, int(LEVEL_SHARE * host_memory()))
+    levels = ByPruner(pruner, statistics.__getitem__, int(LEVEL_SHARE * host_memory()))
     return Descent(gradients, lambda: Pricing(gradients.of_blocks, levels), [repr(pruner), GRID])
 
 

@@ -68,20 +68,18 @@ def generate(
     return sequences[:, prompt:]
 
 
-def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a text, by the model's generation settings, its config and the tokenizer."""
-    config: Any = model.config
     tokens = list[Any]()
-    for source in (getattr(model, "generation_config", None), config.get_text_config(), tokenizer):
+    for source in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
         ends = getattr(source, "eos_token_id", None)
         tokens += ends if isinstance(ends, list) else [ends]
     return list(dict.fromkeys(token for token in tokens if isinstance(token, int)))
 
 
-def longest(model: nn.Module) -> int | None:
+def longest(model: Any) -> int | None:
     """The number of positions of a model; None if its config names none."""
-    config: Any = model.config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
@@ -202,9 +200,8 @@ class Speaker:
             if most is not None and len(ids) >= most:
                 raise UserError(f"the text has {len(ids)} tokens, the model takes {most}; /reset begins a new one")
             tokens = options.tokens if most is None else min(options.tokens, most - len(ids))
-            prompt = torch.tensor([ids], device=self.device)
             (new,) = generate(
-                model, self.tokenizer, prompt, tokens, options.temperature,
+                model, self.tokenizer, torch.tensor([ids], device=self.device), tokens, options.temperature,
                 on_token=lambda done: is_stopped(), streamer=Pieces(self.tokenizer, say),
             ).tolist()  # fmt: skip
             is_whole = new[-1] in end_tokens(model, self.tokenizer)

@@ -228,8 +228,7 @@ class Session(Released):
         # Windows begin with BOS, or not, whichever gives the dense model the lower perplexity.
         if setup.bos is None:
             assert isinstance(text, Text)
-            batch = session.batch("calibration")
-            effect = compare_bos(replay, batch, session.heads, folder, text, base)
+            effect = compare_bos(replay, session.batch("calibration"), session.heads, folder, text, base)
             if effect is not None:
                 setup.place.note(f"texts.bos: {effect}")
                 if effect.taken:
@@ -260,9 +259,12 @@ class Session(Released):
 
         Model and dense measurements are shared.
         """
-        prune = self.prune_settings.model_copy(update={"statistics": "dense"})
-        thinned = self.windows["validation"].thinned(every)
-        return self._with("validation", thinned, measured=self.measured, prune_settings=prune)
+        return self._with(
+            "validation",
+            self.windows["validation"].thinned(every),
+            measured=self.measured,
+            prune_settings=self.prune_settings.model_copy(update={"statistics": "dense"}),
+        )
 
     def drawn(self, index: int) -> "Session":
         """The session with another draw of the calibration text (0: its own), without dense measurements."""
@@ -338,9 +340,9 @@ class Session(Released):
     @cached_property
     def measured(self) -> DenseMeasurements:
         """Measurements of the dense model on the calibration text."""
-        items, batch = self.windows["calibration"], self.batch("calibration")
+        role = "calibration"
         return DenseMeasurements(
-            self.replay.dense, items, self.items("calibration"), batch, self.folder.content, self.watch
+            self.replay.dense, self.windows[role], self.items(role), self.batch(role), self.folder.content, self.watch
         )
 
     @cached_property
@@ -440,11 +442,10 @@ class Session(Released):
         if self.prune_settings.has_own_prices(pruner):
             own = self.prune_settings.pruner(pruner)
             prepared = self.measured.statistics(own) if own.measures else [{} for _ in self.checkpoint.blocks]
-            return by_pruner(gradients, own, lambda index: prepared[index]).ends(targets, measured)
+            return by_pruner(gradients, own, prepared).ends(targets, measured)
         statistics = self.measured.fast_statistics(Wanda(group=group))
         loss = self.prune_settings.loss if rows else None
-        descent = by_score(gradients, ranked_by(pruner), lambda index: statistics[index], group, loss)
-        return descent.ends(targets, measured)
+        return by_score(gradients, ranked_by(pruner), statistics, group, loss).ends(targets, measured)
 
     def _width_costs(self) -> Costs:
         """What it costs to round each linear of the dense model to each width."""
@@ -496,10 +497,10 @@ class Session(Released):
         way = self.prune_settings.statistics
         dense = self.measured.fast_statistics(pruner) if pruner.measures and way == "dense" else None
         states = self.measured.states if self._has_error_curve else None
-        work = Pass(self.replay, batch, pruner, states, dense, in_one_pass=way == "sequential")
+        channels = self.channel_pruner(plan.method)
+        work = Pass(self.replay, batch, pruner, states, dense, way == "sequential", channels, grids)
         calibration = self.items("calibration")
-        work.channels, work.keeps_grids = self.channel_pruner(plan.method), grids
-        measures = (work.channels or pruner).measures
+        measures = (channels or pruner).measures
         measured = len(calibration) if dense is None and measures else 0
         items = calibration[: max(measured, self.measured.curve_windows if self._has_error_curve else 0)]
         for block in work.run(plan, embed(self.replay, batch, items), items):

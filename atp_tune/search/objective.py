@@ -380,9 +380,13 @@ class FinalScores:
         study, session, spec = self.study, self.session, self.run.file.study
         options, best = spec.continuations, best_trial(study)
         uniform = uniform_beside(study, best)
-        if best is None or uniform is None or not options.tokens:
-            return {}, None
-        if "continuations" in attached(study, best.number) or stored_answers(study, best) is not None:
+        if (
+            best is None
+            or uniform is None
+            or not options.tokens
+            or "continuations" in attached(study, best.number)
+            or stored_answers(study, best) is not None
+        ):
             return {}, None
         goal = goal_in(study)
         ranked = goal.leaders() if goal.compares else []  # allocations at different sparsities do not compare

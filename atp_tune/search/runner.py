@@ -167,9 +167,12 @@ def _with_stored_total(run: StudyRun, study: optuna.Study) -> StudyRun:
     if last is None or run.file.sets_trials or not last.sets_trials:
         return run
     search = run.file.study.search.model_copy(update={"trials": last.study.search.trials})
-    spec = run.file.study.model_copy(update={"search": search})
-    overrides = tuple(override for override in last.overrides if override.startswith(TRIALS))
-    return replace(run, file=replace(run.file, study=spec, overrides=(*run.file.overrides, *overrides)))
+    file = replace(
+        run.file,
+        study=run.file.study.model_copy(update={"search": search}),
+        overrides=(*run.file.overrides, *(text for text in last.overrides if text.startswith(TRIALS))),
+    )
+    return replace(run, file=file)
 
 
 def is_complete(study: optuna.Study, file: StudyFile) -> bool:

@@ -52,10 +52,14 @@ def branch_study(
         if kinds.keys() <= params.keys():  # a trial of another process may lack parameters that it has yet to draw
             done = [] if trial.values is None else trial.values[:objectives]
             logs = [math.log(max(value, LEAST)) for value in done] or None
-            own = {name: params[name] for name in kinds}
-            attrs = {key: trial.user_attrs[key] for key in ORDER if key in trial.user_attrs}
             shadow.add_trial(
-                optuna.create_trial(state=trial.state, values=logs, params=own, distributions=kinds, user_attrs=attrs)
+                optuna.create_trial(
+                    state=trial.state,
+                    values=logs,
+                    params={name: params[name] for name in kinds},
+                    distributions=kinds,
+                    user_attrs={key: trial.user_attrs[key] for key in ORDER if key in trial.user_attrs},
+                )
             )
     return shadow
 

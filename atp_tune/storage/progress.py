@@ -400,11 +400,18 @@ def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
 
 def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
     """Queues a lost trial with the same parameters."""
-    history, cut_offs = [*retry_history(trial), trial.number], [one.stored() for one in all_cut_offs(trial)]
-    attributes = {**trial.system_attrs, "failed_trial": history[0], "retry_history": history, "cut_offs": cut_offs}
+    history = [*retry_history(trial), trial.number]
     study.add_trial(
         optuna.create_trial(
-            state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, system_attrs=attributes
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            system_attrs={
+                **trial.system_attrs,
+                "failed_trial": history[0],
+                "retry_history": history,
+                "cut_offs": [one.stored() for one in all_cut_offs(trial)],
+            },
         )
     )
 
