@@ -337,8 +337,7 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
     """Yields the parts of a study, in the order in which it runs them."""
     study, tokens, costs, pruning = amounts.study, amounts.tokens, amounts.costs, amounts.pruning
     passed = 1 + ("kl" in study.search.objective)  # of the dense model: for its scores, and for its states
-    dense, tested = passed * tokens.validation, passed * tokens.test
-    is_open = done.trials < done.total
+    dense, tested, is_open = passed * tokens.validation, passed * tokens.test, done.trials < done.total
 
     def plan(evaluated: int, role: str) -> float:
         """Seconds to prune by one plan and evaluate it on so many tokens of a text, the mean over pruners."""
@@ -357,15 +356,15 @@ def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
         seconds = rates.statistics(ranked) + rates.dense_on(passed * screened, "validation")
         yield Part("dense", 1, not done.screening, passed * screened + 2 * ranked, seconds, dense)
         seconds = fmean(rates.trial(name, Passes(listen=0, run=0, evaluate=screened)).total for name in costs)
-        left = max(0, done.screening_total - done.screening)
-        yield Part("screening", done.screening_total, left, screened, seconds, screened)
+        whole, left = done.screening_total, max(0, done.screening_total - done.screening)
+        yield Part("screening", whole, left, screened, seconds, screened)
     # Descents by prices, then the trials.
     descended, number = descent_tokens(amounts), len(study.descents)
     # Each step copies streamed blocks upwards and on the way back; weights are made where prices are of them.
     copied, levels = rates.blocks * 2 * number * _steps(amounts)[0] * rates.fetch, LEVELS * len(_path(amounts))
     made_at = {"ggml": len(BLOCKS)} if study.quantize.by_types else dict.fromkeys(study.own_prices, levels)
-    made = sum(many * rates.pruners[name].prune for name, many in made_at.items())
-    by_prices = max(copied, rates.statistics(descended)) + rates.blocks * made
+    made = rates.blocks * sum(many * rates.pruners[name].prune for name, many in made_at.items())
+    by_prices = made + max(copied, rates.statistics(descended))
     if descended:
         each, seconds = 2 * descended / number, by_prices / number
         yield Part("gradient", number, 0 if done.trials or not is_open else number, each, seconds, each, seconds)
