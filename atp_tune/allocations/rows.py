@@ -68,7 +68,7 @@ class RowSparsities:
     offsets: RowOffsets | None = None
 
     def towards(self, other: "RowSparsities", share: float) -> "RowSparsities":
-        """The offsets at this share of the way to another's."""
+        """The sparsities and offsets at this share of the way to another's."""
         pairs = zip(self.linears, other.linears, strict=True)
         linears = tuple(tuple(a + share * (b - a) for a, b in zip(*pair, strict=True)) for pair in pairs)
         if self.offsets is None or other.offsets is None:

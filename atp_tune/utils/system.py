@@ -198,7 +198,7 @@ def interruptible(*stops: signal.Signals, once: Callable[[], None] = lambda: Non
 class Interruption(KeyboardInterrupt):
     """The exception of a signal, with the signal's number."""
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int = signal.SIGINT) -> None:
         super().__init__()
         self.signum = signum
 
