@@ -22,7 +22,7 @@ from atp_tune.utils.system import require
 LEAST = 1e-8  # importance of a column without inputs, as a share of the mean
 LARGEST = 65504  # of 16 bits
 KEPT = 2**30  # bytes that are kept of what was rounded: a search asks for a few types of each matrix again and again
-_KEPT = dict[Any, Any]()  # by type, shape, weights and importance, of which 64 bits each
+_KEPT: Any = {}  # by type, shape, weights and importance, of which 64 bits each
 
 
 class GGML(Unprepared):
