@@ -49,6 +49,7 @@ ELSEWHERE = {  # words of commands that another test runs
     "search.seed=1": "runs on another machine: test_merging.py",
     "gguf": "needs rows of ggml's blocks, which the tiny model has not: test_gguf.py",
     "model.gguf": "needs a study of such a model: test_gguf.py",
+    "--bpw": "needs a study of bits: test_interval_studies.py",
 }
 SHORTER = {  # options that make a command as short as the tiny model
     "own": settings(
