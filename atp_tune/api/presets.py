@@ -295,7 +295,7 @@ class StudyRequest:
             return {"size": self.size, "quantize": ROUNDING}
         rounding = {"quantizers": ["ggml"]}
         if isinstance(self.sparsity, tuple):
-            return {"bits": tuple(-end for end in reversed(self.sparsity)), "quantize": rounding}
+            return {"bits": sorted(map(abs, self.sparsity)), "quantize": rounding}
         weights = total // itemsize
         bits = round(bits_of_size(self.size, weights, 0, total) / weights, 4)
         return {"bits": bits, "quantize": rounding}

@@ -261,9 +261,8 @@ class OverInterval(AtSparsity):
     def _shown(self, front: Trials) -> Trials:
         done = measured(self.study)
         best = {target_in(trial.params): trial for trial in reversed(done)}
-        beside = {target_in(trial.params) for trial in done if is_uniform(trial)}
-        beside -= {target_in(trial.params) for trial in front}
-        return [*front, *(trial for target, trial in best.items() if target in beside)]
+        uniform, there = ({target_in(one.params) for one in trials} for trials in (filter(is_uniform, done), front))
+        return [*front, *(best[target] for target in uniform - there)]
 
     def timed(self, summary: "Summary") -> Trials:
         """The points that have no speed yet."""

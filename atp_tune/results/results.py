@@ -30,11 +30,7 @@ from atp_tune.utils.system import check_writable
 
 # --- A stored trial's allocation and scores, and the uniform trial to compare it with.
 
-NO_PARAMETERS = (
-    *METHODS,
-    "allocation",
-    *(one.name for one in SEARCHED),
-)  # of an allocation, among a trial's parameters
+NO_PARAMETERS = (*METHODS, "allocation", *(one.name for one in SEARCHED))  # of a trial's those of no allocation
 
 
 def is_uniform(trial: FrozenTrial) -> bool:

@@ -66,7 +66,8 @@ class Summary:
 
     made_from     its study file with all overrides; None from an early version
     requested     trials that were asked for, if the study ended after fewer
-    target        in words, of the best trial where it is searched for, or a size; `told`: with the interval
+    target        in words, or a size; where it is searched for that of the best trial, and `searched` the interval
+    told          both in words
     sizes         weights per block; `in_tower`: so many, the first, are of a vision tower
     ranks         the best trial of each allocation
     gp_posterior  the GP's posterior of perplexity over β; None without a GP
@@ -95,6 +96,7 @@ class Summary:
     name: str
     sparsity: float | tuple[float, float] | None
     target: str
+    searched: str
     told: str
     trials: list[FrozenTrial]
     total: int | None
@@ -156,6 +158,7 @@ def summarise(study: optuna.Study) -> Summary:
         name=study.study_name,
         sparsity=tuple(target) if isinstance(target, list) else target,
         target=target_words(found) if found else targets,
+        searched=targets if found else "",
         told=f"{target_words(found)} of {targets}" if found else targets,
         trials=trials,
         total=total,
