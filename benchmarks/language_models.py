@@ -145,9 +145,7 @@ def make_tokenizer(texts: list[str], shape: Shape) -> PreTrainedTokenizerFast:
         vocab_size=shape.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     found.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=found, eos_token=END, clean_up_tokenization_spaces=False
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token=END, clean_up_tokenization_spaces=False)
 
 
 def windows_of(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
@@ -178,7 +176,7 @@ def trained(name: str, out: Path = BUILD) -> Path:
         print(f"{name}: {sum(weight.numel() for weight in model.parameters()):,} parameters", flush=True)
         train(model, windows, shape, out / f"{name}.part")
         with folder_atomically(target) as place:
-            model.to(torch.bfloat16).save_pretrained(place)  # type: ignore[arg-type]
+            model.to(torch.bfloat16).save_pretrained(place)
             tokenizer.save_pretrained(place)
         (out / f"{name}.part").unlink(missing_ok=True)
     return target

@@ -146,7 +146,7 @@ class Checkpoint(Released):
         `how`: `offload`, `with_tower`, `positions`, as for the class.
         """
         check_full(folder)
-        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        hf_logging.disable_progress_bar()
         try:
             # transformers only logs missing weights, and fills them with random numbers
             model, info = auto_class(folder).from_pretrained(

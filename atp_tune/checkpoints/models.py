@@ -205,7 +205,7 @@ def _from_hub(model: study.ModelConfig, notify: Notify, ask: Ask) -> ModelFolder
     # UserError unless what is to be downloaded has room; the hub's own library only warns, and fills the disk.
     missing, options = 0, {"allow_patterns": ["*.safetensors", *small], "ignore_patterns": UNUSED, "dry_run": True}
     with suppress(Exception), convert.quiet("huggingface_hub"):  # a hub out of reach: what there is of it is taken
-        downloads = snapshot_download(model.source, revision=model.revision, **options)  # type: ignore[call-overload]
+        downloads = snapshot_download(model.source, revision=model.revision, **options)
         missing = sum(file.file_size for file in downloads if file.will_download)
     check_writable(Path(constants.HF_HUB_CACHE) / model.source, missing, "cache ", "set HF_HOME to another folder")
     path = _snapshot(model, ["*.safetensors", *small])

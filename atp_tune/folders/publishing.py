@@ -76,7 +76,7 @@ def check_permission(name: str, private: bool) -> None:
     `private`: UserError also if the repository exists and is public.
     """
     try:
-        utils.validate_repo_id(name)  # type: ignore[attr-defined]
+        utils.validate_repo_id(name)
         is_valid = name.count("/") == 1
     except errors.HFValidationError:
         is_valid = False

@@ -256,7 +256,7 @@ class Eager:
                 # The prompt alone is timed, or what comes after it, from keys and values of its own.
                 prompt, inputs = inputs[0], inputs[:1] if phase == "prefill" else inputs[1:]
                 if cache is not None:
-                    cache.reset()  # type: ignore[no-untyped-call]
+                    cache.reset()
                 if phase != "prefill":
                     cache = self.models[side](**prompt, past_key_values=cache).past_key_values
                     inputs = [{**each, "past_key_values": cache} for each in inputs]
@@ -320,7 +320,7 @@ def opened(
 
 def about_torch(name: str, dtype: torch.dtype, device: torch.device) -> About:
     """The description of an engine that torch runs on this device."""
-    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each argument that it renames
+    hf_logging.set_verbosity_error()  # it warns of each argument that it renames
     cpu = device.type == "cpu"
     return About(
         name, torch.__version__, str(dtype).removeprefix("torch."), cpu_name() if cpu else device_name(device),

@@ -262,7 +262,7 @@ class ImageProcessor:
         from transformers import AutoImageProcessor
 
         with as_user_error(f"source: the image processor of the model in {folder} cannot be loaded"):
-            own = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            own = AutoImageProcessor.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=trusted, backend="pil"
             )
         for side_of in ("size", "crop_size"):

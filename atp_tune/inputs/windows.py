@@ -309,7 +309,7 @@ def load_processor(folder: Path, trusted: bool, asks: str, whose: str) -> Any:
     from transformers import AutoProcessor
 
     with as_user_error(f"{asks} the processor {whose} cannot be loaded"), quiet("transformers"):
-        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+        processor = AutoProcessor.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trusted, backend="pil"
         )
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:

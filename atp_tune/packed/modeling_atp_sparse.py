@@ -514,7 +514,7 @@ def class_of(family: Any, auto_class: str) -> Any:
     return classes[0] if isinstance(classes, tuple | list) else classes
 
 
-class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
+class PackedConfig(PretrainedConfig):
     """The config of a packed folder for `AutoConfig`; `from_dict` returns that of the model's own family."""
 
     model_type = MODEL_TYPE
@@ -528,7 +528,7 @@ class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         return own.from_dict({**config_dict, "model_type": table["family"]}, **kwargs)
 
 
-class SlimConfig(PackedConfig):  # type: ignore[no-untyped-call]
+class SlimConfig(PackedConfig):
     """The config of a slim folder for `AutoConfig`."""
 
     model_type = SLIM
@@ -656,7 +656,7 @@ def _own_model(config_class: Any, family: Any, model_type: str, auto_class: str)
     }
     subclass: Any = type(f"{form.name}{family.__name__}", (family,), methods)
     for key in (family.__name__, config_class.model_type):  # what transformers would look up for the family
-        if (renamed := get_checkpoint_conversion_mapping(key)) is not None:  # type: ignore[no-untyped-call]
+        if (renamed := get_checkpoint_conversion_mapping(key)) is not None:
             register_checkpoint_conversion_mapping(subclass.__name__, renamed, overwrite=True)
             break
     return subclass
@@ -762,7 +762,7 @@ def _unpacked(path: Any, hub: Table, table: Table, linears: Table) -> Iterator[t
     files: Any = [cached_file(path, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)]
     if files == [None]:
         index = cached_file(path, INDEX, **hub)
-        files, _ = get_checkpoint_shard_files(path, index, **hub)  # type: ignore[no-untyped-call]
+        files, _ = get_checkpoint_shard_files(path, index, **hub)
     every = {**table["stored"], **table["linears"]}
     packed = {name: about for name, about in every.items() if name not in linears}
     coded = {name: every[name] for name in linears if "codes" in every[name] and "codes" not in linears[name]}

@@ -45,7 +45,7 @@ def generate(
     check_known(model, int(ids.max()), "prompt")
     ends = end_tokens(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
+    config = GenerationConfig(
         max_new_tokens=tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
         **(sampling if temperature else {"do_sample": False}),
     )  # fmt: skip
@@ -57,7 +57,7 @@ def generate(
         return torch.full((len(sequences),), is_end, device=sequences.device)
 
     # Without the model's own settings, which `generate` would add to those that it is given.
-    own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         sequences: Tensor = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer,

@@ -220,7 +220,7 @@ def score(
     return {row: _result(output, row) for row in tasks.rows}
 
 
-class _Checked(HFLM):  # type: ignore[misc]
+class _Checked(HFLM):
     """lm-eval's model; UserError if the tokenizer's ids exceed the model's vocabulary."""
 
     def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -301,7 +301,7 @@ def _each(samples: Iterable[Mapping[str, Any]], metric: str, name: str) -> list[
 # many positions as an image takes. Whatever would let a model answer without its images is an error here.
 
 
-class ImageModel(HFMultimodalLM):  # type: ignore[misc]
+class ImageModel(HFMultimodalLM):
     """lm-eval's model; UserError for a question whose images would not reach the model."""
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *arguments: Any, **options: Any) -> None:
