@@ -108,10 +108,11 @@ def calling(watch: EventHandler, folder: str, name: str) -> EventHandler:
     """A handler that has a name for a folder that is removed in the end."""
 
     def on_event(event: Event) -> None:
-        if isinstance(event, Message):
-            event = Message(event.text.replace(folder, name))
-        if isinstance(event, TrialStarted):
-            event = replace(event, title=event.title.replace(folder, name))
+        match event:
+            case Message(text):
+                event = Message(text.replace(folder, name))
+            case TrialStarted(title):
+                event = replace(event, title=title.replace(folder, name))
         watch(event)
 
     return on_event

@@ -11,7 +11,6 @@ its sparsity, or a table of what it has; a block whose linears do not differ has
     where ggml rounds them      {"bits": 4.5, "type": "Q4_K"}
 """
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self
@@ -87,7 +86,7 @@ class Plan(FrozenModel):
     parameters: dict[str, FiniteFloat] = Field({})
     target: Annotated[float, Field(ge=-16, le=1)] | None = None
     levels: tuple[StoredLevel, ...] = Field(min_length=1)
-    outer: dict[str, TypeName] = Field({}, exclude_if=operator.not_)
+    outer: dict[str, TypeName] = Field({}, exclude_if=lambda outer: not outer)
 
     @model_validator(mode="after")
     def _alike(self) -> Self:

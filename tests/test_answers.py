@@ -44,7 +44,7 @@ class Strip:
             setup_of(watch=self._hear, score="classes"),
         )
         self.answers = ImageAnswers("test")
-        self.work = LeftOut(self.answers, NAMES, "answers on images", self._hear)
+        self.work = LeftOut(self.answers, {*NAMES}, "answers on images", self._hear)
 
     def _hear(self, event: Any) -> None:
         if isinstance(event, Message):
@@ -83,7 +83,7 @@ def test_pictures_have_their_own_colours(mean: Any, folder: Path) -> None:
 @parametrize("more", [{"image_mean": [0.3] * 2, "image_std": [0.2] * 2}, {"image_processor_type": "NoneSuch"}])
 def test_what_fails_leaves_the_strip_out_in_one_line(more: dict[str, Any], folder: Path) -> None:
     strip = Strip(change(folder, "preprocessor_config.json", **more))
-    assert strip.all() is None and strip.work.wanted == ()
+    assert strip.all() is None and strip.work.wanted == set()
     assert len(strip.said) == 1 and strip.said[0].startswith("answers on images: left out, ")
     assert len(strip.said[0].splitlines()) == 1
 

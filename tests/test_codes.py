@@ -111,7 +111,7 @@ def test_codes_give_the_rounded_weights(
     assert torch.equal(found == 0, rounded == 0)
     loose = STEP + {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
     assert_close(found, rounded.float(), rtol=loose, atol=1e-7)
-    promised = stored_bits(*weight.shape, bits, size, symmetric, int((rounded == 0).sum()))
+    promised = stored_bits(*weight.shape, bits, size, 0 if symmetric else bits, int((rounded == 0).sum()))
     rows, columns = weight.shape
     slack = 8 * 2 + (rows * (-columns % 8) if BITMASK in coded.parts else 0)
     assert 0 <= 8 * sum(part.nbytes for part in coded.parts.values()) - promised < slack

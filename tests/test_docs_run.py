@@ -47,6 +47,7 @@ ELSEWHERE = {  # words of commands that another test runs
     "classify": "needs an image classifier: test_classifying.py, test_image_studies.py",
     "fashion": "fetches 120 MB and takes minutes: test_image_studies.py has a small one",
     "search.seed=1": "runs on another machine: test_merging.py",
+    "mlx": "needs rows of whole groups: test_engines.py",
     "gguf": "needs rows of ggml's blocks, which the tiny model has not: test_gguf.py",
     "model.gguf": "needs a study of such a model: test_gguf.py",
     "--bpw": "needs a study of bits: test_interval_studies.py",

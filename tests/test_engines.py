@@ -135,7 +135,7 @@ def test_engines_compute_what_was_measured(
     assert best.quantize is not None and len({level.width for level in best.plan.each_linear()}) > 1
     if engine == "mlx" and best.quantize.group_size == -1:
         refused = command(*words, "--out", out, "--format", engine)
-        assert refused.code == 2 and "groups of -1" in refused.error and not out.exists()
+        assert refused.code == 2 and "in groups of -1: set" in refused.error and not out.exists()
         return
     said = command.ok(*words, "--out", out, "--format", engine).out
     command.ok(*words, "--out", plain)
@@ -162,6 +162,40 @@ def test_engines_compute_what_was_measured(
     with torch.inference_mode():
         ours = model(ids[:4]).logits
     torch.testing.assert_close(theirs.float(), ours, rtol=0, atol=1e-4 if dtype == "float32" else 0.2)
+
+
+@slow
+def test_a_study_for_mlx(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command finds the bits of each linear, and writes the folder that mlx-lm reads; --packed still packs."""
+    monkeypatch.chdir(place)
+    make_model(make_tokenizer(), 100, intermediate=64).save_pretrained(place / "model")
+    words = ("--format", "mlx", "--bpw", "4.5", "--preset", "quick", "--texts", "mixed", "--name", "own")
+    few = [word for role in ("calibration", "validation", "test") for word in ("--set", f"texts.{role}.nsamples=4")]
+    few += ["--trials", "4", "--set", "quantize.group_size=32"]  # of its 32 columns; scales take twice as many bits
+    said = command.ok(place / "model", *words, *few, "--out", "out").out
+    best = read_config(Path("studies/own.best.json"))
+    assert best.quantize is not None and best.quantize.format == "mlx" and best.bits is not None
+    assert "4 bits" in said and best.bits.target == 4
+    assert best.bits.effective is not None and best.bits.nominal + 1 == pytest.approx(best.bits.effective)
+    assert {level.width for level in best.plan.each_linear()} <= {2, 3, 4, 5, 6, 8}
+    command.ok("apply", "--study", "own", "--out", "again")
+    out, again = (
+        {file.name: file.read_bytes() for file in Path(folder).glob("*.safetensors")} for folder in ("out", "again")
+    )
+    assert out == again and "quantization" in json.loads(Path("out/config.json").read_text())
+    command.ok("apply", "--study", "own", "--out", "packed", "--packed")
+    assert "quantization" not in json.loads(Path("packed/config.json").read_text())
+    for given, said in (
+        (("model", "--format", "mlx", "--bpw", "6", "--name", "own"), "size is mlx 4.5bpw there, and mlx 6bpw is ask"),
+        (("model", "--format", "mlx", "--size", "1MB", "--texts", "mixed"), "--size: --format mlx takes bits a weight"),
+        (("model", "--format", "mlx", "--bpw", "4", "--pruner", "wanda"), "--pruner: --format mlx rounds weights and"),
+        (
+            ("--study", "own", "--study-name", "odd", "--set", "quantize.group_size=48"),
+            "quantize.format: mlx stores an nn.Linear in whole groups of inputs of 32, 64 or 128",
+        ),
+    ):
+        answer = command(*given)
+        assert answer.code == 2 and said in answer.error, given
 
 
 @slow

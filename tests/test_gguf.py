@@ -227,11 +227,11 @@ def test_what_does_not_go_together(place: Path, change: tuple[str, str], said: s
 @parametrize(
     "words, said",
     [
-        (("--bpw", "5"), "--bpw: goes with --format gguf"),
+        (("--bpw", "5"), "--bpw: goes with --format, in the place of --size"),
         (("--format", "gguf"), "--format: gguf needs --bpw, such as --bpw 4.8"),
         (
             ("--format", "gguf", "--bpw", "5", "--size", "3bpw"),
-            "--bpw: goes with --format gguf, in the place of --size",
+            "--bpw: goes with --format, in the place of --size",
         ),
         (("--format", "gguf", "--bpw", "5", "--sparsity", "0.5"), "--sparsity: --size finds"),
         (("--format", "gguf", "--bpw", "5", "--pruner", "wanda"), "--pruner: --format gguf rounds weights"),

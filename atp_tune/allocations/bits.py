@@ -113,11 +113,12 @@ def evenly(count: int) -> list[int]:
     return [i for i in reversed_ if i < count]
 
 
-def stored_bits(rows: int, columns: int, bits: int, group_size: int, symmetric: bool, zeros: int = 0) -> int:
+def stored_bits(rows: int, columns: int, bits: int, group_size: int, zero_point: int, zeros: int = 0) -> int:
     """Bits of a quantized matrix with the scales and zero points of its groups; a group size of -1 is a whole row.
 
-    With `zeros` as values or as a mask of one bit a weight and the values of the others, whichever is less.
+    `zero_point`: bits of one. With `zeros` as values or as a mask of one bit a weight and the values of the others,
+    whichever is less.
     """
     groups = 1 if group_size == -1 else ceil(columns / group_size)
     size = rows * columns
-    return min(size * bits, size + (size - zeros) * bits) + rows * groups * (SCALE + (0 if symmetric else bits))
+    return min(size * bits, size + (size - zeros) * bits) + rows * groups * (SCALE + zero_point)

@@ -18,6 +18,7 @@ from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.best import Config, ZeroShot, read_config
 from atp_tune.config.data import CLASSES
+from atp_tune.config.prune import Engine
 from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, TrialStarted, calling
@@ -26,7 +27,7 @@ from atp_tune.folders.card import ABOUT, describe
 from atp_tune.folders.comparing import Classified, TaskOptions, classify, continuations, evaluate
 from atp_tune.folders.finetuning import apply_trained
 from atp_tune.folders.gguf_file import save as save_gguf
-from atp_tune.folders.packing import Codes, Engine, pack_folder, to_pack
+from atp_tune.folders.packing import Codes, pack_folder, to_pack
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
@@ -212,15 +213,15 @@ class Configuration:
         channels that `pattern = "channels"` prunes, smaller and usually faster. `dtype`: "float32", "bfloat16" or
         "float16", of all weights; by default as the dense model's files, of a .gguf file as the study computed, of
         trained weights always as the files. `format`: codes of rounded weights as "compressed-tensors" (vLLM) or "mlx"
-        stores them, with scales of bfloat16. UserError if the folder exists. Types of ggml make a file NAME.gguf, and
-        beside it what `llama-quantize` needs to make it again; its perplexity, of 8192 tokens, is by llama.cpp.
+        stores them, with scales of bfloat16; default: the study's. UserError if the folder exists. Types of ggml make a
+        file NAME.gguf, and beside it what `llama-quantize` needs to make it again; its perplexity, of 8192 tokens, is
+        by llama.cpp.
         """
         from atp_tune.folders.slim import SLIM, check_pattern
 
         out = Path(folder).expanduser()
         with self._working() as place:
             check_free(out)
-            way = PLAIN
             if packed + slim + bool(format) > 1:
                 raise UserError("packed, slim, format: each makes a folder of its own; give one of them")
             if slim:
@@ -229,14 +230,18 @@ class Configuration:
                         "slim: the configuration's weights are trained, and those of a slim folder cannot be"
                     )
                 check_pattern(self.config)
-                way = SLIM
-            if not packed and format is None:
-                return save(self.config, out, place, self.lender, way, dtype)
+                return save(self.config, out, place, self.lender, SLIM, dtype)
+            config, own = self.config, self.config.quantize
+            engine = format if packed or own is None else format or own.format
+            if not (packed or engine):
+                return save(config, out, place, self.lender, PLAIN, dtype)
             with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
-                codes = None if self.config.quantize is None else Codes(parts, self.config.quantize, format)
-                way = to_pack(self.config, codes, format)
+                codes = None
+                if own:
+                    own = own.model_copy(update={"format": engine})
+                    config, codes = config.model_copy(update={"quantize": own}), Codes(parts, own, engine)
                 there = replace(place, watch=calling(place.watch, str(sparse), str(out)))
-                measured = save(self.config, sparse, there, self.lender, way, dtype, codes)
+                measured = save(config, sparse, there, self.lender, to_pack(config, codes, engine), dtype, codes)
                 pack_folder(sparse, out, watch=place.watch, codes=codes)
         return measured
 

@@ -80,6 +80,11 @@ PRESETS = {
 RECOVERED = 256  # tokens per window, at most, on which kept weights are trained, see docs/finetune.md
 WORTH_TRAINING = 0.25  # increase of perplexity by pruning from which on training takes off 8 % at least, as measured
 ROUNDING = {"quantizers": ["gptq"], "group_size": 64, "act_order": True}  # as docs/bits.md measures it
+# What `--format` asks for: bits a weight of the scales and zero points of groups, and tables of the study.
+FORMATS: dict[str, tuple[float, Table]] = {
+    "gguf": (0, {"quantize": {"quantizers": ["ggml"]}, "prune": {"statistics": "dense"}}),
+    "mlx": (0.5, {"quantize": {**ROUNDING, "format": "mlx"}}),
+}
 STRIDE = 4  # every so many-th validation window is screened
 _C4: dict[str, Table] = {
     "calibration": {"source": "c4", "split": "train", "sampling": "random"},
@@ -157,7 +162,8 @@ class StudyRequest:
     interval of bits, negative.
     `texts`: one of `TEXTS`, the path of a file, or a text in memory; or one of these for each role. `recover`: train
     the kept weights of the best plan. `settings`: tables of overrides that come after, which nothing unasked may
-    contradict. `types`: of ggml, of all matrices, in the size. UserError at the start for a wish that nothing can meet.
+    contradict. `format`: gguf, whose size is of all matrices, or one of `FORMATS`, whose bits are of linears, scales
+    included. UserError at the start for a wish that nothing can meet.
     """
 
     source: str
@@ -170,7 +176,7 @@ class StudyRequest:
     recover: bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     size: str | None = None
-    types: bool = False
+    format: str | None = None
 
     def __post_init__(self) -> None:
         for option, names, choices in (
@@ -200,7 +206,7 @@ class StudyRequest:
         parts = [
             path.stem if path.suffix == ".gguf" else path.absolute().name,
             None if self.size or (limit and self.sparsity == WHOLE_INTERVAL) else in_percent(self.sparsity or 0),
-            self.size and f"{'gguf' if self.types else 'size'}-{self.size}",
+            self.size and f"{self.format or 'size'}-{self.size}",
             *limit,
             self.preset,
             *map(short_name, [*self.pruners, *self.allocations]),
@@ -216,11 +222,12 @@ class StudyRequest:
         """UserError if a study file of this name is the study of something else."""
         text = self.texts["validation"] if isinstance(self.texts, Mapping) else self.texts
         texts = None if text is None else study.data.validation.source
-        types = study.quantize.by_types and f"gguf {study.description.rpartition(' at ')[2]}"
+        made = study.quantize.format or (study.quantize.by_types and "gguf")
+        size = f"{made} {study.description.rpartition(' at ')[2]}" if made else study.size
         for key, stored, wanted in (
             ("model.source", study.model.source, model_source(self.source)),
             ("sparsity", study.sparsity, None if self.size else self.sparsity),
-            ("size", types or study.size, f"gguf {self.size}" if self.types else self.size),
+            ("size", size, f"{self.format} {self.size}" if self.format else self.size),
             ("limit", study.limit and study.limit.given, self.limit and dict(self.limit)),
             ("prune.pruners", study.prune.pruners, self.pruners or study.prune.pruners),
             ("allocation.names", study.allocation.names, self.allocations or study.allocation.names),
@@ -244,10 +251,10 @@ class StudyRequest:
         from atp_tune.checkpoints.files import has_experts
         from atp_tune.checkpoints.models import resolve
 
-        if self.types:
+        if self.format == "gguf":
             require("gguf", "--format gguf")
-        if self.types and self.pruners:
-            raise UserError("--pruner: --format gguf rounds weights and prunes none; leave it out")
+        if self.format and self.pruners:
+            raise UserError(f"--pruner: --format {self.format} rounds weights and prunes none; leave it out")
         if self.limit and "min_accuracy" in self.limit:
             require("eval", "--min-accuracy")
         where = find_device(device or "auto")
@@ -259,22 +266,22 @@ class StudyRequest:
         check_language(folder.path, f"{self.source}: needs a study file with the tables [images.*]")
         preset = PRESETS[self.preset_on(where)]
         # A gradient of all experts of a block may not fit where the block does, and was measured on no mixture.
-        allocations = self.allocations or (("gradient",) if self.types else PRICES)
-        if not self.allocations and not self.types and has_experts(folder.path):
+        allocations = self.allocations or (("gradient",) if self.format else PRICES)
+        if not self.allocations and not self.format and has_experts(folder.path):
             notify(
                 "the model has experts, so blocks get sparsities by ATP (--allocation gradient-rows: gradients of all)"
             )
             allocations = ("atp",)
         texts = preset_texts(usual_texts(notify) if self.texts is None else self.texts, preset, folder)
         # The best plan is trained; never that of a front, whose points would not compare with it.
-        unasked = preset.recovers and not self._of_channels and not self.types
+        unasked = preset.recovers and not self._of_channels and not self.format
         is_trained = not self._is_front and (unasked if self.recover is None else self.recover)
         settings = {
             "description": f"{self.source} at {self.size or target_words(self.sparsity or 0.0)}",
             **self._amounts(*folder.stored_bytes()),
             "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),
-            "prune": {"statistics": "dense"} if self.types else {"pruners": list(self.pruners or ("wanda",))},
+            **({} if self.format else {"prune": {"pruners": list(self.pruners or ("wanda",))}}),
             "allocation": {"names": list(allocations)},
             "texts": texts,
             "search": self.search(preset, texts["validation"].get("nsamples"), allocations),
@@ -291,14 +298,15 @@ class StudyRequest:
         """The keys of what is asked for; `total`: bytes of all weights, `itemsize`: of one."""
         if self.size is None:
             return {"sparsity": self.sparsity}
-        if not self.types:
+        if self.format is None:
             return {"size": self.size, "quantize": ROUNDING}
-        rounding = {"quantizers": ["ggml"]}
+        scales, tables = FORMATS[self.format]
         if isinstance(self.sparsity, tuple):
-            return {"bits": sorted(map(abs, self.sparsity)), "quantize": rounding}
+            return {"bits": [round(-end - scales, 4) for end in self.sparsity[::-1]], **tables}
         weights = total // itemsize
-        bits = round(bits_of_size(self.size, weights, 0, total) / weights, 4)
-        return {"bits": bits, "quantize": rounding}
+        if scales and not self.size.endswith("bpw"):
+            raise UserError(f"--size: --format {self.format} takes bits a weight of linears, such as --bpw 4.5")
+        return {"bits": round(bits_of_size(self.size, weights, 0, total) / weights - scales, 4), **tables}
 
     def _recovery(self, seqlen: int) -> Table:
         """The table `recover`; `seqlen`: of the validation text."""
@@ -330,7 +338,7 @@ class StudyRequest:
         is_alone = allocations == PRICES and len(self.pruners) < 2 and self.size is None
         if not isinstance(self.sparsity, tuple):
             table: Table = {"trials": preset.trials // 2 if is_alone else preset.trials, "sampler": "gp"}
-            return table | ({"objective": ["kl"]} if self.types else {})
+            return table | ({"objective": ["kl"]} if self.format else {})
         if windows == 1:
             raise UserError(
                 "texts.validation: has one window, and an interval of sparsities needs two; give a longer text"
@@ -340,7 +348,7 @@ class StudyRequest:
         more: Table = {"screen": {"trials": preset.screened, "confirm": preset.confirmed, "stride": stride}}
         if self.limit:
             more = ({} if self._of_channels or by_prices else more) | {"trials": preset.limited}
-        named = self.limit or dict.fromkeys(["max_kl"] * self.types)
+        named = self.limit or dict.fromkeys(["max_kl"] * bool(self.format))
         return {"objective": ["kl" if "max_kl" in named else "perplexity"], "sampler": "tpe", **more}
 
 

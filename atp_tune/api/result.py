@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from atp_tune.api.configuration import Configuration
-    from atp_tune.folders.packing import Engine
+    from atp_tune.config.prune import Engine
     from atp_tune.measures import Perplexity
 
 Row = dict[str, Any]  # of a trial or a point, for notebooks: flat, one value in a cell

@@ -215,7 +215,7 @@ def model(
     max_kl: str | None = None,
     min_accuracy: list[str] | None = None,
     size: str | None = None,
-    format_: Literal["gguf"] | None = None,
+    format_: Literal["gguf", "mlx"] | None = None,
     bpw: str | None = None,
     preset: Literal["quick", "balanced", "thorough"] | None = None,
     pruner: list[str] | None = None,
@@ -265,10 +265,11 @@ def model(
         size SIZE: Find the share of zeros, and bits of each linear, that fit a size together: 3.3bpw, bits a weight of
             the blocks with masks and scales, 100MB of all weights, or 40% of the dense model's. With --format gguf the
             size of all matrices, without zeros.
-        format_ gguf: Find a type of llama.cpp for each matrix, embedding and head too, that fit --bpw or --size and
-            keep the lowest KL; `apply --out NAME.gguf` writes the file. With '.[gguf]'.
-        bpw BITS: Bits a weight of the .gguf file's matrices: 4.8; an interval such as 4.5..8 gives the best plan at
-            five to ten sizes, and with --max-kl the smallest within it.
+        format_ FORMAT: gguf: find a type of llama.cpp for each matrix, embedding and head too, that fit --bpw or --size
+            and keep the lowest KL; `apply --out NAME.gguf` writes the file. With '.[gguf]'. mlx: find the bits of each
+            linear that fit --bpw; `apply --out DIR` writes the folder for mlx-lm.
+        bpw BITS: Bits a weight of the .gguf file's matrices, or of linears with their scales: 4.8; an interval such as
+            4.5..8 gives the best plan at five to ten sizes, and with --max-kl the smallest within it.
         preset: How much is measured; default: balanced with a GPU, else quick. quick: a first answer, 8 trials on
             windows of 256 tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the
             papers; both with errors over draws of the calibration text, and training. Half as many with prices alone;
@@ -299,9 +300,7 @@ def model(
     size = size_of(format_, bpw, settings.get("size") if size is None else size)
     target, limit = goal(sparsity, limits, settings, size)
     pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
-    wishes = StudyRequest(
-        source, target, preset, pruners, allocations, texts, limit, recover, settings, size, bool(format_)
-    )
+    wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover, settings, size, format_)
     path = HERE / f"{name or wishes.name}.toml"
     trusts_model = trust_remote_code or OWN_CODE in ("".join(text.split()) for text in options.set_ or ())
     flags = [OWN_CODE] * trusts_model  # a study file cannot allow it

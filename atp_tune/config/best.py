@@ -277,7 +277,7 @@ class Config(FrozenModel, use_attribute_docstrings=True):
     @property
     def trained(self) -> Recovered | None:
         """How the kept weights are to be trained after pruning; None if they stay as they were pruned."""
-        return self.recovered if self.recovered is not None and self.recovered.kept else None
+        return self.recovered if self.recovered and self.recovered.kept else None
 
     @property
     def is_trained(self) -> bool:

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from atp_tune.allocations import ALLOCATIONS, Budget, bits, channels
-from atp_tune.allocations.bits import stored_bits
+from atp_tune.allocations.bits import SCALE, stored_bits
 from atp_tune.allocations.budget import ranked_by, weighted_mean
 from atp_tune.allocations.rows import RowOffsets, offsets_to_text
 from atp_tune.allocations.types import cheapest_types, fitting, type_bits
@@ -299,6 +299,7 @@ def check_names(names: tuple[str, ...], key: str, registry: Registry[Any]) -> No
 # --- The table `[quantize]` of a study with `bits`: how weights are rounded, and the bits that blocks may have.
 
 QuantizerName = Literal["rtn", "gptq", "ggml"]
+Engine = Literal["compressed-tensors", "mlx"]
 Width = Annotated[int, Field(ge=2, le=8)]
 WIDTHS = (2, 3, 4, 5, 6, 8)
 OF_ZEROS = ("er", "erk", "global", "gradient-rows")  # allocations that no number of bits follows from
@@ -320,6 +321,8 @@ class QuantizeConfig(SettingsTable):
     """of gptq: columns in the order of their inputs' size, not as they stand"""
     widths: tuple[Width, ...] = Field(WIDTHS, min_length=1)
     """the bits that a block, or a linear, may have"""
+    format: Engine | None = Field(None, exclude_if=lambda engine: not engine)
+    """in which `apply` writes the folder"""
 
     @model_validator(mode="after")
     def _check_values(self) -> Self:
@@ -358,7 +361,8 @@ class QuantizeConfig(SettingsTable):
         """
         if isinstance(bits, str):
             return round(rows * columns * type_bits(bits))
-        return stored_bits(rows, columns, bits, self.group_size, self.symmetric, zeros)
+        zero_point = SCALE if self.format == "mlx" else 0 if self.symmetric else bits
+        return stored_bits(rows, columns, bits, self.group_size, zero_point, zeros)
 
 
 @dataclass(frozen=True)

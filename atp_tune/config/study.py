@@ -506,7 +506,8 @@ def _of_weights(study: "Study") -> Iterator[Row]:
 
 
 def _of_types(study: "Study") -> Iterator[Row]:
-    """Yields the rows on types of ggml."""
+    """Yields the rows on formats of engines, and types of ggml."""
+    yield "quantize.format", study.quantize.format and not study.by_bits, "stores no zeros; give bits alone"
     unpriced = [name for name in study.allocation.names if name not in ("uniform", "gradient")]
     yield from _where(
         study.quantize.by_types, 'quantize.quantizers = ["ggml"]',

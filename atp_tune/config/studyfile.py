@@ -222,11 +222,6 @@ class StudyFile:
         }
 
     @property
-    def sets_trials(self) -> bool:
-        """Whether an override sets the total number of trials, as `--trials` does."""
-        return any(text.startswith(TRIALS) for text in self.overrides)
-
-    @property
     def goes_on(self) -> bool:
         """Whether an override switches early termination off, so that a study that terminated early goes on."""
         return not self.study.search.early_termination and any(

@@ -160,14 +160,14 @@ def goal(
 
 
 def size_of(kind: str | None, bpw: str | None, size: str | None) -> str | None:
-    """The size that is asked for, or as bits a weight of a .gguf file, such as 4.8bpw or 4.5..6bpw; else UserError."""
+    """The size that is asked for, or as bits a weight of a format, such as 4.8bpw or 4.5..6bpw; else UserError."""
     if bpw is not None:
         if size or not kind:
-            raise UserError("--bpw: goes with --format gguf, in the place of --size")
+            raise UserError("--bpw: goes with --format, in the place of --size")
         target = parse_target(bpw, BITS)
         return f"{bpw if isinstance(target, tuple) else f'{-target:g}'}bpw"
     if kind and not size:
-        raise UserError("--format: gguf needs --bpw, such as --bpw 4.8, or --size, such as --size 100MB")
+        raise UserError(f"--format: {kind} needs --bpw, such as --bpw 4.8; with gguf --size, such as 100MB, does too")
     return size
 
 

@@ -234,9 +234,8 @@ def _descent_bytes(amounts: Known) -> int:
         return 0
     sizes, pool = amounts.sizes.blocks, POOL * (rows_descents(amounts) > 0)
     states = ((len(sizes) + 1) * tokens + pool) * amounts.width * amounts.itemsize
-    shares_bits = amounts.study.by_bits or amounts.study.size
-    own = amounts.study.quantize
-    errors = len(BLOCKS if own.by_types else own.widths) * FLOAT32 if shares_bits else 0
+    study, own = amounts.study, amounts.study.quantize
+    errors = len(BLOCKS if own.by_types else own.widths) * FLOAT32 if study.by_bits or study.size else 0
     return states + max(sizes) * (2 * amounts.itemsize + FLOAT32 + errors)
 
 

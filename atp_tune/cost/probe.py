@@ -1,7 +1,7 @@
 """The probe: times one batch in three blocks for a few seconds, from which a study's cost is forecast."""
 
 import statistics
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -13,12 +13,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from atp_tune.blocks.prune_pass import Pass, advance, embed, entering, wait_for
+from atp_tune.blocks.prune_pass import Pass, advance, wait_for
 from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
 from atp_tune.config.prune import make_plan
 from atp_tune.config.study import Study
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
-from atp_tune.inputs import Batch
+from atp_tune.run.dense_model import dense_states
 from atp_tune.run.session import Session
 from atp_tune.scores.next_token import head_scores
 
@@ -107,10 +107,12 @@ def _entering(session: Session, role: str, probed: list[int]) -> dict[int, Tenso
 
     Those of block 0 will do for all, unless blocks change their shape.
     """
-    items = session.items(role)[: session.batch(role).windows]
+    batch = session.batch(role)
+    items = session.items(role)[: batch.windows]
     if not _is_shaped(session):
         return dict.fromkeys(probed, session.replay.embed(items).clone())
-    return dict(pair for pair in enumerate(_dense_states(session, role, items)) if pair[0] in probed)
+    states = enumerate(dense_states(session.replay, batch, items))
+    return {index: before for index, (before, _) in states if index in probed}
 
 
 def _is_shaped(session: Session) -> bool:
@@ -118,24 +120,15 @@ def _is_shaped(session: Session) -> bool:
     return session.inputs.has_steps or session.replay.in_tower > 0
 
 
-def _dense_states(session: Session, role: str, items: Batch) -> Iterator[Tensor]:
-    """Hidden states of the dense model before each block, then those after the last."""
-    replay, checkpoint, batch = session.replay, session.checkpoint, session.batch(role)
-    tower = checkpoint.tower_weights()
-    hidden = embed(replay, batch, items)
-    for index in range(len(checkpoint.blocks)):
-        hidden = entering(replay, batch, index, hidden, items, tower)
-        yield hidden.clone()
-        hidden = replay.run(index, checkpoint.weights(index), hidden)
-    yield hidden
-
-
 def _probe_ends(session: Session, kl: bool) -> float:
     """Seconds per token of embedding and head, on validation windows, else on test windows."""
     heads, clock = session.heads, Clock(session.checkpoint.device)
     role = "validation" if "validation" in session.windows else "test"
     items = session.items(role)[: heads.windows]
-    final = deque(_dense_states(session, role, items), maxlen=1)[0] if _is_shaped(session) else None
+    final = None
+    if _is_shaped(session):
+        for _, final in dense_states(session.replay, session.batch(role), items):  # noqa: B007 - the last one stays
+            pass
     for turn in range(4):
         if turn == 1:
             clock.forget()  # the first turn is a warm-up

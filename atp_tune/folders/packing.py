@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -47,7 +47,7 @@ from atp_tune.checkpoints.files import (
 from atp_tune.checkpoints.models import Ask, resolve
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.manifest import sha256_by_name
-from atp_tune.config.prune import PruneConfig, QuantizeConfig
+from atp_tune.config.prune import Engine, PruneConfig, QuantizeConfig
 from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, Step, TrialStarted, ignore_events
@@ -88,9 +88,6 @@ from atp_tune.utils.system import check_free
 # mlx                 of mlx-lm: w = q Δ + o, o = -z Δ
 #
 # Δ and o have the 8 bits of bfloat16, in the number format of the other weights, so that their cast changes nothing.
-
-Engine = Literal["compressed-tensors", "mlx"]
-GROUPS, WIDTHS = (32, 64, 128), (2, 3, 4, 5, 6, 8)  # of MLX
 
 
 @dataclass(eq=False)
@@ -265,30 +262,16 @@ def check_packable(folder: Path, named: object) -> None:
         raise UserError(f"{named}: is a slim model, which has lost channels and cannot be packed; use it as it is")
 
 
-def to_pack(config: Config, codes: Codes | None, engine: Engine | None = None) -> Way:
+def to_pack(config: Config, codes: Codes | None, engine: Engine | None) -> Way:
     """The way to write the folder of a configuration that is packed next, beside it; `codes` of rounded weights.
 
-    engine: for which it is packed. UserError if that cannot store what the configuration rounds.
+    UserError if the configuration has what no engine stores, where it is packed for one.
     """
-    size, widths = -1, dict[str, int]()
     if engine:
-        rounding, widths = linear_widths(config, engine)
-        size = rounding.group_size
-    if engine == "mlx" and (size not in GROUPS or not {*widths.values()} <= {*WIDTHS}):
-        raise UserError(
-            f"--format mlx: has groups of {GROUPS} weights and {WIDTHS} bits alone, and this configuration groups of "
-            f"{size} and {sorted({*widths.values()})} bits; give `quantize.group_size` and `quantize.widths` such"
-        )
+        linear_widths(config, engine)
 
     def check(folder: Path) -> None:
         check_packable(folder, f"--packed: {config.model.id}")
-        modules = dict(empty_model(folder).named_modules()) if engine else {}
-        for name in sorted(modules.keys() & widths):
-            if size != -1 and (columns := modules[name].in_features) % size:
-                raise UserError(
-                    f"--format {engine}: {name} has {columns} inputs, which are no whole groups of {size}; "
-                    "a study with another `quantize.group_size` may have them"
-                )
 
     return Way(partial(write_sparse, save=None if codes is None else codes.save), check, 2 - config.sparsity.target)
 

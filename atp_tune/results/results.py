@@ -130,7 +130,7 @@ class Results:
     @property
     def trained(self) -> Recovered | None:
         """How the best trial's kept weights were trained; None if they stay as they were pruned."""
-        return self.recovered if self.recovered is not None and self.recovered.kept else None
+        return self.recovered if self.recovered and self.recovered.kept else None
 
     @cached_property
     def measures(self) -> tuple[Measure, ...]:

@@ -442,7 +442,7 @@ def front(summary: Summary) -> Table | None:
             for by in results.measures
         ),
     ]
-    return make_table(columns, summary.front, next(iter(summary.front), None), "method")
+    return make_table(columns, summary.front, summary.front[0], "method")
 
 
 def kinds(summary: Summary) -> Table | None:

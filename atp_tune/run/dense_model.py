@@ -124,13 +124,7 @@ class DenseMeasurements:
     def states(self) -> list[Tensor]:
         """Hidden states [`curve_windows`, tokens, width] after each dense block, in host memory."""
         items = self.calibration[: self.curve_windows]
-        hidden, states = embed(self.replay, self.batch, items), []
-        tower = self.replay.checkpoint.tower_weights()
-        for index, weights in dense_blocks(self.replay.checkpoint):
-            hidden = entering(self.replay, self.batch, index, hidden, items, tower)
-            hidden = advance(self.replay, self.batch, index, weights, hidden)
-            states.append(hidden.cpu().clone())
-        return states
+        return [after.cpu().clone() for _, after in dense_states(self.replay, self.batch, items)]
 
     def statistics(self, pruner: Pruner | Measuring) -> Sequence[BlockStatistics]:
         """Statistics of every linear's inputs in the dense model, measured once for each kind and cached on disk."""
@@ -196,6 +190,19 @@ class DenseMeasurements:
 def dense_blocks(checkpoint: Checkpoint) -> Iterator[Block]:
     """The dense model as blocks, in order."""
     return ((index, checkpoint.weights(index)) for index in range(len(checkpoint.blocks)))
+
+
+def dense_states(replay: Replay, batch: AutoBatch, items: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields hidden states [items, positions, width] of the dense model before and after each block.
+
+    The next block overwrites those after it.
+    """
+    hidden, tower = embed(replay, batch, items), replay.checkpoint.tower_weights()
+    for index, weights in dense_blocks(replay.checkpoint):
+        entered = entering(replay, batch, index, hidden, items, tower)
+        before = entered.clone()
+        hidden = advance(replay, batch, index, weights, entered)
+        yield before, hidden
 
 
 def dense_final_states(

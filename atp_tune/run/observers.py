@@ -375,7 +375,7 @@ class LeftOut(Observer[None]):
     """
 
     work: Any
-    wanted: tuple[str, ...]
+    wanted: set[str]
     what: str
     watch: EventHandler
     _is_asked: bool = False
@@ -394,7 +394,7 @@ class LeftOut(Observer[None]):
 
         def keep(work: Any) -> None:
             work.found[self.name] = work.end()
-            self.wanted = tuple(name for name in self.wanted if name != self.name)
+            self.wanted.remove(self.name)
 
         self._try(keep)
 
@@ -409,14 +409,14 @@ class LeftOut(Observer[None]):
 
     def leave_out(self, reason: str) -> None:
         """Sees no further model, and says why."""
-        self.wanted, self._is_asked, self.work = (), False, None
+        self.wanted, self._is_asked, self.work = set(), False, None
         self.watch(Message(f"{self.what}: left out, {reason}"))
 
     def repeat(self, name: str, other: str) -> None:
         """Takes what was found of an equal model."""
         if name in self.wanted and other not in self.wanted:
             self.work.found[name] = self.work.found[other]
-            self.wanted = tuple(each for each in self.wanted if each != name)
+            self.wanted.remove(name)
 
     def result(self) -> Any:
         """The result over all models; None if one is missing, or it was left out."""

@@ -222,6 +222,7 @@ class Session(Released):
         session = cls(folder, checkpoint, windows, setup)
         replay = session.replay
         kind.check_fit(checkpoint, windows, replay.embed)
+        session._check_format()
         has_images = getattr(text, "images", None) is not None
         if has_images and not checkpoint.in_tower:
             check_batch(replay, windows["calibration"].batch(checkpoint.device), "texts.calibration.images")
@@ -390,6 +391,21 @@ class Session(Released):
         if target > budget.highest:
             raise too_sparse(target, self.channels, settings.channels)
         return budget
+
+    def _check_format(self) -> None:
+        """UserError if a linear cannot be stored in the format of the settings."""
+        own = self.quantize
+        if not own or not own.format:
+            return
+        fits, more = True, ""
+        if own.format == "mlx":
+            fits, more = own.group_size in (32, 64, 128) and 7 not in own.widths, " of 32, 64 or 128, and not by 7 bits"
+        for linear in chain.from_iterable(self.checkpoint.linears):
+            if not fits or linear.transposed or linear.expert is not None or linear.in_features % own.group_size:
+                raise UserError(
+                    f"quantize.format: {own.format} stores an nn.Linear in whole groups of inputs{more}; {linear.name} "
+                    f"has {linear.in_features} in groups of {own.group_size}: set quantize.group_size, quantize.widths"
+                )
 
     @property
     def by_types(self) -> bool:

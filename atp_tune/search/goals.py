@@ -190,11 +190,14 @@ def renamed(watch: EventHandler) -> EventHandler:
     """A handler that names the trials in events of a screening `screening`."""
 
     def on_event(event: Event) -> None:
-        if isinstance(event, Message):
-            event = Message(f"screening: {event.text}")
-        if isinstance(event, TrialStarted):
-            event = replace(event, title=event.title.replace("trial", "screening", 1))
-        watch(replace(event, what="screening") if isinstance(event, TrialEnded) else event)
+        match event:
+            case Message(text):
+                event = Message(f"screening: {text}")
+            case TrialStarted(title):
+                event = replace(event, title=title.replace("trial", "screening", 1))
+            case TrialEnded():
+                event = replace(event, what="screening")
+        watch(event)
 
     return on_event
 

@@ -395,9 +395,9 @@ class FinalScores:
         names |= {str(best.number): "best", str(uniform.number): "uniform"}
         if spec.images is not None:
             work: Any = ImageAnswers("validation" if spec.data.test is None else "test")
-            return names, LeftOut(work, NAMES, "answers on images", session.watch)
+            return names, LeftOut(work, {*NAMES}, "answers on images", session.watch)
         work = Prompts((*PROMPTS, *options.prompts), options.tokens, "memory")
-        shown = LeftOut(work, tuple(dict.fromkeys((*NAMES, *names.values()))), "continuations", session.watch)
+        shown = LeftOut(work, {*NAMES, *names.values()}, "continuations", session.watch)
         if not can_keep(session.checkpoint):
             shown.leave_out("the model leaves no room for a pruned copy; `tune.py generate` makes them")
         return names, shown

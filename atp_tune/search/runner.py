@@ -164,15 +164,10 @@ def load_existing(run: StudyRun) -> optuna.Study | None:
 def _with_stored_total(run: StudyRun, study: optuna.Study) -> StudyRun:
     """The run with the total of the study's last run, unless this command sets one."""
     last = made_from(study)
-    if last is None or run.file.sets_trials or not last.sets_trials:
+    if last is None or any(text.startswith(TRIALS) for text in run.file.overrides):
         return run
-    search = run.file.study.search.model_copy(update={"trials": last.study.search.trials})
-    file = replace(
-        run.file,
-        study=run.file.study.model_copy(update={"search": search}),
-        overrides=(*run.file.overrides, *(text for text in last.overrides if text.startswith(TRIALS))),
-    )
-    return replace(run, file=file)
+    totals, file = [text for text in last.overrides if text.startswith(TRIALS)], run.file
+    return replace(run, file=overridden(file, totals, file.trusts_plugins))
 
 
 def is_complete(study: optuna.Study, file: StudyFile) -> bool:
