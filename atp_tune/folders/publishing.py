@@ -66,7 +66,7 @@ def is_made_from(folder: Path, config: Config, packed: bool, slim: bool) -> bool
         return False
     about = read_config(folder / ABOUT)
     is_packed = about.manifest is not None and any(map(PACKED.match, about.manifest.files))
-    there, wanted = ((x.weights_id, x.quantize, x.trained and x.trained.settings) for x in (about, config))
+    there, wanted = ((x.weights_id, packed or x.quantize, x.trained and x.trained.settings) for x in (about, config))
     return (is_packed, about.slim, there) == (packed, slim, wanted)
 
 

@@ -124,7 +124,7 @@ class DenseMeasurements:
     def states(self) -> list[Tensor]:
         """Hidden states [`curve_windows`, tokens, width] after each dense block, in host memory."""
         items = self.calibration[: self.curve_windows]
-        return [after.cpu().clone() for _, after in dense_states(self.replay, self.batch, items)]
+        return [after.cpu() for _, after in dense_states(self.replay, self.batch, items)]
 
     def statistics(self, pruner: Pruner | Measuring) -> Sequence[BlockStatistics]:
         """Statistics of every linear's inputs in the dense model, measured once for each kind and cached on disk."""
@@ -193,15 +193,11 @@ def dense_blocks(checkpoint: Checkpoint) -> Iterator[Block]:
 
 
 def dense_states(replay: Replay, batch: AutoBatch, items: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields hidden states [items, positions, width] of the dense model before and after each block.
-
-    The next block overwrites those after it.
-    """
+    """Yields hidden states [items, positions, width] of the dense model before and after each block."""
     hidden, tower = embed(replay, batch, items), replay.checkpoint.tower_weights()
     for index, weights in dense_blocks(replay.checkpoint):
-        entered = entering(replay, batch, index, hidden, items, tower)
-        before = entered.clone()
-        hidden = advance(replay, batch, index, weights, entered)
+        before = entering(replay, batch, index, hidden, items, tower)
+        hidden = advance(replay, batch, index, weights, before.clone())
         yield before, hidden
 
 
